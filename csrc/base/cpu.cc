@@ -1,0 +1,128 @@
+#include "csrc/base/cpu.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace qk {
+namespace {
+
+constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512vnni"};
+
+#if defined(__x86_64__)
+uint64_t read_xcr0() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
+
+CpuFeatures detect() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return kCpuScalar;
+  const bool fma = bit(c, 12), osxsave = bit(c, 27), f16c = bit(c, 29);
+  if (!osxsave) return kCpuScalar;
+  const uint64_t xcr0 = read_xcr0();
+  constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6;
+  uint32_t a7, b7, c7, d7;
+  if ((xcr0 & kYmmState) != kYmmState || !__get_cpuid_count(7, 0, &a7, &b7, &c7, &d7)) {
+    return kCpuScalar;
+  }
+  const bool avx2 = bit(b7, 5) && fma && f16c;
+  if (!avx2) return kCpuScalar;
+  CpuFeatures features = kCpuAvx2;
+  uint32_t a71 = 0, b71, c71, d71;
+  if (a7 >= 1 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && bit(a71, 4)) {
+    features |= kCpuAvxVnni;
+  }
+  const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F DQ BW VL
+  if ((xcr0 & kZmmState) == kZmmState && avx512 && bit(c7, 11)) {
+    features |= kCpuAvx512Vnni;
+    if (bit(c7, 1)) features |= kCpuAvx512Vbmi;
+  }
+  return features;
+}
+#else
+CpuFeatures detect() { return kCpuScalar; }
+#endif
+
+constexpr CpuFeatures features_up_to(Isa cap) {
+  switch (cap) {
+    case Isa::kScalar:
+      return kCpuScalar;
+    case Isa::kAvx2:
+      return kCpuAvx2;
+    case Isa::kAvxVnni:
+      return kCpuAvx2 | kCpuAvxVnni;
+    case Isa::kAvx512Vnni:
+      return ~CpuFeatures{0};
+  }
+  return kCpuScalar;
+}
+
+Isa best_isa(CpuFeatures features) {
+  if (has_features(features, kCpuAvx512Vnni)) return Isa::kAvx512Vnni;
+  if (has_features(features, kCpuAvxVnni)) return Isa::kAvxVnni;
+  if (has_features(features, kCpuAvx2)) return Isa::kAvx2;
+  return Isa::kScalar;
+}
+
+struct Environment {
+  Isa cap = Isa::kAvx512Vnni;
+  const char* invalid = nullptr;
+};
+
+Environment read_environment() {
+  Environment environment;
+  const char* name = std::getenv("QKERNELS_ISA");
+  if (name != nullptr && *name != '\0' && !parse_isa(name, &environment.cap)) {
+    environment.invalid = name;
+  }
+  return environment;
+}
+
+const Environment& environment() {
+  static const Environment value = read_environment();
+  return value;
+}
+
+std::atomic<Isa>& cap() {
+  static std::atomic<Isa> value{environment().cap};
+  return value;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
+
+bool parse_isa(const char* name, Isa* isa) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) {
+      *isa = static_cast<Isa>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+CpuFeatures cpu_features_supported() {
+  static const CpuFeatures features = detect();
+  return features;
+}
+
+CpuFeatures cpu_features_active() {
+  return cpu_features_supported() & features_up_to(cap().load(std::memory_order_relaxed));
+}
+
+Isa isa_supported() { return best_isa(cpu_features_supported()); }
+Isa isa_active() { return best_isa(cpu_features_active()); }
+void set_isa_cap(Isa isa) { cap().store(isa, std::memory_order_relaxed); }
+Isa isa_cap() { return cap().load(std::memory_order_relaxed); }
+const char* invalid_isa_environment() { return environment().invalid; }
+
+}  // namespace qk

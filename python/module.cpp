@@ -1,0 +1,64 @@
+// The only pybind11 of the project: facts about the build and the machine. Tensors go through
+// torch.ops.qkernels.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "csrc/base/cpu.h"
+#include "csrc/fake_quant/fake_quant.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#ifndef QK_CUDA_ARCHS
+#define QK_CUDA_ARCHS ""
+#endif
+
+using KernelLists = std::map<std::string, std::vector<std::pair<std::string, bool>>>;
+
+// Every kernel of every op, best first, with whether the active features admit it.
+KernelLists list_kernels() {
+  using namespace qk;
+  const CpuFeatures active = cpu_features_active();
+  KernelLists lists;
+#define QK_FAKE_QUANT_KERNEL(need, name) \
+  lists["fake_quant"].emplace_back(#name, has_features(active, need));
+#include "csrc/fake_quant/kernels.inc"
+#undef QK_FAKE_QUANT_KERNEL
+  return lists;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts about the build and the machine.";
+  m.def("isa_supported", [] { return std::string(qk::isa_name(qk::isa_supported())); });
+  m.def("isa_active", [] { return std::string(qk::isa_name(qk::isa_active())); });
+  m.def("isa_cap", [] { return std::string(qk::isa_name(qk::isa_cap())); });
+  m.def("set_isa_cap", [](const std::string& name) {
+    qk::Isa isa;
+    if (!qk::parse_isa(name.c_str(), &isa)) {
+      throw py::value_error("isa must be one of scalar, avx2, avxvnni, avx512vnni, got '" + name +
+                            "'");
+    }
+    qk::set_isa_cap(isa);
+  });
+  m.def("cpu_features", [] { return qk::cpu_features_active(); });
+  m.def("list_kernels", &list_kernels);
+  m.attr("cuda_archs") = QK_CUDA_ARCHS;  // empty in a CPU build
+#if defined(QK_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+  m.attr("compiler") = __VERSION__;
+  if (qk::invalid_isa_environment() != nullptr) {
+    throw py::value_error(
+        std::string("QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, got '") +
+        qk::invalid_isa_environment() + "'");
+  }
+}

@@ -1,0 +1,77 @@
+// Every op of qkernels, one schema each. Activations and weights are plain int8/uint8 tensors; a
+// grid is a scale (float32, > 0, normal) and a zero point in [qmin, qmax]. qkernels/ops documents
+// the arguments.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(qkernels, m) {
+  // Float and integer grids. axis None: per tensor (scale, zero_point have one element); else one
+  // element a channel.
+  m.def(
+      "quantize(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "quantize_out(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "dequantize(Tensor q, Tensor scale, Tensor zero_point, int? axis, ScalarType dtype) -> "
+      "Tensor");
+  m.def(
+      "dequantize_out(Tensor q, Tensor scale, Tensor zero_point, int? axis, Tensor(a!) out) -> ()");
+  m.def(
+      "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> "
+      "Tensor");
+  m.def(
+      "fake_quant_out(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
+      "Tensor(a!) out) -> ()");
+
+  // Linear and convolution: *_pack makes an opaque uint8 tensor for the active ISA that holds the
+  // weight, all grids and the epilogue; the run op takes it. epilogue: see
+  // qkernels/ops/epilogue.py.
+  m.def(
+      "linear_pack(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+      "float input_scale, "
+      "int input_zero_point, ScalarType input_dtype, float[] epilogue, ScalarType output_dtype, "
+      "Tensor? table) -> "
+      "Tensor");
+  m.def(
+      "linear(Tensor input, Tensor packed, Tensor? residual, int out_features, ScalarType "
+      "output_dtype) -> Tensor");
+  m.def(
+      "conv_pack(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+      "float input_scale, "
+      "int input_zero_point, ScalarType input_dtype, float[] epilogue, ScalarType output_dtype, "
+      "Tensor? table, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool transposed, str padding_mode) "
+      "-> Tensor");
+  m.def(
+      "conv(Tensor input, Tensor packed, Tensor? residual, int[] output_size, ScalarType "
+      "output_dtype) -> Tensor");
+
+  // Elementwise on integers. lookup is every unary op: out = table[q], table uint8/int8 [256]
+  // indexed by the byte of q.
+  m.def("lookup(Tensor q, Tensor table) -> Tensor");
+  m.def(
+      "add(Tensor a, Tensor b, float a_scale, int a_zero_point, float b_scale, int b_zero_point, "
+      "float scale, "
+      "int zero_point, int qmin, int qmax, ScalarType dtype) -> Tensor");
+  m.def(
+      "mul(Tensor a, Tensor b, float a_scale, int a_zero_point, float b_scale, int b_zero_point, "
+      "float scale, "
+      "int zero_point, int qmin, int qmax, ScalarType dtype) -> Tensor");
+  m.def("cat(Tensor[] tensors, Tensor tables, int dim) -> Tensor");
+
+  // Pooling over the spatial dims of [N, C, *spatial] in channels-last memory.
+  m.def(
+      "max_pool(Tensor q, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool "
+      "ceil_mode) -> Tensor");
+  m.def(
+      "avg_pool(Tensor q, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, bool "
+      "count_include_pad, "
+      "int? divisor_override, float q_scale, int q_zero_point, float scale, int zero_point, int "
+      "qmin, int qmax, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "adaptive_avg_pool(Tensor q, int[] output_size, float q_scale, int q_zero_point, float "
+      "scale, int zero_point, "
+      "int qmin, int qmax, ScalarType dtype) -> Tensor");
+}

@@ -1,0 +1,21 @@
+"""qkernels: a quantization runtime for PyTorch.
+
+`prepare`, `calibrating`, `convert`, `verify`, `save` and `load` are the main verbs; `qkernels.ops` holds the kernels.
+"""
+
+import torch  # noqa: F401  (loads the libraries that the compiled part links to)
+
+try:
+    from qkernels import _C  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "qkernels._C":
+        raise
+    raise ImportError(
+        "qkernels was imported from a source tree without its compiled part. Build it with "
+        "`pip install --no-build-isolation .` or, in place, `python setup.py build_ext --inplace`."
+    ) from error
+
+from qkernels import ops
+
+__all__ = ["ops"]
+__version__ = "0.1.0"
