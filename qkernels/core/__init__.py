@@ -1,0 +1,1 @@
+"""What the front ends share: grids, observers, recipes, tracing, conversion, storage."""
