@@ -12,16 +12,8 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-CXX_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-tree-pre",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+CXX_FLAGS = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"] + [
+    line for line in (ROOT / "csrc/cxx_flags.txt").read_text().splitlines() if line.startswith("-")
 ]
 
 extension = CppExtension(
