@@ -1,0 +1,196 @@
+"""Integer grids: `QSpec` says what kind of grid is wanted, `QParams` is one grid, `choose_qparams` goes between them.
+
+Meaning of a grid: `x = (q - zero_point) * scale` for `qmin <= q <= qmax`.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from qkernels import ops
+from qkernels.errors import InvalidArgument
+
+INTEGER_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+DTYPE_NAMES = {torch.uint8: "uint8", torch.int8: "int8"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+# The product and the quotient of two scales must stay normal float32 numbers, and a bias divided by such a
+# product finite: that holds for scales in [2**-50, 2**50].
+MIN_SCALE, MAX_SCALE = 2.0**-50, 2.0**50
+
+
+@dataclass(frozen=True)
+class QSpec:
+    """A wanted kind of grid.
+
+    Attributes:
+        dtype: torch.uint8 or torch.int8, the dtype that holds the codes.
+        qmin, qmax: the codes in use; a narrower range than the dtype's is allowed (4 bit: qmax - qmin = 15).
+        symmetric: the zero point is the middle of the range instead of wherever the data wants it.
+        per_channel: one grid for each index of `axis` instead of one for the tensor.
+        axis: the channel dimension, used if `per_channel`.
+        min_scale: no grid is finer than this.
+    """
+
+    dtype: torch.dtype = torch.uint8
+    qmin: int = 0
+    qmax: int = 255
+    symmetric: bool = False
+    per_channel: bool = False
+    axis: int = 0
+    min_scale: float = MIN_SCALE
+
+    def __post_init__(self):
+        if self.dtype not in INTEGER_RANGE:
+            raise InvalidArgument(f"QSpec: dtype must be torch.uint8 or torch.int8, got {self.dtype}")
+        low, high = INTEGER_RANGE[self.dtype]
+        if not low <= self.qmin < self.qmax <= high:
+            raise InvalidArgument(
+                f"QSpec: need {low} <= qmin < qmax <= {high} for {self.dtype}, got qmin={self.qmin}, qmax={self.qmax}"
+            )
+        if not MIN_SCALE <= self.min_scale <= MAX_SCALE:
+            raise InvalidArgument(f"QSpec: min_scale must be in [2**-50, 2**50], got {self.min_scale}")
+
+    @classmethod
+    def activation(cls, bits: int = 8, dtype: torch.dtype = torch.uint8, symmetric: bool = False) -> "QSpec":
+        """One affine grid for the whole tensor; 8 bit uint8 unless told otherwise."""
+        qmin, qmax = _bit_range(bits, dtype)
+        return cls(dtype, qmin, qmax, symmetric)
+
+    @classmethod
+    def weight(cls, bits: int = 8, per_channel: bool = True) -> "QSpec":
+        """Symmetric int8 in [-127, 127] (narrow, so that w and -w have the same code), one grid a channel."""
+        _, qmax = _bit_range(bits, torch.int8)
+        return cls(torch.int8, -qmax, qmax, symmetric=True, per_channel=per_channel)
+
+    def to_config(self) -> dict:
+        return asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "QSpec":
+        return cls(**config | {"dtype": dtype_named(config["dtype"])})
+
+
+def _bit_range(bits: int, dtype: torch.dtype) -> tuple[int, int]:
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise InvalidArgument(f"QSpec: bits must be an integer from 2 to 8, got {bits}")
+    if dtype == torch.uint8:
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def dtype_named(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InvalidArgument(f"dtype must be one of {sorted(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """One grid: a value. `scale` float32 and `zero_point` int32 have one element, or one a channel of `axis`.
+
+    >>> grid = QParams.per_tensor(0.5, 128)
+    >>> grid.quantize(torch.tensor([-1.0, 0.25, 1.0]))
+    tensor([126, 128, 130], dtype=torch.uint8)
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None = None
+    qmin: int = 0
+    qmax: int = 255
+    dtype: torch.dtype = torch.uint8
+
+    def __post_init__(self):
+        scale = self.scale.detach().to(torch.float32).reshape(-1)
+        zero_point = self.zero_point.detach().to(torch.int32).reshape(-1)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+        QSpec(self.dtype, self.qmin, self.qmax)  # checks the range
+        if scale.numel() != zero_point.numel() or (self.axis is None and scale.numel() != 1):
+            raise InvalidArgument(
+                f"QParams: scale and zero_point must have the same number of elements (1 if axis is None), got "
+                f"{scale.numel()} and {zero_point.numel()} with axis={self.axis}"
+            )
+        tiny = torch.finfo(torch.float32).tiny
+        if not bool(((scale >= tiny) & torch.isfinite(scale)).all()):
+            raise InvalidArgument(f"QParams: scale must be positive, finite and normal, got {scale.tolist()}")
+        if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
+            raise InvalidArgument(
+                f"QParams: zero_point must be in [{self.qmin}, {self.qmax}], got {zero_point.tolist()}"
+            )
+
+    @classmethod
+    def per_tensor(
+        cls, scale: float, zero_point: int, qmin: int = 0, qmax: int = 255, dtype: torch.dtype = torch.uint8
+    ) -> "QParams":
+        return cls(torch.tensor([scale]), torch.tensor([zero_point]), None, qmin, qmax, dtype)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """`clamp(RNE(x / scale) + zero_point, qmin, qmax)` as codes of `dtype`."""
+        return ops.quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax, self.dtype)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """`(q - zero_point) * scale` in float32."""
+        return ops.dequantize(q, self.scale, self.zero_point, self.axis, torch.float32)
+
+    def item(self) -> tuple[float, int]:
+        """(scale, zero_point) of a per-tensor grid as numbers."""
+        if self.axis is not None:
+            raise InvalidArgument("QParams.item: a per-channel grid has no single scale")
+        return float(self.scale), int(self.zero_point)
+
+    def narrowed(self, qmin: int, qmax: int) -> "QParams":
+        """The same grid with fewer codes, as a fused clamp leaves it; the zero point must stay inside."""
+        return QParams(self.scale, self.zero_point, self.axis, qmin, qmax, self.dtype)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, QParams) and self.to_config() == other.to_config()
+
+    def __hash__(self) -> int:
+        return hash((self.axis, self.qmin, self.qmax, self.dtype, *self.scale.tolist(), *self.zero_point.tolist()))
+
+    def to_config(self) -> dict:
+        """A json-able form that keeps every bit (a float32 is exact as a Python float)."""
+        return {
+            "scale": self.scale.tolist(),
+            "zero_point": self.zero_point.tolist(),
+            "axis": self.axis,
+            "qmin": self.qmin,
+            "qmax": self.qmax,
+            "dtype": DTYPE_NAMES[self.dtype],
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "QParams":
+        return cls(
+            torch.tensor(config["scale"], dtype=torch.float32),
+            torch.tensor(config["zero_point"], dtype=torch.int32),
+            config["axis"],
+            config["qmin"],
+            config["qmax"],
+            dtype_named(config["dtype"]),
+        )
+
+
+def choose_qparams(spec: QSpec, low: Tensor, high: Tensor) -> QParams:
+    """The grid of kind `spec` that covers [low, high] and has zero on it exactly.
+
+    affine:    scale = (high - low) / (qmax - qmin), zero_point = qmin - RNE(low / scale)
+    symmetric: scale = max(-low, high) / ((qmax - qmin) / 2), zero_point = the middle
+    all in float32, [low, high] first widened to contain zero. An empty range (all zero) gets scale 1.
+    """
+    low, high = low.detach().to(torch.float32).reshape(-1), high.detach().to(torch.float32).reshape(-1)
+    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
+        raise InvalidArgument(f"choose_qparams: need finite low <= high, got {low.tolist()} and {high.tolist()}")
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    steps = spec.qmax - spec.qmin
+    scale = torch.maximum(-low, high) / (steps / 2) if spec.symmetric else (high - low) / float(steps)
+    scale = torch.where(scale > 0, scale.clamp(spec.min_scale, MAX_SCALE), torch.ones_like(scale))
+    if spec.symmetric:
+        zero_point = torch.full_like(scale, (spec.qmin + spec.qmax + 1) // 2, dtype=torch.int32)
+    else:
+        zero_point = (spec.qmin - torch.round(low / scale).to(torch.int32)).clamp(spec.qmin, spec.qmax)
+    axis = spec.axis if spec.per_channel else None
+    return QParams(scale, zero_point, axis, spec.qmin, spec.qmax, spec.dtype)

@@ -1,0 +1,29 @@
+"""What qkernels raises. Every class is also a built-in error, so that `except ValueError` keeps working."""
+
+
+class QKernelsError(Exception):
+    """The base of all errors raised by the Python part of qkernels."""
+
+
+class InvalidArgument(QKernelsError, ValueError):
+    """An argument has a value that cannot be used; the message names it and says what was expected."""
+
+
+class InvalidType(QKernelsError, TypeError):
+    """An argument has the wrong type or dtype."""
+
+
+class InvalidState(QKernelsError, RuntimeError):
+    """The call does not fit the phase that the model is in, such as converting a model that was never calibrated."""
+
+
+class Unsupported(QKernelsError, NotImplementedError):
+    """The request makes sense but is not available; the message says what to do instead."""
+
+
+class CalibrationError(QKernelsError, ValueError):
+    """The observed data cannot give a grid: NaN or Inf, or no data at all. The message names the module."""
+
+
+class CheckpointError(QKernelsError, ValueError):
+    """A saved model is damaged, incomplete or of an unknown format."""
