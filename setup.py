@@ -1,26 +1,195 @@
-"""Builds qkernels._C from csrc/ (kernels, torch-free) and python/ (the binding) by glob."""
+"""Builds qkernels._C from csrc/ (kernels, torch-free) and python/ (the binding), by glob.
 
+CPU only:  csrc/**/*.cc + python/*.cpp                    (CMakeLists.txt uses the same glob for csrc/)
+With CUDA: also csrc/**/*.cu + python/cuda/*.cpp
+
+The extension is linked to torch's stable ABI only and to a static CUDA runtime, so one wheel serves every torch from
+2.11 on, CPU or CUDA build. `torch.utils.cpp_extension` refuses .cu files under a CPU build of torch, hence nvcc is
+called from here.
+
+Environment: FORCE_CUDA=0|1 (default: CUDA if a toolkit is found and torch is a CUDA build), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+except ModuleNotFoundError:
+    sys.exit("qkernels: building needs torch in this environment; see README.md, section Install")
 
 ROOT = Path(__file__).resolve().parent
+DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 
 
-def sources(*patterns: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-CXX_FLAGS = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"] + [
-    line for line in (ROOT / "csrc/cxx_flags.txt").read_text().splitlines() if line.startswith("-")
-]
+def cxx_flags() -> list[str]:
+    shared = [line for line in (ROOT / "csrc/cxx_flags.txt").read_text().splitlines() if line.startswith("-")]
+    return [*(["-Og", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]), *shared, STABLE_ABI_TARGET]
 
-extension = CppExtension(
-    "qkernels._C",
-    sources("csrc/**/*.cc", "python/*.cpp"),
-    include_dirs=[str(ROOT)],
-    extra_compile_args={"cxx": CXX_FLAGS},
-)
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+# ---- CUDA: is there a toolkit, and should it be used? ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cuda:
+    home: Path
+    version: str
+    gencode: list[str]  # flags of nvcc
+    names: str  # for people: "sm_80 sm_90 compute_90"
+
+    @property
+    def nvcc(self) -> str:
+        return str(self.home / "bin/nvcc")
+
+    @property
+    def library_dir(self) -> Path:
+        return next(d for d in (self.home / "lib64", self.home / "lib") if (d / "libcudart_static.a").exists())
+
+
+def is_toolkit(home: Path) -> bool:
+    has_runtime = any((home / lib / "libcudart_static.a").exists() for lib in ("lib64", "lib"))
+    return (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists() and has_runtime
+
+
+def home_of_nvcc(nvcc: str) -> Path | None:
+    """Asks nvcc where its toolkit is: the nvcc on PATH may be a script that starts the real one somewhere else."""
+    dry = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
+    return Path(top.group(1).strip()).resolve() if top else None
+
+
+def find_toolkit() -> Path | None:
+    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates += [home for home in [home_of_nvcc(on_path)] if home]
+    candidates.append(Path("/usr/local/cuda"))
+    return next((home for home in candidates if is_toolkit(home)), None)
+
+
+def parse_archs(text: str) -> tuple[list[str], str]:
+    """ "8.0;9.0+PTX" -> the flags of nvcc and the names sm_80 sm_90 compute_90."""
+    flags, names = [], []
+    for entry in filter(None, re.split(r"[;,\s]+", text)):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            sys.exit(f"qkernels: TORCH_CUDA_ARCH_LIST must look like '{DEFAULT_CUDA_ARCHS}', got '{text}'")
+        arch = match.group(1) + match.group(2)
+        for code in [f"sm_{arch}"] + ([f"compute_{arch}"] if match.group(3) else []):
+            flags.append(f"-gencode=arch=compute_{arch},code={code}")
+            names.append(code)
+    return flags, " ".join(names)
+
+
+def decide_cuda() -> tuple[Cuda | None, str]:
+    """The CUDA build to make, or None, and the reason in words."""
+    force = os.environ.get("FORCE_CUDA", "")
+    if force == "0":
+        return None, "FORCE_CUDA=0"
+    if force != "1" and torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is a CPU build; FORCE_CUDA=1 builds the CUDA part nevertheless"
+    home = find_toolkit()
+    if home is None:
+        missing = "no CUDA toolkit (nvcc, cuda_runtime.h, libcudart_static.a) in CUDA_HOME, PATH or /usr/local/cuda"
+        if force == "1":
+            sys.exit(f"qkernels: FORCE_CUDA=1, but {missing}")
+        return None, missing
+    version = subprocess.run([str(home / "bin/nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    gencode, names = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS)
+    cuda = Cuda(home, re.search(r"release ([\d.]+)", version).group(1), gencode, names)
+    why = "FORCE_CUDA=1" if force == "1" else f"torch {torch.__version__}"
+    return cuda, f"{why}; toolkit {cuda.version} in {home}; {names}"
+
+
+def compile_cuda(cuda: Cuda, build_dir: Path, jobs: int) -> list[str]:
+    """Compiles csrc/**/*.cu that are older than their source or any header; returns the object files."""
+    flags = [
+        *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]),
+        *("-std=c++20", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
+        *(f"-I{ROOT}", *cuda.gencode),
+    ]
+    headers = [ROOT / name for name in files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inc")]
+    newest_header = max(path.stat().st_mtime for path in headers)
+
+    def compile_one(source: str) -> str:
+        target = (build_dir / source).with_suffix(".cu.o")
+        command = [cuda.nvcc, *flags, "-c", str(ROOT / source), "-o", str(target)]
+        made_by = target.with_suffix(".command")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(newest_header, (ROOT / source).stat().st_mtime)
+        if target.exists() and target.stat().st_mtime > newest and made_by.read_text() == " ".join(command):
+            return str(target)
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+        made_by.write_text(" ".join(command))
+        return str(target)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_one, files("csrc/**/*.cu")))
+
+
+# ---- the extension ---------------------------------------------------------------------------------------------------
+
+
+class BuildQKernels(BuildExtension):
+    """torch's ninja build of the C++ files, with the objects that nvcc makes."""
+
+    cuda: Cuda | None = None
+
+    def build_extensions(self) -> None:
+        if self.cuda is not None:
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            [extension] = self.extensions
+            extension.extra_objects = compile_cuda(self.cuda, Path(self.build_temp).resolve(), jobs)
+        super().build_extensions()
+
+
+def make_extension(cuda: Cuda | None) -> Extension:
+    sources = files("csrc/**/*.cc", "python/*.cpp")
+    macros = [("QK_DEBUG_BUILD", "1")] if DEBUG else []
+    system_includes, library_dirs = list(include_paths()), list(library_paths())
+    libraries = ["torch", "torch_cpu", "c10"]
+    if cuda is not None:
+        sources += files("python/cuda/*.cpp")
+        macros += [("QK_CUDA_ARCHS", f'"{cuda.names}"'), ("QK_CUDA_VERSION", f'"{cuda.version}"')]
+        system_includes.append(str(cuda.home / "include"))
+        library_dirs.append(str(cuda.library_dir))
+        libraries += ["cudart_static", "rt", "dl", "pthread"]
+    return Extension(
+        "qkernels._C",
+        sources,
+        language="c++",
+        include_dirs=[str(ROOT)],
+        define_macros=macros,
+        # Warnings of other people's headers are not ours: -isystem.
+        extra_compile_args=[*cxx_flags(), *(f"-isystem{path}" for path in system_includes)],
+        library_dirs=library_dirs,
+        # Not `libraries=`: the flag must come first, or a linker that defaults to --as-needed drops libtorch.so.
+        extra_link_args=[
+            "-Wl,--no-as-needed",
+            *(f"-l{library}" for library in libraries),
+            *([] if DEBUG else ["-Wl,--strip-debug"]),
+        ],
+    )
+
+
+cuda, reason = decide_cuda()
+print(f"qkernels: building {'with CUDA' if cuda else 'for the CPU only'} ({reason})", flush=True)
+BuildQKernels.cuda = cuda
+setup(ext_modules=[make_extension(cuda)], cmdclass={"build_ext": BuildQKernels})

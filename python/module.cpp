@@ -14,10 +14,6 @@ namespace py = pybind11;
 
 namespace {
 
-#ifndef QK_CUDA_ARCHS
-#define QK_CUDA_ARCHS ""
-#endif
-
 using KernelLists = std::map<std::string, std::vector<std::pair<std::string, bool>>>;
 
 // Every kernel of every op, best first, with whether the active features admit it.
@@ -49,11 +45,19 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_features", [] { return qk::cpu_features_active(); });
   m.def("list_kernels", &list_kernels);
-  m.attr("cuda_archs") = QK_CUDA_ARCHS;  // empty in a CPU build
-#if defined(QK_WITH_CUDA)
+#if defined(QK_CUDA_ARCHS)
   m.attr("with_cuda") = true;
+  m.attr("cuda_archs") = QK_CUDA_ARCHS;
+  m.attr("cuda_version") = QK_CUDA_VERSION;
 #else
   m.attr("with_cuda") = false;
+  m.attr("cuda_archs") = "";
+  m.attr("cuda_version") = "";
+#endif
+#if defined(QK_DEBUG_BUILD)
+  m.attr("debug") = true;
+#else
+  m.attr("debug") = false;
 #endif
   m.attr("compiler") = __VERSION__;
   if (qk::invalid_isa_environment() != nullptr) {

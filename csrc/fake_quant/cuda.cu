@@ -1,0 +1,89 @@
+#include "csrc/base/numerics.h"
+#include "csrc/fake_quant/cuda.h"
+
+namespace qk {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPerThread = 4;
+
+// The grid of the element at hand, reloaded only where a run of `inner` elements ends.
+template <typename Index>
+class Grid {
+ public:
+  __device__ Grid(const FakeQuantArgs& args, Index element)
+      : args_(args),
+        channels_(static_cast<Index>(args.channels)),
+        inner_(static_cast<Index>(args.inner)),
+        channel_(element / inner_ % channels_),
+        within_(element % inner_) {
+    load();
+  }
+
+  // fake_quant of this element; moves on to the next.
+  __device__ float apply(float x) {
+    const float y = fake_quant(x, scale_, inv_scale_, zero_point_, args_.qmin, args_.qmax);
+    if (++within_ == inner_) {
+      within_ = 0;
+      if (++channel_ == channels_) channel_ = 0;
+      load();
+    }
+    return y;
+  }
+
+ private:
+  __device__ void load() {
+    scale_ = args_.scale[channel_];
+    inv_scale_ = 1.0f / scale_;
+    zero_point_ = args_.zero_point[channel_];
+  }
+
+  const FakeQuantArgs& args_;
+  const Index channels_, inner_;
+  Index channel_, within_;
+  float scale_, inv_scale_;
+  int32_t zero_point_;
+};
+
+// Index is 32-bit where the tensor allows it: 64-bit division is slow on a GPU.
+template <typename Index, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    fake_quant_kernel(const __grid_constant__ FakeQuantArgs args, Index size) {
+  const Index first = (static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
+  if (first >= size) return;
+  Grid<Index> grid(args, first);
+  if (kVector && size - first >= kPerThread) {
+    float4 v = *reinterpret_cast<const float4*>(args.x + first);
+    v.x = grid.apply(v.x);
+    v.y = grid.apply(v.y);
+    v.z = grid.apply(v.z);
+    v.w = grid.apply(v.w);
+    *reinterpret_cast<float4*>(args.y + first) = v;
+    return;
+  }
+  for (Index i = first; i < size && i - first < kPerThread; ++i) args.y[i] = grid.apply(args.x[i]);
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename Index>
+cudaError_t launch(const FakeQuantArgs& args, Index size, cudaStream_t stream) {
+  constexpr Index kPerBlock = kThreads * kPerThread;
+  const Index blocks = (size - 1) / kPerBlock + 1;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const auto kernel = is_aligned(args.x) && is_aligned(args.y) ? fake_quant_kernel<Index, true>
+                                                               : fake_quant_kernel<Index, false>;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, size);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t fake_quant_cuda(const FakeQuantArgs& args, cudaStream_t stream) {
+  const int64_t size = args.outer * args.channels * args.inner;
+  if (size == 0) return cudaSuccess;
+  if (size < (int64_t{1} << 31)) return launch<uint32_t>(args, static_cast<uint32_t>(size), stream);
+  return launch<uint64_t>(args, static_cast<uint64_t>(size), stream);
+}
+
+}  // namespace qk
