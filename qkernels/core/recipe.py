@@ -1,0 +1,237 @@
+"""`Recipe`: what to quantize and how, as a value. Every front end parses into one; `prepare` carries it out."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels.core.observers import OBSERVERS, make_observer
+from qkernels.core.qspec import QSpec
+from qkernels.errors import InvalidArgument, InvalidType
+
+FORMAT = 1
+Options = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class TensorRecipe:
+    """How one kind of tensor gets its grid: the kind of grid, the observer by name, and the observer's options."""
+
+    spec: QSpec
+    observer: str = "minmax"
+    options: Options = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        if self.observer not in OBSERVERS:
+            raise InvalidArgument(f"unknown observer {self.observer!r}; there are {sorted(OBSERVERS)}")
+        try:
+            make_observer(self.observer, self.spec, 1, **dict(self.options))
+        except TypeError as error:
+            raise InvalidArgument(f"observer {self.observer!r}: {error}") from error
+
+    def to_config(self) -> dict:
+        return {"spec": self.spec.to_config(), "observer": self.observer, "options": dict(self.options)}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "TensorRecipe":
+        return cls(QSpec.from_config(config["spec"]), config["observer"], tuple(config["options"].items()))
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which modules or calls a rule is for: `by` is "name" (the path or a parent's), "type" or "regex" (whole path)."""
+
+    by: str
+    pattern: str
+
+    def __post_init__(self):
+        if self.by not in ("name", "type", "regex"):
+            raise InvalidArgument(f"Match: by must be name, type or regex, got {self.by!r}")
+        if self.by == "regex":
+            re.compile(self.pattern)
+
+    @classmethod
+    def of(cls, what: "str | type | re.Pattern | Match") -> "Match":
+        if isinstance(what, Match):
+            return what
+        if isinstance(what, str):
+            return cls("name", what)
+        if isinstance(what, re.Pattern):
+            return cls("regex", what.pattern)
+        if isinstance(what, type) and issubclass(what, nn.Module):
+            return cls("type", type_name(what))
+        raise InvalidType(f"a module is named by its path, a Module class or a compiled regex, got {what!r}")
+
+    def __call__(self, path: str, types: Iterable[str]) -> bool:
+        """Whether it fits something at `path` that lies in modules of `types` (its own first)."""
+        if self.by == "name":
+            return path == self.pattern or path.startswith(self.pattern + ".")
+        if self.by == "regex":
+            return re.fullmatch(self.pattern, path) is not None
+        return self.pattern in types
+
+
+def type_name(cls: type) -> str:
+    """`Conv2d` for torch.nn classes, the full dotted name for others."""
+    return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+@dataclass(frozen=True)
+class Override:
+    """A rule for some modules: other tensors' recipes (None: as the rest), or `skip` to leave them float."""
+
+    match: Match
+    activation: TensorRecipe | None = None
+    weight: TensorRecipe | None = None
+    skip: bool = False
+
+    def to_config(self) -> dict:
+        return {
+            "by": self.match.by,
+            "pattern": self.match.pattern,
+            "activation": self.activation and self.activation.to_config(),
+            "weight": self.weight and self.weight.to_config(),
+            "skip": self.skip,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Override":
+        return cls(
+            Match(config["by"], config["pattern"]),
+            config["activation"] and TensorRecipe.from_config(config["activation"]),
+            config["weight"] and TensorRecipe.from_config(config["weight"]),
+            config["skip"],
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to quantize and how.
+
+    Attributes:
+        activation: grids of inputs and outputs of layers.
+        weight: grids of weights.
+        overrides: rules for some modules by path, type or regex; where several fit, the last one wins.
+
+    >>> Recipe.from_json(RECIPES["int8"].to_json()) == RECIPES["int8"]
+    True
+    """
+
+    activation: TensorRecipe = field(default_factory=lambda: TensorRecipe(QSpec.activation(), "histogram"))
+    weight: TensorRecipe = field(default_factory=lambda: TensorRecipe(QSpec.weight(), "minmax"))
+    overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        if self.activation.spec.per_channel:
+            raise InvalidArgument("Recipe: activations take one grid for the whole tensor, got per_channel=True")
+        if self.weight.spec.dtype != torch.int8:
+            raise InvalidArgument(f"Recipe: weights must be int8, got {self.weight.spec.dtype}")
+
+    def for_module(self, path: str, types: Iterable[str] = ()) -> "Override":
+        """The recipes for the module at `path`: an Override with everything filled in."""
+        found = Override(Match("name", path), self.activation, self.weight)
+        types = tuple(types)
+        for rule in self.overrides:
+            if rule.match(path, types):
+                found = replace(
+                    found,
+                    activation=rule.activation or found.activation,
+                    weight=rule.weight or found.weight,
+                    skip=rule.skip,
+                )
+        return found
+
+    def skipping(self, *what: "str | type | re.Pattern") -> "Recipe":
+        """The same recipe that leaves the named modules float."""
+        return replace(self, overrides=(*self.overrides, *(Override(Match.of(w), skip=True) for w in what)))
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "activation": self.activation.to_config(),
+                "weight": self.weight.to_config(),
+                "overrides": [rule.to_config() for rule in self.overrides],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        config = json.loads(text)
+        if config.get("format") != FORMAT:
+            raise InvalidArgument(f"Recipe: format must be {FORMAT}, got {config.get('format')!r}")
+        return cls(
+            TensorRecipe.from_config(config["activation"]),
+            TensorRecipe.from_config(config["weight"]),
+            tuple(Override.from_config(rule) for rule in config["overrides"]),
+        )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "int8": Recipe(),
+    "int8_minmax": Recipe(activation=TensorRecipe(QSpec.activation(), "minmax")),
+}
+GRANULARITIES = {"per_channel": True, "per_tensor": False}
+
+
+def make_recipe(
+    recipe: "str | Recipe" = "int8",
+    *,
+    observer: str | None = None,
+    observer_options: Mapping[str, Any] | None = None,
+    weight_observer: str | None = None,
+    weight_granularity: str | None = None,
+    bits: int | None = None,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    symmetric_activations: bool | None = None,
+    skip: Iterable["str | type | re.Pattern"] = (),
+) -> Recipe:
+    """A recipe from a name or a Recipe, changed by keyword options.
+
+    Args:
+        recipe: a name in `RECIPES` or a Recipe.
+        observer, observer_options: how activation ranges are chosen.
+        weight_observer: how weight ranges are chosen ("minmax" or "mse").
+        weight_granularity: "per_channel" or "per_tensor".
+        bits: of weights and activations, 2 to 8; weight_bits and activation_bits set one of them.
+        symmetric_activations: the zero point is the middle code.
+        skip: modules to leave float, each by path (its children included), Module class or compiled regex.
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise InvalidArgument(f"unknown recipe {recipe!r}; there are {sorted(RECIPES)}")
+        recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe):
+        raise InvalidType(f"recipe must be a name or a Recipe, got {type(recipe).__name__}")
+    activation, weight = recipe.activation, recipe.weight
+    activation_bits = activation_bits if activation_bits is not None else bits
+    if activation_bits is not None or symmetric_activations is not None:
+        old = activation.spec
+        spec = old if activation_bits is None else QSpec.activation(activation_bits, old.dtype)
+        symmetric = old.symmetric if symmetric_activations is None else symmetric_activations
+        activation = replace(activation, spec=replace(spec, symmetric=symmetric))
+    if observer is not None:
+        activation = replace(activation, observer=observer, options=tuple((observer_options or {}).items()))
+    elif observer_options is not None:
+        activation = replace(activation, options=tuple(observer_options.items()))
+    weight_bits = weight_bits if weight_bits is not None else bits
+    if weight_bits is not None:
+        weight = replace(weight, spec=QSpec.weight(weight_bits, weight.spec.per_channel))
+    if weight_granularity is not None:
+        if weight_granularity not in GRANULARITIES:
+            raise InvalidArgument(
+                f"weight_granularity must be one of {list(GRANULARITIES)}, got {weight_granularity!r}"
+            )
+        weight = replace(weight, spec=replace(weight.spec, per_channel=GRANULARITIES[weight_granularity]))
+    if weight_observer is not None:
+        weight = replace(weight, observer=weight_observer)
+    if isinstance(skip, (str, type, re.Pattern)):
+        skip = (skip,)
+    return replace(recipe, activation=activation, weight=weight).skipping(*skip)

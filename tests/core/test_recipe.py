@@ -1,0 +1,81 @@
+"""Recipes are values: equality, json, options, rules for some modules."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from qkernels.core.qspec import QSpec
+from qkernels.core.recipe import RECIPES, Match, Override, Recipe, TensorRecipe, make_recipe
+from qkernels.errors import InvalidArgument, InvalidType
+
+
+def test_options_change_only_what_they_name():
+    base = RECIPES["int8"]
+    changed = make_recipe("int8", observer="percentile", observer_options={"percentile": 99.0})
+    assert changed.weight == base.weight
+    assert changed.activation == TensorRecipe(QSpec.activation(), "percentile", (("percentile", 99.0),))
+    assert make_recipe(weight_granularity="per_tensor").weight.spec == QSpec.weight(per_channel=False)
+    four = make_recipe(bits=4)
+    assert (four.activation.spec, four.weight.spec) == (QSpec.activation(4), QSpec.weight(4))
+    assert make_recipe(weight_bits=4).activation == base.activation
+    assert make_recipe(symmetric_activations=True).activation.spec.symmetric
+
+
+def test_a_recipe_survives_json():
+    recipe = make_recipe(
+        bits=6,
+        observer="moving_average",
+        observer_options={"momentum": 0.1},
+        skip=["head", nn.Linear, re.compile("a.*b")],
+    )
+    rule = Override(Match.of("x"), activation=TensorRecipe(QSpec.activation(4), "minmax"))
+    recipe = Recipe(recipe.activation, recipe.weight, (*recipe.overrides, rule))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert hash(Recipe.from_json(recipe.to_json())) == hash(recipe)
+    assert recipe != make_recipe(bits=6)
+
+
+def test_names_cover_children_and_regexes_whole_paths():
+    recipe = make_recipe(skip=["layer1", nn.LayerNorm, re.compile(r".*\.conv2")])
+    assert recipe.for_module("layer1").skip
+    assert recipe.for_module("layer1.0.conv").skip
+    assert not recipe.for_module("layer10.conv").skip
+    assert recipe.for_module("layer2.conv2").skip
+    assert not recipe.for_module("layer2.conv22").skip
+    assert recipe.for_module("norm", ["LayerNorm"]).skip
+
+
+def test_the_last_rule_that_fits_wins():
+    keep = Override(Match.of("body.last"))
+    recipe = make_recipe(skip=["body"])
+    recipe = Recipe(recipe.activation, recipe.weight, (*recipe.overrides, keep))
+    assert recipe.for_module("body.first").skip
+    assert not recipe.for_module("body.last").skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"recipe": "int7"}, InvalidArgument, "int7"),
+        ({"recipe": 8}, InvalidType, "int"),
+        ({"observer": "best"}, InvalidArgument, "best"),
+        ({"observer": "minmax", "observer_options": {"bins": 3}}, InvalidArgument, "bins"),
+        ({"bits": 1}, InvalidArgument, "bits"),
+        ({"weight_granularity": "row"}, InvalidArgument, "row"),
+        ({"weight_observer": "histogram"}, InvalidArgument, "per tensor"),
+        ({"skip": [3]}, InvalidType, "3"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        make_recipe(**options)
+
+
+def test_unsigned_weights_and_per_channel_activations_are_refused():
+    with pytest.raises(InvalidArgument, match="int8"):
+        Recipe(weight=TensorRecipe(QSpec()))
+    with pytest.raises(InvalidArgument, match="whole tensor"):
+        Recipe(activation=TensorRecipe(QSpec(per_channel=True)))
+    assert torch.uint8 == Recipe().activation.spec.dtype
