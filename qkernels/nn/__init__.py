@@ -1,0 +1,24 @@
+"""Converted layers: ordinary modules on int8 and uint8 tensors. Importing this package fills core's lowering table."""
+
+from qkernels.nn.base import QLayer
+from qkernels.nn.conv import QConv
+from qkernels.nn.elementwise import QAdd, QCat, QLookup, QMul
+from qkernels.nn.io import Dequantize, Quantize
+from qkernels.nn.linear import QLinear
+from qkernels.nn.pool import QAdaptiveAvgPool, QAvgPool, QInterpolate, QMaxPool
+
+__all__ = [
+    "Dequantize",
+    "QAdaptiveAvgPool",
+    "QAdd",
+    "QAvgPool",
+    "QCat",
+    "QConv",
+    "QInterpolate",
+    "QLayer",
+    "QLinear",
+    "QLookup",
+    "QMaxPool",
+    "QMul",
+    "Quantize",
+]

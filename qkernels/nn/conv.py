@@ -1,0 +1,104 @@
+"""Convolution and transposed convolution in one to three dimensions on integers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qkernels import ops, reference
+from qkernels.core.lowering import LoweringUnit, lowers
+from qkernels.core.registry import layer
+from qkernels.errors import InvalidArgument
+from qkernels.nn.weighted import WeightedLayer, quantized_weight
+
+
+@layer("conv")
+class QConv(WeightedLayer):
+    """conv1d/2d/3d and their transposes; the weight in torch's layout.
+
+    Options, lists of one entry a spatial dimension: stride, padding ([before, after] pairs), dilation, output_padding;
+    groups; transposed; padding_mode.
+    """
+
+    def _geometry(self) -> tuple[Any, ...]:
+        o = self.options
+        padding = [side for pair in o["padding"] for side in pair]
+        return o["stride"], padding, o["dilation"], o["groups"], o["transposed"], o["padding_mode"]
+
+    def _derive(self) -> tuple[Any, ...]:
+        return ops.conv_pack(*self._canonical(), *self._geometry()), self._epilogue().dtype, {}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check(x, "input")
+        self._check_residual(residual)
+        packed, dtype, sizes = self.derived()
+        spatial = x.shape[2:]
+        size = sizes.get(spatial)
+        if size is None:
+            size = sizes[spatial] = self._output_size(x)
+        return ops.conv(x, packed, residual, size, dtype)
+
+    def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check(x, "input")
+        self._check_residual(residual)
+        return reference.conv(x, *self._canonical(), *self._geometry(), self._output_size(x), residual)
+
+    def _output_size(self, x: Tensor) -> list[int]:
+        """The spatial size of the output."""
+        o, kernel = self.options, self._buffers["weight"].shape[2:]
+        if x.dim() != len(kernel) + 2:
+            raise InvalidArgument(
+                f"{self._where()}: input must be [N, C, {len(kernel)} spatial dims], got {list(x.shape)}"
+            )
+        size = []
+        for i, (n, k) in enumerate(zip(x.shape[2:], kernel, strict=True)):
+            pad, reach = sum(o["padding"][i]), o["dilation"][i] * (k - 1)
+            if o["transposed"]:
+                size.append((n - 1) * o["stride"][i] - pad + reach + o["output_padding"][i] + 1)
+            else:
+                size.append((n + pad - reach - 1) // o["stride"][i] + 1)
+        if min(size) < 1:
+            raise InvalidArgument(f"{self._where()}: input {list(x.shape)} is smaller than the kernel {list(kernel)}")
+        return size
+
+    def extra_repr(self) -> str:
+        shape = list(self._buffers["weight"].shape)
+        return f"weight={shape}, bias={self._buffers['bias'] is not None}, {super().extra_repr()}"
+
+
+def per_dim(value: int | Sequence[int], dims: int) -> list[int]:
+    """One entry a spatial dimension, as torch expands a single number."""
+    values = [value] if isinstance(value, int) else list(value)
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]
+
+
+def padding_pairs(
+    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> list[list[int]]:
+    """[before, after] for each spatial dimension. 'same' puts the odd element after, as torch does."""
+    if padding == "valid":
+        return [[0, 0] for _ in kernel]
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [[t // 2, t - t // 2] for t in total]
+    return [[p, p] for p in per_dim(padding, len(kernel))]
+
+
+@lowers("conv")
+def lower_conv(unit: LoweringUnit) -> QConv:
+    kernel = unit.weight.shape[2:]
+    dims = len(kernel)
+    transposed = bool(unit.option("transposed", False))
+    dilation = per_dim(unit.option("dilation", 1), dims)
+    options = {
+        "stride": per_dim(unit.option("stride", 1), dims),
+        "padding": padding_pairs(unit.option("padding", 0), kernel, dilation),
+        "dilation": dilation,
+        "groups": int(unit.option("groups", 1)),
+        "transposed": transposed,
+        "output_padding": per_dim(unit.option("output_padding", 0) if transposed else 0, dims),
+        "padding_mode": unit.option("padding_mode", "zeros"),
+    }
+    return QConv(
+        unit.inputs[0], quantized_weight(unit), unit.weight_qparams, unit.bias, unit.output, unit.clamp, options
+    )

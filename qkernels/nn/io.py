@@ -1,0 +1,50 @@
+"""The borders of the integer part of a network: float -> codes and codes -> float."""
+
+import torch
+from torch import Tensor
+
+from qkernels import ops, reference
+from qkernels.core.qspec import QParams
+from qkernels.core.registry import layer
+from qkernels.errors import InvalidType
+from qkernels.nn.base import QLayer
+
+
+@layer("quantize")
+class Quantize(QLayer):
+    """Float tensor -> integer codes on the grid `output`."""
+
+    def __init__(self, output: QParams):
+        super().__init__([], output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, ops.quantize)
+
+    def reference_forward(self, x: Tensor) -> Tensor:
+        return self._run(x, reference.quantize)
+
+    def _run(self, x: Tensor, quantize) -> Tensor:
+        if not x.is_floating_point():
+            raise InvalidType(f"{self._where()}: input must be a float tensor, got {x.dtype} {list(x.shape)}")
+        meta = self._grids["output"]
+        scale, zero_point = self._buffers["output_scale"], self._buffers["output_zero_point"]
+        return quantize(x, scale, zero_point, meta["axis"], meta["qmin"], meta["qmax"], meta["dtype"])
+
+
+@layer("dequantize")
+class Dequantize(QLayer):
+    """Integer codes on the grid `input` -> float32."""
+
+    def __init__(self, input: QParams):
+        super().__init__([input], None)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self._run(q, ops.dequantize)
+
+    def reference_forward(self, q: Tensor) -> Tensor:
+        return self._run(q, reference.dequantize)
+
+    def _run(self, q: Tensor, dequantize) -> Tensor:
+        self._check(q, "input")
+        scale, zero_point = self._buffers["input_scale"], self._buffers["input_zero_point"]
+        return dequantize(q, scale, zero_point, self._grids["input"]["axis"], torch.float32)

@@ -1,0 +1,40 @@
+"""Fully connected layer on integers."""
+
+from typing import Any
+
+from torch import Tensor
+
+from qkernels import ops, reference
+from qkernels.core.lowering import LoweringUnit, lowers
+from qkernels.core.registry import layer
+from qkernels.nn.weighted import WeightedLayer, quantized_weight
+
+
+@layer("linear")
+class QLinear(WeightedLayer):
+    """`x @ weight.T + bias` over the last dimension, with the weight [out_features, in_features]."""
+
+    def _derive(self) -> tuple[Any, ...]:
+        weight = self._buffers["weight"]
+        dtype = self._epilogue().dtype
+        return ops.linear_pack(*self._canonical()), weight.shape[0], dtype
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check(x, "input")
+        self._check_residual(residual)
+        packed, out_features, dtype = self.derived()
+        return ops.linear(x, packed, residual, out_features, dtype)
+
+    def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check(x, "input")
+        self._check_residual(residual)
+        return reference.linear(x, *self._canonical(), residual)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self._buffers["weight"].shape
+        return f"{in_features}, {out_features}, bias={self._buffers['bias'] is not None}, {super().extra_repr()}"
+
+
+@lowers("linear")
+def lower_linear(unit: LoweringUnit) -> QLinear:
+    return QLinear(unit.inputs[0], quantized_weight(unit), unit.weight_qparams, unit.bias, unit.output, unit.clamp)
