@@ -1,33 +1,34 @@
 #include "csrc/fake_quant/fake_quant.h"
 
-#include "python/adapt.h"
+#include "python/layout.h"
 
 namespace qk::seam {
 namespace {
 
-void fake_quant_out(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+void fake_quant_out(Tensor x, const Tensor& scale, const Tensor& zero_point,
                     std::optional<int64_t> axis, int64_t qmin, int64_t qmax, Tensor out) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "fake_quant: x must be float32, got ",
-                  dtype_text(x.scalar_type()));
+  const FloatType type = check_float_type("fake_quant", "x", x);
   axis = check_axis("fake_quant", x, axis);
   const GridView grid = check_grid("fake_quant", x, scale, zero_point, axis, qmin, qmax);
-  const ChannelSplit split = split_channels(x, axis);
-  const Tensor xc = torch::stable::contiguous(x);
-  qk::fake_quant({.x = xc.const_data_ptr<float>(),
-                  .y = out.mutable_data_ptr<float>(),
-                  .outer = split.outer,
-                  .channels = split.channels,
-                  .inner = split.inner,
-                  .scale = grid.scale,
-                  .zero_point = grid.zero_point,
+  constexpr int64_t kLargest = int64_t{1}
+                               << 23;  // offsets from the zero point stay exact in float32
+  STD_TORCH_CHECK(qmin >= -kLargest && qmax <= kLargest,
+                  "fake_quant: qmin and qmax must be in [-2^23, 2^23], got qmin ", qmin,
+                  " and qmax ", qmax);
+  check_out("fake_quant", x, out, x.scalar_type());
+  const GridLayout layout = plan_grid(out, &x, axis, grid);
+  qk::fake_quant({.x = x.const_data_ptr(),
+                  .y = out.mutable_data_ptr(),
+                  .type = type,
                   .qmin = static_cast<int32_t>(qmin),
-                  .qmax = static_cast<int32_t>(qmax)},
+                  .qmax = static_cast<int32_t>(qmax),
+                  .grid = layout},
                  torch_threads());
 }
 
 Tensor fake_quant(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                   std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
-  Tensor out = torch::stable::empty(x.sizes(), x.scalar_type());
+  Tensor out = empty_like(x, x.scalar_type());
   fake_quant_out(x, scale, zero_point, axis, qmin, qmax, out);
   return out;
 }

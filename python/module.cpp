@@ -9,6 +9,9 @@
 
 #include "csrc/base/cpu.h"
 #include "csrc/fake_quant/fake_quant.h"
+#include "csrc/pointwise/pointwise.h"
+#include "csrc/pool/pool.h"
+#include "csrc/quantize/quantize.h"
 
 namespace py = pybind11;
 
@@ -21,10 +24,31 @@ KernelLists list_kernels() {
   using namespace qk;
   const CpuFeatures active = cpu_features_active();
   KernelLists lists;
-#define QK_FAKE_QUANT_KERNEL(need, name) \
+#define QK_FAKE_QUANT_KERNEL(need, type, name) \
   lists["fake_quant"].emplace_back(#name, has_features(active, need));
 #include "csrc/fake_quant/kernels.inc"
 #undef QK_FAKE_QUANT_KERNEL
+#define QK_QUANTIZE_KERNEL(need, type, name) \
+  lists["quantize"].emplace_back(#name, has_features(active, need));
+#define QK_DEQUANTIZE_KERNEL(need, type, name) \
+  lists["dequantize"].emplace_back(#name, has_features(active, need));
+#include "csrc/quantize/kernels.inc"
+#undef QK_QUANTIZE_KERNEL
+#undef QK_DEQUANTIZE_KERNEL
+#define QK_LOOKUP_KERNEL(need, name) \
+  lists["lookup"].emplace_back(#name, has_features(active, need));
+#define QK_BINARY_KERNEL(need, op, name) \
+  lists[op == BinaryOp::kAdd ? "add" : "mul"].emplace_back(#name, has_features(active, need));
+#include "csrc/pointwise/kernels.inc"
+#undef QK_LOOKUP_KERNEL
+#undef QK_BINARY_KERNEL
+#define QK_MAX_POOL_KERNEL(need, name) \
+  lists["max_pool"].emplace_back(#name, has_features(active, need));
+#define QK_AVG_POOL_KERNEL(need, name) \
+  lists["avg_pool"].emplace_back(#name, has_features(active, need));
+#include "csrc/pool/kernels.inc"
+#undef QK_MAX_POOL_KERNEL
+#undef QK_AVG_POOL_KERNEL
   return lists;
 }
 

@@ -3,7 +3,10 @@
 Slow and simple on purpose. Integer sums are taken in float64 or int64, where they are exact.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,4 +28,166 @@ def quantize_offset(v: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tens
 
 def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int) -> Tensor:
     s, z = _along(scale, x, axis), _along(zero_point, x, axis)
-    return quantize_offset(x * (1.0 / s), z, qmin, qmax) * s
+    offset = quantize_offset(x.float() * (1.0 / s), z, qmin, qmax) + 0.0  # + 0.0: no negative zero
+    return (offset * s).to(x.dtype)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype
+) -> Tensor:
+    s, z = _along(scale, x, axis), _along(zero_point, x, axis)
+    return (quantize_offset(x.float() * (1.0 / s), z, qmin, qmax).to(torch.int32) + z).to(dtype)
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    s, z = _along(scale, q, axis), _along(zero_point, q, axis)
+    return ((q.to(torch.int32) - z).float() * s).to(dtype)
+
+
+# -- elementwise on codes ----------------------------------------------------------------------------------------------
+
+
+def _on_grid(v: Tensor, zero_point: int, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+    """clamp(RNE(v) + zero_point, qmin, qmax) of float32 values in units of the output scale."""
+    z = torch.tensor(zero_point)
+    return (quantize_offset(v, z, qmin, qmax).to(torch.int32) + zero_point).to(dtype)
+
+
+def _f32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def lookup(q: Tensor, table: Tensor) -> Tensor:
+    return table[q.view(torch.uint8).long()]
+
+
+def _dequantize_fma(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """fma(q, scale, -zero_point * scale) in float32."""
+    s = _f32(scale)
+    offset = torch.tensor(-zero_point, dtype=torch.float32) * s
+    # On the grid of the bits of s, product and sum need fewer than 53 bits: float64 is exact, so .float() rounds once.
+    return (q.double() * s.double() + offset.double()).float()
+
+
+def add(
+    a: Tensor,
+    b: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    total = _dequantize_fma(a, a_scale, a_zero_point) + _dequantize_fma(b, b_scale, b_zero_point)
+    return _on_grid(total * (1.0 / _f32(scale)), zero_point, qmin, qmax, dtype)
+
+
+def mul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    product = (a.to(torch.int32) - a_zero_point) * (b.to(torch.int32) - b_zero_point)
+    multiplier = (_f32(a_scale) * _f32(b_scale)) / _f32(scale)
+    return _on_grid(product.float() * multiplier, zero_point, qmin, qmax, dtype)
+
+
+def cat(tensors: Sequence[Tensor], tables: Tensor, dim: int) -> Tensor:
+    return torch.cat([lookup(t, table) for t, table in zip(tensors, tables, strict=True)], dim)
+
+
+# -- pooling -----------------------------------------------------------------------------------------------------------
+
+_MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVG_POOLS = {2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE_AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def max_pool(
+    q: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool = False,
+) -> Tensor:
+    pool = _MAX_POOLS[q.dim() - 2]
+    args = [list(v) for v in (kernel_size, stride or kernel_size, padding, dilation)]
+    return pool(q.float(), *args, ceil_mode=ceil_mode).to(q.dtype)
+
+
+def _window_sums(x: Tensor, kernel, stride, padding, ceil_mode) -> Tensor:
+    if x.dim() == 3:  # avg_pool1d has no divisor_override
+        x = x.unsqueeze(2)
+        kernel, stride, padding = [1, *kernel], [1, *stride], [0, *padding]
+        return _window_sums(x, kernel, stride, padding, ceil_mode).squeeze(2)
+    return _AVG_POOLS[x.dim() - 2](x, kernel, stride, padding, ceil_mode, True, 1).round()
+
+
+def _mean(sums: Tensor, inside: Tensor, divisor: Tensor, q_scale, q_zero_point, scale, *grid) -> Tensor:
+    """Exact sums of codes over windows with `inside` elements -> codes of sum / divisor."""
+    centered = (sums - inside * q_zero_point).float()
+    return _on_grid(centered * ((_f32(q_scale) / _f32(scale)) / divisor.float()), *grid)
+
+
+def avg_pool(
+    q: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    q_scale: float,
+    q_zero_point: int,
+    scale: float,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    windows = (list(kernel_size), list(stride or kernel_size), list(padding), ceil_mode)
+    ones = torch.ones(1, 1, *q.shape[2:], dtype=torch.float64)
+    sums, inside = _window_sums(q.double(), *windows), _window_sums(ones, *windows)
+    divisor = inside
+    if divisor_override is not None:
+        divisor = torch.full_like(inside, divisor_override)
+    elif count_include_pad:
+        pool = {1: F.avg_pool1d, **_AVG_POOLS}[q.dim() - 2]
+        divisor = (inside / pool(ones, *windows, count_include_pad=True)).round()
+    return _mean(sums, inside, divisor, q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype)
+
+
+def adaptive_avg_pool(
+    q: Tensor,
+    output_size: Sequence[int],
+    q_scale: float,
+    q_zero_point: int,
+    scale: float,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    inside = torch.ones(1, 1, *output_size, dtype=torch.float64)
+    for d, (size, out) in enumerate(zip(q.shape[2:], output_size, strict=True), start=2):
+        lengths = [-(-(i + 1) * size // out) - i * size // out for i in range(out)]
+        shape = [1] * q.dim()
+        shape[d] = out
+        inside = inside * torch.tensor(lengths, dtype=torch.float64).reshape(shape)
+    sums = (_ADAPTIVE_AVG_POOLS[q.dim() - 2](q.double(), list(output_size)) * inside).round()
+    return _mean(sums, inside, inside, q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype)

@@ -9,6 +9,8 @@
 //   q = clamp(RNE((float(acc) + addend) * multiplier) + zp, qmin, qmax)
 //                addend = bias / (sx * sw), multiplier = (sx * sw) / so
 //   add          q = quantize(fma(qa, sa, -za*sa) + fma(qb, sb, -zb*sb), 1/so)
+//   mul          q = clamp(RNE(float((qa-za) * (qb-zb)) * ((sa*sb)/so)) + zo, qmin, qmax)
+//   mean         q = clamp(RNE(float(sum(q - z)) * ((s/so)/float(count))) + zo, qmin, qmax)
 #pragma once
 
 #include <cmath>
@@ -58,7 +60,8 @@ QK_HD float dequantize(int32_t q, float scale, int32_t zp) {
 
 QK_HD float fake_quant(float x, float scale, float inv_scale, int32_t zp, int32_t qmin,
                        int32_t qmax) {
-  return quantize_offset(x * inv_scale, zp, qmin, qmax) * scale;
+  // + 0.0f turns -0 into the +0 that a trip through integers gives.
+  return (quantize_offset(x * inv_scale, zp, qmin, qmax) + 0.0f) * scale;
 }
 
 QK_HD int32_t requantize(int32_t acc, float addend, float multiplier, int32_t zp, int32_t qmin,
@@ -75,6 +78,29 @@ QK_HD float dequantize_fma(int32_t q, float scale, float neg_zp_times_scale) {
 #else
   return __builtin_fmaf(static_cast<float>(q), scale, neg_zp_times_scale);
 #endif
+}
+
+// The sum of two codes on the grid (1.0f / inv_scale, zp): what `add` and a fused residual compute.
+QK_HD int32_t add_codes(int32_t qa, float a_scale, float a_offset, int32_t qb, float b_scale,
+                        float b_offset, float inv_scale, int32_t zp, int32_t qmin, int32_t qmax) {
+  const float sum = dequantize_fma(qa, a_scale, a_offset) + dequantize_fma(qb, b_scale, b_offset);
+  return quantize(sum, inv_scale, zp, qmin, qmax);
+}
+
+// The `a_offset` of add_codes: -zp * scale.
+QK_HD float add_offset(float scale, int32_t zp) { return static_cast<float>(-zp) * scale; }
+
+// The product of two codes; multiplier = (a_scale * b_scale) / scale.
+QK_HD int32_t mul_codes(int32_t qa, int32_t za, int32_t qb, int32_t zb, float multiplier,
+                        int32_t zp, int32_t qmin, int32_t qmax) {
+  return quantize(static_cast<float>((qa - za) * (qb - zb)), multiplier, zp, qmin, qmax);
+}
+
+// The mean of a window: centered_sum = sum(q - zp_in), scale_ratio = s_in / s_out.
+QK_HD int32_t mean_code(int32_t centered_sum, float scale_ratio, int32_t divisor, int32_t zp,
+                        int32_t qmin, int32_t qmax) {
+  return quantize(static_cast<float>(centered_sum), scale_ratio / static_cast<float>(divisor), zp,
+                  qmin, qmax);
 }
 
 }  // namespace qk

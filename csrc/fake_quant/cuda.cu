@@ -11,7 +11,7 @@ constexpr int kPerThread = 4;
 template <typename Index>
 class Grid {
  public:
-  __device__ Grid(const FakeQuantArgs& args, Index element)
+  __device__ Grid(const FakeQuantCudaArgs& args, Index element)
       : args_(args),
         channels_(static_cast<Index>(args.channels)),
         inner_(static_cast<Index>(args.inner)),
@@ -38,7 +38,7 @@ class Grid {
     zero_point_ = args_.zero_point[channel_];
   }
 
-  const FakeQuantArgs& args_;
+  const FakeQuantCudaArgs& args_;
   const Index channels_, inner_;
   Index channel_, within_;
   float scale_, inv_scale_;
@@ -48,7 +48,7 @@ class Grid {
 // Index is 32-bit where the tensor allows it: 64-bit division is slow on a GPU.
 template <typename Index, bool kVector>
 __global__ void __launch_bounds__(kThreads)
-    fake_quant_kernel(const __grid_constant__ FakeQuantArgs args, Index size) {
+    fake_quant_kernel(const __grid_constant__ FakeQuantCudaArgs args, Index size) {
   const Index first = (static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   if (first >= size) return;
   Grid<Index> grid(args, first);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename Index>
-cudaError_t launch(const FakeQuantArgs& args, Index size, cudaStream_t stream) {
+cudaError_t launch(const FakeQuantCudaArgs& args, Index size, cudaStream_t stream) {
   constexpr Index kPerBlock = kThreads * kPerThread;
   const Index blocks = (size - 1) / kPerBlock + 1;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
@@ -79,7 +79,7 @@ cudaError_t launch(const FakeQuantArgs& args, Index size, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t fake_quant_cuda(const FakeQuantArgs& args, cudaStream_t stream) {
+cudaError_t fake_quant_cuda(const FakeQuantCudaArgs& args, cudaStream_t stream) {
   const int64_t size = args.outer * args.channels * args.inner;
   if (size == 0) return cudaSuccess;
   if (size < (int64_t{1} << 31)) return launch<uint32_t>(args, static_cast<uint32_t>(size), stream);

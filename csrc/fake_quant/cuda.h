@@ -8,10 +8,23 @@
 
 #include <cuda_runtime_api.h>
 
-#include "csrc/fake_quant/fake_quant.h"
+#include <cstdint>
 
 namespace qk {
 
-cudaError_t fake_quant_cuda(const FakeQuantArgs& args, cudaStream_t stream);
+// x and y are dense float32 [outer, channels, inner]; channels == 1 is the per-tensor case.
+struct FakeQuantCudaArgs {
+  const float* x;
+  float* y;
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+  const float* scale;         // [channels]
+  const int32_t* zero_point;  // [channels]
+  int32_t qmin;
+  int32_t qmax;
+};
+
+cudaError_t fake_quant_cuda(const FakeQuantCudaArgs& args, cudaStream_t stream);
 
 }  // namespace qk

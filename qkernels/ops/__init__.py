@@ -3,6 +3,23 @@
 This package is the only user of `torch.ops.qkernels`. `qkernels.reference` holds the same operations in plain torch.
 """
 
+from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.fake_quant import fake_quant, fake_quant_out
+from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
+from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
 
-__all__ = ["fake_quant", "fake_quant_out"]
+__all__ = [
+    "adaptive_avg_pool",
+    "add",
+    "avg_pool",
+    "cat",
+    "dequantize",
+    "dequantize_out",
+    "fake_quant",
+    "fake_quant_out",
+    "lookup",
+    "max_pool",
+    "mul",
+    "quantize",
+    "quantize_out",
+]

@@ -10,15 +10,15 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, q
     """Rounds `x` to the grid and back: `(clamp(RNE(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
 
     Args:
-        x: float32 tensor of any shape.
+        x: float32, bfloat16 or float16 tensor of any shape and layout (computed in float32, rounded once).
         scale: float32, positive and normal; 1 element, or one a channel of `axis`.
         zero_point: int32 in [qmin, qmax], same number of elements as `scale`.
         axis: the channel dimension, or None for one grid for the whole tensor.
         qmin, qmax: the ends of the integer grid.
 
     Returns:
-        A float32 tensor of the shape of `x`, bit-equal to `torch.fake_quantize_per_tensor_affine` on finite input. NaN
-        maps to qmin; infinities saturate.
+        A tensor of the dtype, shape and layout of `x`, bit-equal to `torch.fake_quantize_per_tensor_affine` on finite
+        input. NaN maps to qmin; infinities saturate.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
@@ -35,7 +35,7 @@ def fake_quant_out(
     qmax: int,
     out: Tensor,
 ) -> Tensor:
-    """`fake_quant` into `out` (same shape, dtype and layout as `x`); returns `out`."""
+    """`fake_quant` into `out` (dense; dtype, shape and layout of `x`); returns `out`."""
     _ops.fake_quant_out.default(x, scale, zero_point, axis, qmin, qmax, out)
     return out
 

@@ -36,10 +36,18 @@ void run_equals_scalar(Rng& rng) {
         CONTEXT("n=", n, " scale=", grid.scale, " zero_point=", grid.zero_point);
         Guarded<float> x(n, touches), y(n, touches), expected(n, touches);
         fill_hostile(x, grid.scale, rng);
-        fake_quant_f32_scalar(x.data(), expected.data(), n, grid.scale, grid.zero_point, grid.qmin,
-                              grid.qmax);
-        select_fake_quant_kernel()(x.data(), y.data(), n, grid.scale, grid.zero_point, grid.qmin,
-                                   grid.qmax);
+        const float inv_scale = 1.0f / grid.scale;
+        FakeQuantRun run{.x = x.data(),
+                         .y = expected.data(),
+                         .n = n,
+                         .grid = {&grid.scale, &inv_scale, &grid.zero_point, false},
+                         .qmin = grid.qmin,
+                         .qmax = grid.qmax,
+                         .stream = false};
+        fake_quant_f32_scalar(run);
+        run.y = y.data();
+        run.stream = rng.chance(0.5);
+        select_fake_quant_kernel(FloatType::kFloat32)(run);
         CHECK(same_bytes(y.data(), expected.data(), n));
       }
     }
@@ -55,8 +63,19 @@ void threads_do_not_change_bits(Rng& rng) {
     scale[c] = rng.real(0.01f, 0.1f);
     zero_point[c] = static_cast<int32_t>(rng.integer(-128, 127));
   }
-  FakeQuantArgs args{x.data(),     expected.data(),   outer, channels, inner,
-                     scale.data(), zero_point.data(), -128,  127};
+  StridedLayout<2> walk;
+  walk.dims = 3;
+  const int64_t sizes[3] = {outer, channels, inner}, strides[3] = {channels * inner, inner, 1};
+  for (int d = 0; d < 3; ++d) {
+    walk.size[d] = sizes[d];
+    walk.stride[0][d] = walk.stride[1][d] = strides[d];
+  }
+  FakeQuantArgs args{.x = x.data(),
+                     .y = expected.data(),
+                     .type = FloatType::kFloat32,
+                     .qmin = -128,
+                     .qmax = 127,
+                     .grid = {walk, 1, scale.data(), zero_point.data()}};
   fake_quant(args, kSerial);
   for (int count : {2, 3, 64, 500}) {
     CONTEXT("threads=", count);

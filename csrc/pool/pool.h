@@ -1,0 +1,86 @@
+// Pooling of 8-bit codes over windows of the spatial dimensions.
+//
+//   max_pool  out = max of the codes in the window; padding never wins
+//   avg_pool  out = clamp(RNE(float(sum(q - z)) * ((s/so)/float(divisor))) + zo, qmin, qmax), the
+//             sum over the part of the window inside the input; divisor: the window's elements
+//             (with or without padding), or a given number
+//   adaptive  avg_pool over windows [floor(i*n/out), ceil((i+1)*n/out))
+//
+// Layout: input [batch, depth, height, width, channels] and output alike, dense; 1-d and 2-d pools
+// have depth (and height) 1.
+// Memory: owned by the caller; the output must not overlap the input.
+// Numbers: bit-equal on every ISA and for every thread count (integer sums are exact; a window has
+// at most kMaxPoolWindow elements).
+// Trick: one kernel call reduces one window for all channels: the taps are a strided box, clipped
+// to the input outside of the kernel, so that padding costs nothing inside.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/base/cpu.h"
+#include "csrc/base/parallel.h"
+
+namespace qk {
+
+inline constexpr int64_t kMaxPoolWindow = int64_t{1} << 22;  // 255 * 2^22 < 2^31
+
+struct PoolGeometry {
+  int64_t batch, channels;
+  int64_t in[3], out[3];  // depth, height, width
+  // Window i of a dimension covers i * stride - padding + {0, dilation, ..., (kernel-1) *
+  // dilation}. Adaptive: none of the four is read.
+  bool adaptive;
+  int64_t kernel[3], stride[3], padding[3], dilation[3];
+};
+
+struct MaxPoolArgs {
+  const uint8_t* q;
+  uint8_t* out;
+  bool is_signed;
+  PoolGeometry geometry;
+};
+
+struct AvgPoolArgs {
+  const uint8_t* q;
+  uint8_t* out;
+  bool q_signed, out_signed;
+  PoolGeometry geometry;
+  bool count_include_pad;
+  int64_t divisor;    // 0: the number of elements in the window
+  float scale_ratio;  // input scale / output scale
+  int32_t q_zero_point, out_zero_point, qmin, qmax;
+};
+
+void max_pool(const MaxPoolArgs& args, const Parallel& parallel);
+void avg_pool(const AvgPoolArgs& args, const Parallel& parallel);
+
+// A box of taps, none outside of the input. Element c of tap (d, h, w) is at
+// base[d * stride[0] + h * stride[1] + w * stride[2] + c].
+struct PoolWindow {
+  const uint8_t* base;
+  int64_t taps[3];
+  int64_t stride[3];
+  int64_t channels;
+  uint8_t* out;
+};
+
+struct MeanGrid {
+  bool q_signed, out_signed;
+  float scale_ratio;
+  int32_t divisor;
+  int32_t q_zero_point, out_zero_point, qmin, qmax;
+};
+
+using MaxPoolKernel = void (*)(const PoolWindow&, bool is_signed);
+using AvgPoolKernel = void (*)(const PoolWindow&, const MeanGrid&);
+
+#define QK_MAX_POOL_KERNEL(features, name) void name(const PoolWindow&, bool);
+#define QK_AVG_POOL_KERNEL(features, name) void name(const PoolWindow&, const MeanGrid&);
+#include "csrc/pool/kernels.inc"
+#undef QK_MAX_POOL_KERNEL
+#undef QK_AVG_POOL_KERNEL
+
+MaxPoolKernel select_max_pool_kernel(CpuFeatures features = cpu_features_active());
+AvgPoolKernel select_avg_pool_kernel(CpuFeatures features = cpu_features_active());
+
+}  // namespace qk

@@ -1,0 +1,46 @@
+// Normative: the formulas of pool.h, one channel at a time.
+#include "csrc/base/numerics.h"
+#include "csrc/pool/pool.h"
+
+namespace qk {
+namespace {
+
+template <typename F>
+QK_HD void for_each_tap(const PoolWindow& window, const F& f) {
+  for (int64_t d = 0; d < window.taps[0]; ++d) {
+    for (int64_t h = 0; h < window.taps[1]; ++h) {
+      for (int64_t w = 0; w < window.taps[2]; ++w) {
+        f(window.base + d * window.stride[0] + h * window.stride[1] + w * window.stride[2]);
+      }
+    }
+  }
+}
+
+QK_HD int32_t code(uint8_t byte, bool is_signed) {
+  return is_signed ? static_cast<int8_t>(byte) : byte;
+}
+
+}  // namespace
+
+void max_pool_scalar(const PoolWindow& window, bool is_signed) {
+  for (int64_t c = 0; c < window.channels; ++c) {
+    int32_t best = is_signed ? -128 : 0;
+    for_each_tap(window, [&](const uint8_t* tap) {
+      const int32_t q = code(tap[c], is_signed);
+      best = q > best ? q : best;
+    });
+    window.out[c] = static_cast<uint8_t>(best);
+  }
+}
+
+void avg_pool_scalar(const PoolWindow& window, const MeanGrid& grid) {
+  const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
+  for (int64_t c = 0; c < window.channels; ++c) {
+    int32_t sum = -static_cast<int32_t>(taps) * grid.q_zero_point;
+    for_each_tap(window, [&](const uint8_t* tap) { sum += code(tap[c], grid.q_signed); });
+    window.out[c] = static_cast<uint8_t>(
+        mean_code(sum, grid.scale_ratio, grid.divisor, grid.out_zero_point, grid.qmin, grid.qmax));
+  }
+}
+
+}  // namespace qk

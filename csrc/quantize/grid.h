@@ -1,0 +1,114 @@
+// How a float grid lies over a tensor: one scale and zero point for all, or one a channel.
+//
+// A kernel sees one run of contiguous elements and a GridSpan: either one grid for the whole run,
+// or (channel innermost, the channels-last activation) one a element.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/base/strided.h"
+
+namespace qk {
+
+struct GridSpan {
+  const float* scale;
+  const float* inv_scale;  // 1.0f / scale
+  const int32_t* zero_point;
+  bool per_element;  // false: element 0 holds for the whole run
+};
+
+// Two operands: 0 the output, 1 the input.
+struct GridLayout {
+  StridedLayout<2> strided;
+  int channel_dim = -1;  // a dimension of `strided`, or -1: per tensor
+  const float* scale = nullptr;
+  const int32_t* zero_point = nullptr;
+};
+
+// Elements of one task: its input and output stay inside L1 and L2.
+inline constexpr int64_t kGridRun = 8192;
+// Channels whose reciprocal scales are prepared at a time when the channel is innermost.
+inline constexpr int64_t kGridBlock = 512;
+
+namespace detail {
+
+struct GridBlock {
+  float scale[kGridBlock];
+  float inv_scale[kGridBlock];
+  int32_t zero_point[kGridBlock];
+
+  // Entry i is channel first + i % period.
+  void fill(const GridLayout& grid, int64_t first, int64_t period, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t c = first + i % period;
+      scale[i] = grid.scale[c];
+      zero_point[i] = grid.zero_point[c];
+    }
+    for (int64_t i = 0; i < n; ++i) inv_scale[i] = 1.0f / scale[i];
+  }
+};
+
+// Rows of one element a channel. Narrow dense rows are folded: k rows of C channels become one row
+// of k * C.
+template <typename F>
+void for_each_channel_row(const GridLayout& grid, const Parallel& parallel, int64_t work_ns,
+                          const F& f) {
+  const StridedLayout<2>& in = grid.strided;
+  const int64_t channels = in.inner(), rows = in.rows();
+  const bool dense =
+      in.dims == 1 || (in.dims == 2 && in.stride[0][0] == channels && in.stride[1][0] == channels);
+  const int64_t fold = dense && channels <= kGridBlock / 2 ? kGridBlock / channels : 1;
+  const int64_t row_elements = fold * channels;
+  const int64_t blocks = (row_elements + kGridBlock - 1) / kGridBlock;
+  const int64_t folded_rows = (rows + fold - 1) / fold;
+  const int64_t width = row_elements < kGridBlock ? row_elements : kGridBlock;
+  const int64_t chunk = kGridRun / width;  // rows in one task
+  const int64_t chunks = (folded_rows + chunk - 1) / chunk;
+  parallel.for_each_range(blocks * chunks, work_ns, [&](int64_t begin, int64_t end) {
+    GridBlock prepared;
+    int64_t prepared_block = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / chunks, first_row = (task % chunks) * chunk;
+      const int64_t first = block * kGridBlock;
+      const int64_t n = row_elements - first < kGridBlock ? row_elements - first : kGridBlock;
+      if (block != prepared_block) prepared.fill(grid, first, channels, n);
+      prepared_block = block;
+      const GridSpan span{prepared.scale, prepared.inv_scale, prepared.zero_point, true};
+      const int64_t last_row = first_row + chunk < folded_rows ? first_row + chunk : folded_rows;
+      if (fold > 1) {
+        for (int64_t row = first_row; row < last_row; ++row) {
+          const int64_t offset = row * row_elements, left = rows * channels - offset;
+          f(offset, offset, left < n ? left : n, span);
+        }
+      } else {
+        StridedCursor<2> cursor(in, first_row);
+        for (int64_t row = first_row; row < last_row; ++row, cursor.next_row()) {
+          f(cursor.offset[0] + first, cursor.offset[1] + first, n, span);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace detail
+
+// Calls f(output offset, input offset, n, span) on contiguous runs that cover the tensor.
+template <typename F>
+void for_each_grid_run(const GridLayout& grid, const Parallel& parallel, const F& f) {
+  const StridedLayout<2>& in = grid.strided;
+  const int64_t elements = in.rows() * in.inner(), work_ns = elements / 8;
+  if (elements == 0) return;
+  if (grid.channel_dim == in.dims - 1) {
+    detail::for_each_channel_row(grid, parallel, work_ns, f);
+    return;
+  }
+  for_each_run(in, parallel, kGridRun, work_ns,
+               [&](const StridedCursor<2>& cursor, int64_t first, int64_t n) {
+                 const int64_t c = grid.channel_dim < 0 ? 0 : cursor.index[grid.channel_dim];
+                 const float inv_scale = 1.0f / grid.scale[c];
+                 const GridSpan span{grid.scale + c, &inv_scale, grid.zero_point + c, false};
+                 f(cursor.offset[0] + first, cursor.offset[1] + first, n, span);
+               });
+}
+
+}  // namespace qk

@@ -1,0 +1,249 @@
+#include "python/layout.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <array>
+
+namespace qk::seam {
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
+  return sizes;
+}
+
+std::vector<int64_t> strides_of(const Tensor& t) {
+  std::vector<int64_t> strides(t.dim());
+  for (int64_t d = 0; d < t.dim(); ++d) strides[d] = t.stride(d);
+  return strides;
+}
+
+Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(like),         from(std::optional<ScalarType>(dtype)),
+                                    from(std::nullopt), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
+  const auto at_least_one = [](int64_t n) { return std::max<int64_t>(n, 1); };
+  std::vector<int64_t> strides(sizes.size(), 1);
+  int64_t stride = at_least_one(sizes[1]);
+  for (size_t d = sizes.size() - 1; d >= 2; --d) {
+    strides[d] = stride;
+    stride *= at_least_one(sizes[d]);
+  }
+  strides[0] = stride;
+  return strides;
+}
+
+Tensor empty_channels_last(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty_strided(sizes, channels_last_strides(sizes), dtype);
+}
+
+bool is_channels_last(const Tensor& t) {
+  if (t.dim() < 2) return false;
+  const std::vector<int64_t> wanted = channels_last_strides(sizes_of(t));
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
+  }
+  return true;
+}
+
+Tensor as_channels_last(const Tensor& t) {
+  if (is_channels_last(t)) return t;
+  Tensor copy = empty_channels_last(sizes_of(t), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+bool is_dense(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return true;
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+Tensor copy_in_layout(const Tensor& t, const Tensor& like) {
+  Tensor copy = empty_like(like, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+std::vector<int64_t> broadcast_shape(const char* op, const Tensor& a, const Tensor& b) {
+  const int64_t dims = std::max(a.dim(), b.dim());
+  std::vector<int64_t> shape(dims);
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t da = d - (dims - a.dim()), db = d - (dims - b.dim());
+    const int64_t na = da < 0 ? 1 : a.size(da), nb = db < 0 ? 1 : b.size(db);
+    STD_TORCH_CHECK(na == nb || na == 1 || nb == 1, op,
+                    ": b must have a shape that broadcasts with a, got a ", shape_text(a),
+                    " and b ", shape_text(b));
+    shape[d] = na == 1 ? nb : na;
+  }
+  return shape;
+}
+
+Tensor empty_broadcast(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype) {
+  const std::vector<int64_t> shape = broadcast_shape(op, a, b);
+  if (sizes_of(a) == shape) return empty_like(a, dtype);
+  if (sizes_of(b) == shape) return empty_like(b, dtype);
+  return torch::stable::empty(shape, dtype);
+}
+
+FloatType check_float_type(const char* op, const char* name, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+      ": ", name, " must be float32, bfloat16 or float16, got ", dtype_text(type));
+  if (type == ScalarType::Float) return FloatType::kFloat32;
+  return type == ScalarType::Half ? FloatType::kFloat16 : FloatType::kBFloat16;
+}
+
+bool check_code_type(const char* op, const char* name, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Char, op, ": ", name,
+                  " must be uint8 or int8, got ", dtype_text(type));
+  return type == ScalarType::Char;
+}
+
+float check_scale(const char* op, const char* name, double scale) {
+  const float value = static_cast<float>(scale);
+  STD_TORCH_CHECK(std::isnormal(value) && value > 0, op, ": ", name,
+                  " must be positive, finite and normal in float32, got ", scale);
+  return value;
+}
+
+void check_zero_point(const char* op, const char* name, ScalarType dtype, int64_t zero_point) {
+  const int64_t lowest = dtype == ScalarType::Char ? -128 : 0;
+  STD_TORCH_CHECK(zero_point >= lowest && zero_point <= lowest + 255, op, ": ", name,
+                  " must be in [", lowest, ", ", lowest + 255, "] for ", dtype_text(dtype),
+                  ", got ", zero_point);
+}
+
+void check_code_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
+                     int64_t qmin, int64_t qmax) {
+  const int64_t lowest = dtype == ScalarType::Char ? -128 : 0;
+  STD_TORCH_CHECK(qmin < qmax && qmin >= lowest && qmax <= lowest + 255, op,
+                  ": qmin and qmax must satisfy ", lowest, " <= qmin < qmax <= ", lowest + 255,
+                  " for ", dtype_text(dtype), ", got qmin ", qmin, " and qmax ", qmax);
+  STD_TORCH_CHECK(zero_point >= qmin && zero_point <= qmax, op, ": ", name, " must be in [", qmin,
+                  ", ", qmax, "], got ", zero_point);
+}
+
+void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype) {
+  STD_TORCH_CHECK(out.is_cpu(), op, ": out must be on the CPU, as x is");
+  STD_TORCH_CHECK(out.scalar_type() == dtype, op, ": out must be ", dtype_text(dtype), ", got ",
+                  dtype_text(out.scalar_type()));
+  STD_TORCH_CHECK(sizes_of(out) == sizes_of(x), op, ": out must have shape ", shape_text(x),
+                  ", got ", shape_text(out));
+  STD_TORCH_CHECK(is_dense(out), op,
+                  ": out must be dense (no gaps, no repeated elements), got shape ",
+                  shape_text(out), " with other strides");
+  if (!is_dense(x)) return;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(x.numel() == 0 || x.size(d) == 1 || x.stride(d) == out.stride(d), op,
+                    ": out must have the layout of x (stride ", x.stride(d), " in dimension ", d,
+                    "), got ", out.stride(d));
+  }
+}
+
+template <int kOperands>
+int plan_walk(const Tensor& out, std::initializer_list<Tensor*> operands, bool broadcast_inner,
+              int64_t axis, StridedLayout<kOperands>* layout) {
+  struct Dim {
+    int64_t size, stride[kOperands];
+    bool is_axis;
+  };
+  std::vector<Dim> dims;
+  const auto gather = [&] {
+    dims.clear();
+    for (int64_t d = 0; d < out.dim(); ++d) {
+      if (out.size(d) == 1 && d != axis) continue;
+      Dim dim{out.size(d), {out.stride(d)}, d == axis};
+      int k = 1;
+      for (const Tensor* t : operands) {
+        const int64_t own = d - (out.dim() - t->dim());
+        dim.stride[k++] = own < 0 || t->size(own) == 1 ? 0 : t->stride(own);
+      }
+      dims.push_back(dim);
+    }
+    // Outermost first. A dimension of one element (the axis alone can be) goes outermost.
+    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+      if ((a.size == 1) != (b.size == 1)) return a.size == 1;
+      return a.stride[0] > b.stride[0];
+    });
+    std::vector<Dim> merged;
+    for (const Dim& dim : dims) {
+      bool merges = !merged.empty() && !merged.back().is_axis && !dim.is_axis;
+      for (int k = 0; merges && k < kOperands; ++k) {
+        merges = merged.back().stride[k] == dim.stride[k] * dim.size;
+      }
+      if (merges) {
+        const int64_t size = merged.back().size * dim.size;
+        merged.back() = dim;
+        merged.back().size = size;
+      } else {
+        merged.push_back(dim);
+      }
+    }
+    dims = std::move(merged);
+    if (dims.empty()) dims.push_back({1, {}, false});
+  };
+  gather();
+  int k = 1;
+  bool copied = false;
+  for (Tensor* t : operands) {
+    const int64_t inner = dims.back().stride[k++];
+    const bool readable = inner == 1 || dims.back().size <= 1 || (inner == 0 && broadcast_inner);
+    if (readable && dims.size() <= kMaxStridedDims) continue;
+    *t = copy_in_layout(*t, out);
+    copied = true;
+  }
+  if (copied) gather();
+  layout->dims = static_cast<int>(dims.size());
+  int axis_dim = -1;
+  for (int d = 0; d < layout->dims; ++d) {
+    layout->size[d] = dims[d].size;
+    for (int j = 0; j < kOperands; ++j) layout->stride[j][d] = dims[d].stride[j];
+    if (dims[d].is_axis) axis_dim = d;
+  }
+  return axis_dim;
+}
+
+template int plan_walk<2>(const Tensor&, std::initializer_list<Tensor*>, bool, int64_t,
+                          StridedLayout<2>*);
+template int plan_walk<3>(const Tensor&, std::initializer_list<Tensor*>, bool, int64_t,
+                          StridedLayout<3>*);
+
+GridLayout plan_grid(const Tensor& out, Tensor* x, std::optional<int64_t> axis,
+                     const GridView& grid) {
+  GridLayout layout;
+  layout.scale = grid.scale;
+  layout.zero_point = grid.zero_point;
+  layout.channel_dim = plan_walk<2>(out, {x}, false, axis.value_or(-1), &layout.strided);
+  return layout;
+}
+
+}  // namespace qk::seam

@@ -1,0 +1,68 @@
+#include "csrc/quantize/quantize.h"
+
+#include "python/layout.h"
+
+namespace qk::seam {
+namespace {
+
+void quantize_out(Tensor x, const Tensor& scale, const Tensor& zero_point,
+                  std::optional<int64_t> axis, int64_t qmin, int64_t qmax, Tensor out) {
+  const FloatType type = check_float_type("quantize", "x", x);
+  const bool q_signed = check_code_type("quantize", "the output dtype", out.scalar_type());
+  check_code_grid("quantize", "qmin", out.scalar_type(), qmin, qmin, qmax);
+  axis = check_axis("quantize", x, axis);
+  const GridView grid = check_grid("quantize", x, scale, zero_point, axis, qmin, qmax);
+  check_out("quantize", x, out, out.scalar_type());
+  const GridLayout layout = plan_grid(out, &x, axis, grid);
+  qk::quantize({.x = x.const_data_ptr(),
+                .x_type = type,
+                .q = out.mutable_data_ptr(),
+                .q_signed = q_signed,
+                .qmin = static_cast<int32_t>(qmin),
+                .qmax = static_cast<int32_t>(qmax),
+                .grid = layout},
+               torch_threads());
+}
+
+Tensor quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                std::optional<int64_t> axis, int64_t qmin, int64_t qmax, ScalarType dtype) {
+  check_code_type("quantize", "dtype", dtype);
+  Tensor out = empty_like(x, dtype);
+  quantize_out(x, scale, zero_point, axis, qmin, qmax, out);
+  return out;
+}
+
+void dequantize_out(Tensor q, const Tensor& scale, const Tensor& zero_point,
+                    std::optional<int64_t> axis, Tensor out) {
+  const bool q_signed = check_code_type("dequantize", "q", q.scalar_type());
+  const FloatType type = check_float_type("dequantize", "the output dtype", out);
+  axis = check_axis("dequantize", q, axis);
+  const int64_t lowest = q_signed ? -128 : 0;
+  const GridView grid = check_grid("dequantize", q, scale, zero_point, axis, lowest, lowest + 255);
+  check_out("dequantize", q, out, out.scalar_type());
+  const GridLayout layout = plan_grid(out, &q, axis, grid);
+  qk::dequantize({.q = q.const_data_ptr(),
+                  .q_signed = q_signed,
+                  .x = out.mutable_data_ptr(),
+                  .x_type = type,
+                  .grid = layout},
+                 torch_threads());
+}
+
+Tensor dequantize(const Tensor& q, const Tensor& scale, const Tensor& zero_point,
+                  std::optional<int64_t> axis, ScalarType dtype) {
+  Tensor out = empty_like(q, dtype);
+  dequantize_out(q, scale, zero_point, axis, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("quantize_out", TORCH_BOX(&quantize_out));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+}
+
+}  // namespace qk::seam
