@@ -71,6 +71,16 @@ QK_HD int32_t requantize(int32_t acc, float addend, float multiplier, int32_t zp
          zp;
 }
 
+// RNE to the upper half of a float32, as bits. NaN stays NaN.
+QK_HD uint16_t float_to_bfloat16(float x) {
+  union {
+    float f;
+    uint32_t u;
+  } bits = {x};
+  if (x != x) return static_cast<uint16_t>((bits.u >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits.u + 0x7fffu + ((bits.u >> 16) & 1u)) >> 16);
+}
+
 // float(q) * scale - zp * scale in one rounding, the form `add` uses for each operand.
 QK_HD float dequantize_fma(int32_t q, float scale, float neg_zp_times_scale) {
 #if defined(__CUDA_ARCH__)

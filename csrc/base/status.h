@@ -10,6 +10,7 @@ enum class Status {
   kBadVersion,  // a packed buffer of another version of qkernels
   kBadIsa,      // a packed buffer for an instruction set that is not active
   kBadShape,    // a packed buffer that does not fit the operands
+  kBadScale,    // a product of scales, or a bias divided by it, leaves the float32 range
   kKTooLarge,   // the int32 accumulator could overflow
 };
 

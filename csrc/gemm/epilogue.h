@@ -1,0 +1,82 @@
+// What happens to an int32 accumulator before it is stored, shared by the GEMM and the depthwise
+// kernels.
+//
+//   u8 / s8   q = clamp(RNE((float(acc) + addend[n]) * mult[n]) + zero_point, qmin, qmax)
+//             then q = table[byte(q)] if has_table
+//             then q = add(q, residual) if has_residual: the bits of the op `add`
+//             addend = bias / (sx * sw), mult = (sx * sw) / so
+//   f32       (float(acc) + addend[n]) * mult[n], mult = sx * sw;    bf16: RNE of that
+//   s32       acc
+//
+// Memory: an Epilogue is plain data; it is stored inside packed weights. Numbers: the scalar stage
+// below is normative; the SIMD stages (x86_avx2_epilogue.h, x86_avx512_epilogue.h) give its bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/base/numerics.h"
+
+namespace qk {
+
+enum class OutputType : int32_t { kU8 = 0, kS8 = 1, kS32 = 2, kF32 = 3, kBF16 = 4 };
+
+QK_HD int64_t output_bytes(OutputType type) {
+  return type == OutputType::kU8 || type == OutputType::kS8 ? 1 : type == OutputType::kBF16 ? 2 : 4;
+}
+
+// q' = clamp(RNE((fma(q, scale, offset) + fma(r, residual_scale, residual_offset)) * inv_scale) +
+// zero_point, qmin, qmax); an offset is float(-zp) * scale.
+struct ResidualAdd {
+  float scale, offset;
+  float residual_scale, residual_offset;
+  float inv_scale;
+  int32_t zero_point, qmin, qmax;
+};
+
+struct Epilogue {
+  OutputType output = OutputType::kU8;
+  int32_t zero_point = 0, qmin = 0, qmax = 255;
+  int32_t has_table = 0, has_residual = 0;
+  ResidualAdd residual = {};
+  alignas(64) uint8_t table[256] = {};
+
+  bool is_8bit() const { return output == OutputType::kU8 || output == OutputType::kS8; }
+  bool is_signed() const { return output == OutputType::kS8; }
+};
+
+// The columns' constants, and where a row of the result goes. `residual` is read as int8 if
+// residual_signed.
+QK_HD int32_t byte_value(uint8_t byte, bool is_signed) {
+  return is_signed ? static_cast<int8_t>(byte) : byte;
+}
+
+QK_HD uint8_t residual_add(const ResidualAdd& add, int32_t q, int32_t r) {
+  const float v = dequantize_fma(q, add.scale, add.offset) +
+                  dequantize_fma(r, add.residual_scale, add.residual_offset);
+  return static_cast<uint8_t>(quantize(v, add.inv_scale, add.zero_point, add.qmin, add.qmax));
+}
+
+// One output element. `out` is the address of the element; `residual` that of the residual's byte.
+QK_HD void store_output(const Epilogue& e, int32_t acc, float addend, float mult, void* out,
+                        const uint8_t* residual, bool residual_signed) {
+  if (e.output == OutputType::kS32) {
+    std::memcpy(out, &acc, 4);
+  } else if (e.output == OutputType::kF32) {
+    const float v = (static_cast<float>(acc) + addend) * mult;
+    std::memcpy(out, &v, 4);
+  } else if (e.output == OutputType::kBF16) {
+    const uint16_t v = float_to_bfloat16((static_cast<float>(acc) + addend) * mult);
+    std::memcpy(out, &v, 2);
+  } else {
+    uint8_t q = static_cast<uint8_t>(requantize(acc, addend, mult, e.zero_point, e.qmin, e.qmax));
+    if (e.has_table) q = e.table[q];
+    if (e.has_residual) {
+      q = residual_add(e.residual, byte_value(q, e.is_signed()),
+                       byte_value(*residual, residual_signed));
+    }
+    std::memcpy(out, &q, 1);
+  }
+}
+
+}  // namespace qk

@@ -1,0 +1,132 @@
+// Integer GEMM with prepacked weights, the core of linear and of convolution.
+//
+//   acc[r, n] = sum over tap, k of (a[r, tap, k] - za) * (w[n, tap, k] - zw[n])      exact int32
+//   out[r, n] = epilogue(acc[r, n])                                                  see epilogue.h
+//
+// Layout: the weights are packed in panels of `nr` columns, [N/nr][taps][depth/4][nr][4] (depth
+//   padded with zero weights to a multiple of 4, the last panel only as wide as whole vectors
+//   need), so that one dot-product instruction reads one vector of B and four broadcast bytes of A.
+//   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
+//   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes. No byte past `depth` is
+//   read and no byte past column n is written.
+// Memory: the caller owns everything; packed bytes are 64-byte aligned.
+// Numbers: the same bits on every ISA. int8 activations are flipped to uint8 (xor 0x80, zero point
+//   + 128) inside the kernel. Activation zero points are in init[n]; weight zero points cost one
+//   row sum.
+// Trick: a 6x64 register tile with the whole of K in registers, so no int32 buffer, no packing of
+//   A; B streams from L2.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/base/cpu.h"
+#include "csrc/base/status.h"
+#include "csrc/gemm/epilogue.h"
+
+namespace qk {
+
+inline constexpr uint64_t kPackedMagic = 0x4d4d454749'4b51ull;  // "QKIGEMM"
+inline constexpr uint32_t kPackedVersion = 1;
+inline constexpr int64_t kPackedAlign = 64;
+
+// At the start of the packed bytes. Offsets are in bytes from the header.
+struct alignas(64) PackedHeader {
+  uint64_t magic;
+  uint32_t version;
+  Isa isa;
+  int64_t bytes;  // of the whole packed matrix
+  int64_t n, taps, depth;
+  int64_t panel_bytes;  // of a full panel
+  int64_t panels_offset, init_offset, zero_point_offset, addend_offset, mult_offset;
+  int64_t order_offset;  // see x86_avx2.cc; 0 elsewhere
+  int32_t input_signed;
+  int32_t has_weight_zero_point;
+  int32_t wide;  // (acc + addend) * mult may leave the int32 range
+  int32_t reserved;
+  Epilogue epilogue;
+};
+
+// A checked view of packed bytes.
+struct PackedMatrix {
+  const PackedHeader* header = nullptr;
+  const int8_t* panels = nullptr;
+  const int32_t* init = nullptr;               // -za * colsum + taps * depth * za * zw
+  const int32_t* weight_zero_point = nullptr;  // nullptr: all zero
+  const float* addend = nullptr;
+  const float* mult = nullptr;
+};
+
+// Columns in a panel and in a vector of an ISA's layout. The last panel is as wide as its vectors.
+struct PanelShape {
+  int64_t columns, lanes;
+};
+inline constexpr PanelShape panel_shape(Isa isa) {
+  return isa == Isa::kAvx512Vnni ? PanelShape{64, 16} : PanelShape{16, 8};
+}
+inline constexpr int64_t panel_count(int64_t n, Isa isa) {
+  return (n + panel_shape(isa).columns - 1) / panel_shape(isa).columns;
+}
+
+// A canonical weight and the grids around it.
+struct PackSource {
+  const int8_t* weight;  // element (n, tap, k) at weight[n*stride_n + tap*stride_tap + k*stride_k]
+  int64_t n, taps, depth;
+  int64_t stride_n, stride_tap, stride_k;
+  const float* weight_scale;         // [n] or, if per_tensor, [1]
+  const int32_t* weight_zero_point;  // like weight_scale; nullptr: zero
+  bool per_tensor;
+  const float* bias;  // [n] or nullptr
+  float input_scale;
+  int32_t input_zero_point;
+  bool input_signed;
+  float output_scale;  // of an 8-bit output
+  Epilogue epilogue;
+};
+
+int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa);
+// Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned). kKTooLarge: the accumulator could
+// overflow int32. kBadScale: a product of the scales or a scaled bias leaves the float32 range.
+Status pack_igemm(const PackSource& source, Isa isa, void* dst);
+// Checks magic, version, isa against the active one, alignment and sizes.
+Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix);
+
+// Rows [row_begin, row_end) x panels [panel_begin, panel_end), on one thread.
+struct IgemmArgs {
+  PackedMatrix matrix;
+  const uint8_t* a = nullptr;
+  int64_t a_row_stride = 0;
+  const uint8_t* const* pointers = nullptr;  // wins over `a`
+  int64_t row_begin = 0, row_end = 0;
+  int64_t panel_begin = 0, panel_end = 0;
+  void* out = nullptr;
+  int64_t out_row_stride = 0;               // bytes
+  const int64_t* out_row_offset = nullptr;  // bytes, one a row: wins over out_row_stride
+  const uint8_t* residual = nullptr;
+  int64_t residual_row_stride = 0;
+  const int64_t* residual_row_offset = nullptr;
+  bool residual_signed = false;
+};
+
+void igemm(const IgemmArgs& args);
+
+// In-place q = table[q] on n bytes.
+using LookupKernel = void (*)(uint8_t* q, int64_t n, const uint8_t* table);
+
+struct IgemmBlock {
+  const IgemmArgs& args;
+  int64_t row_begin, row_end, panel_begin, panel_end;
+  LookupKernel lookup;
+};
+using IgemmKernel = void (*)(const IgemmBlock& block);
+
+#define QK_IGEMM_KERNEL(features, isa, name) void name(const IgemmBlock&);
+#define QK_IGEMM_LOOKUP(features, name) void name(uint8_t*, int64_t, const uint8_t*);
+#include "csrc/gemm/kernels.inc"
+#undef QK_IGEMM_KERNEL
+#undef QK_IGEMM_LOOKUP
+
+// The kernel that reads the layout of `isa`.
+IgemmKernel select_igemm_kernel(Isa isa);
+LookupKernel select_igemm_lookup(CpuFeatures features = cpu_features_active());
+
+}  // namespace qk

@@ -1,0 +1,100 @@
+// The loops around a register tile, shared by the x86 kernels: row blocks, panels, row addresses.
+// Include it inside the target region of a kernel file, inside its anonymous namespace, so that it
+// is compiled for that target.
+//
+// A Kernel has kIsa, max_rows(vectors): the most rows of a tile that is `vectors` wide, and
+//   static void tile(int64_t rows, int64_t vectors, const IgemmTile&).
+
+constexpr int64_t kMaxTileRows = 8;
+
+struct IgemmTile {
+  const uint8_t* const* rows;  // [tile row * taps + tap]
+  const PackedMatrix& matrix;
+  const int8_t* panel;
+  int64_t panel_index;
+  int64_t first_column, columns;  // of this panel
+  const uint32_t* row_sums;       // with weight zero points, else unset
+  uint8_t* const* out;            // element (row, first_column)
+  const uint8_t* const* residual;
+  bool residual_signed;
+  LookupKernel lookup;
+};
+
+// Sum of the bytes of a row as the kernel sees them (int8 flipped to uint8).
+QK_INLINE uint32_t igemm_row_sum(const uint8_t* const* taps, const PackedHeader& header) {
+  const uint32_t flip = header.input_signed ? 0x80 : 0;
+  uint32_t sum = 0;
+  for (int64_t tap = 0; tap < header.taps; ++tap) {
+    const uint8_t* a = taps[tap];
+    for (int64_t k = 0; k < header.depth; ++k) sum += a[k] ^ flip;
+  }
+  return sum;
+}
+
+template <typename Kernel>
+QK_INLINE void igemm_blocks(const IgemmBlock& block) {
+  const IgemmArgs& args = block.args;
+  const PackedHeader& header = *args.matrix.header;
+  constexpr PanelShape shape = panel_shape(Kernel::kIsa);
+  const Epilogue& epilogue = header.epilogue;
+  const int64_t element = output_bytes(epilogue.output), rows = block.row_end - block.row_begin;
+  if (rows <= 0 || block.panel_begin >= block.panel_end) return;
+
+  const int64_t widest = header.n - block.panel_begin * shape.columns;
+  const int64_t tile_rows =
+      Kernel::max_rows(widest >= shape.columns ? shape.columns / shape.lanes
+                                               : (widest + shape.lanes - 1) / shape.lanes);
+  // Even blocks: 8 rows are 4 + 4, not 6 + 2.
+  const int64_t blocks = (rows + tile_rows - 1) / tile_rows;
+  const int64_t base = rows / blocks, larger = rows % blocks;
+
+  const uint8_t* strided[kMaxTileRows];
+  const uint8_t* residual[kMaxTileRows] = {};
+  uint8_t* out[kMaxTileRows];
+  uint32_t row_sums[kMaxTileRows];
+  int64_t row = block.row_begin;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t count = base + (b < larger ? 1 : 0);
+    const uint8_t* const* sources = strided;
+    if (args.pointers != nullptr) {
+      sources = args.pointers + row * header.taps;
+    } else {
+      for (int64_t i = 0; i < count; ++i) strided[i] = args.a + (row + i) * args.a_row_stride;
+    }
+    const int64_t first = block.panel_begin * shape.columns;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = row + i;
+      out[i] = static_cast<uint8_t*>(args.out) + first * element +
+               (args.out_row_offset != nullptr ? args.out_row_offset[r] : r * args.out_row_stride);
+      if (epilogue.has_residual) {
+        residual[i] = args.residual + first +
+                      (args.residual_row_offset != nullptr ? args.residual_row_offset[r]
+                                                           : r * args.residual_row_stride);
+      }
+      if (args.matrix.weight_zero_point != nullptr) {
+        row_sums[i] = igemm_row_sum(sources + i * header.taps, header);
+      }
+    }
+    for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
+      const int64_t column = panel * shape.columns, rest = header.n - column;
+      const int64_t columns = rest < shape.columns ? rest : shape.columns;
+      const IgemmTile tile{sources,
+                           args.matrix,
+                           args.matrix.panels + panel * header.panel_bytes,
+                           panel,
+                           column,
+                           columns,
+                           row_sums,
+                           out,
+                           residual,
+                           args.residual_signed,
+                           block.lookup};
+      Kernel::tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
+      for (int64_t i = 0; i < count; ++i) {
+        out[i] += shape.columns * element;
+        if (epilogue.has_residual) residual[i] += shape.columns;
+      }
+    }
+    row += count;
+  }
+}

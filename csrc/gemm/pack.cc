@@ -1,0 +1,243 @@
+// Packing: from a canonical int8 weight and its grids to the bytes that the kernels read.
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "csrc/gemm/igemm.h"
+
+namespace qk {
+namespace {
+
+constexpr bool kOrderQuads = false;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+struct Layout {
+  int64_t quads, columns, panels, panel_bytes;
+  int64_t panels_offset, init_offset, zero_point_offset, addend_offset, mult_offset, order_offset;
+  int64_t bytes;
+};
+
+Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
+  const PanelShape shape = panel_shape(isa);
+  Layout layout{};
+  layout.quads = (depth + 3) / 4;
+  layout.columns = round_up(n, shape.lanes);
+  layout.panels = panel_count(n, isa);
+  layout.panel_bytes = taps * layout.quads * shape.columns * 4;
+  int64_t offset = sizeof(PackedHeader);
+  const auto reserve = [&offset](int64_t bytes) {
+    const int64_t at = offset;
+    offset = round_up(offset + bytes, kPackedAlign);
+    return at;
+  };
+  layout.init_offset = reserve(layout.columns * 4);
+  layout.zero_point_offset = reserve(layout.columns * 4);
+  layout.addend_offset = reserve(layout.columns * 4);
+  layout.mult_offset = reserve(layout.columns * 4);
+  layout.panels_offset = reserve(taps * layout.quads * layout.columns * 4);
+  if (isa == Isa::kAvx2 && kOrderQuads) {
+    layout.order_offset = reserve(layout.panels * taps * (1 + depth / 4) * 4);
+  }
+  layout.bytes = offset;
+  return layout;
+}
+
+// Whether `vpmaddubsw` with activations up to 255 cannot saturate on these two weights.
+bool safe_pair(int32_t w0, int32_t w1) {
+  const int32_t positive = (w0 > 0 ? w0 : 0) + (w1 > 0 ? w1 : 0);
+  const int32_t negative = (w0 < 0 ? w0 : 0) + (w1 < 0 ? w1 : 0);
+  return positive <= 128 && negative >= -128;
+}
+
+struct PanelWriter {
+  const PackSource& source;
+  int64_t first_column, columns, width;
+
+  int8_t weight(int64_t column, int64_t tap, int64_t k) const {
+    if (column >= columns || k >= source.depth) return 0;
+    return source.weight[(first_column + column) * source.stride_n + tap * source.stride_tap +
+                         k * source.stride_k];
+  }
+  void write_quad(int64_t tap, int64_t quad, int8_t* dst) const {
+    for (int64_t c = 0; c < width; ++c) {
+      for (int64_t i = 0; i < 4; ++i) dst[c * 4 + i] = weight(c, tap, quad * 4 + i);
+    }
+  }
+  bool safe_quad(int64_t tap, int64_t quad) const {
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t k = quad * 4;
+      if (!safe_pair(weight(c, tap, k), weight(c, tap, k + 1)) ||
+          !safe_pair(weight(c, tap, k + 2), weight(c, tap, k + 3))) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+void write_panel(const PanelWriter& panel, int64_t taps, int64_t quads, int8_t* dst) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t quad = 0; quad < quads; ++quad, dst += panel.width * 4) {
+      panel.write_quad(tap, quad, dst);
+    }
+  }
+}
+
+// The AVX2 layout: inside a tap, the full quads on which maddubs is exact come first. `order` gets
+// their number and then the byte offset in A of each quad.
+void write_ordered_panel(const PanelWriter& panel, int64_t taps, int64_t depth, int8_t* dst,
+                         int32_t* order) {
+  const int64_t full = depth / 4;
+  for (int64_t tap = 0; tap < taps; ++tap, order += 1 + full) {
+    int32_t* next = order + 1;
+    for (const bool safe : {true, false}) {
+      for (int64_t quad = 0; quad < full; ++quad) {
+        if (panel.safe_quad(tap, quad) != safe) continue;
+        panel.write_quad(tap, quad, dst);
+        dst += panel.width * 4;
+        *next++ = static_cast<int32_t>(quad * 4);
+      }
+      if (safe) *order = static_cast<int32_t>(next - order - 1);
+    }
+    if (depth % 4 != 0) {
+      panel.write_quad(tap, full, dst);
+      dst += panel.width * 4;
+    }
+  }
+}
+
+// The largest magnitudes that one product can have.
+Status check_accumulator(const PackSource& source) {
+  const int64_t k = source.taps * source.depth;
+  if (k > (source.input_signed ? kMaxKS8S8 : kMaxKU8S8)) return Status::kKTooLarge;
+  const int64_t low = source.input_signed ? -128 : 0;
+  const int64_t za = source.input_zero_point;
+  const int64_t a = za - low > low + 255 - za ? za - low : low + 255 - za;
+  int64_t w = 128;
+  if (source.weight_zero_point != nullptr) {
+    for (int64_t i = 0; i < (source.per_tensor ? 1 : source.n); ++i) {
+      const int64_t zw = source.weight_zero_point[i];
+      const int64_t reach = zw + 128 > 127 - zw ? zw + 128 : 127 - zw;
+      if (zw != 0 && reach > w) w = reach;
+    }
+  }
+  return k * a * w <= INT32_MAX ? Status::kOk : Status::kKTooLarge;
+}
+
+}  // namespace
+
+int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa) {
+  return layout_of(n, taps, depth, isa).bytes;
+}
+
+Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
+  if (const Status status = check_accumulator(source); status != Status::kOk) return status;
+  const PanelShape shape = panel_shape(isa);
+  const Layout layout = layout_of(source.n, source.taps, source.depth, isa);
+  auto* bytes = static_cast<uint8_t*>(dst);
+  std::memset(bytes, 0, layout.bytes);
+  auto* init = reinterpret_cast<int32_t*>(bytes + layout.init_offset);
+  auto* zero_point = reinterpret_cast<int32_t*>(bytes + layout.zero_point_offset);
+  auto* addend = reinterpret_cast<float*>(bytes + layout.addend_offset);
+  auto* mult = reinterpret_cast<float*>(bytes + layout.mult_offset);
+  auto* panels = reinterpret_cast<int8_t*>(bytes + layout.panels_offset);
+  auto* order = reinterpret_cast<int32_t*>(bytes + layout.order_offset);
+
+  PackedHeader header{};
+  header.magic = kPackedMagic;
+  header.version = kPackedVersion;
+  header.isa = isa;
+  header.bytes = layout.bytes;
+  header.n = source.n;
+  header.taps = source.taps;
+  header.depth = source.depth;
+  header.panel_bytes = layout.panel_bytes;
+  header.panels_offset = layout.panels_offset;
+  header.init_offset = layout.init_offset;
+  header.zero_point_offset = layout.zero_point_offset;
+  header.addend_offset = layout.addend_offset;
+  header.mult_offset = layout.mult_offset;
+  header.order_offset = layout.order_offset;
+  header.input_signed = source.input_signed;
+  header.epilogue = source.epilogue;
+
+  const int64_t za = source.input_zero_point + (source.input_signed ? 128 : 0);
+  for (int64_t n = 0; n < source.n; ++n) {
+    int64_t sum = 0;
+    for (int64_t tap = 0; tap < source.taps; ++tap) {
+      const int8_t* row = source.weight + n * source.stride_n + tap * source.stride_tap;
+      for (int64_t k = 0; k < source.depth; ++k) sum += row[k * source.stride_k];
+    }
+    const int64_t grid = source.per_tensor ? 0 : n;
+    const int64_t zw = source.weight_zero_point == nullptr ? 0 : source.weight_zero_point[grid];
+    // Modulo 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
+    init[n] = static_cast<int32_t>(
+        static_cast<uint32_t>(-za * sum + source.taps * source.depth * za * zw));
+    zero_point[n] = static_cast<int32_t>(zw);
+    if (zw != 0) header.has_weight_zero_point = 1;
+
+    const float scale = source.input_scale * source.weight_scale[grid];
+    addend[n] = source.bias == nullptr ? 0.0f : source.bias[n] / scale;
+    mult[n] = source.epilogue.is_8bit() ? scale / source.output_scale : scale;
+    if (!std::isnormal(scale) || !std::isfinite(addend[n]) || !std::isfinite(mult[n])) {
+      return Status::kBadScale;
+    }
+    if ((0x1p31f + std::fabs(addend[n])) * mult[n] >= 0x1p31f) header.wide = 1;
+  }
+  for (int64_t panel = 0; panel < layout.panels; ++panel) {
+    const int64_t first = panel * shape.columns;
+    const int64_t columns = source.n - first < shape.columns ? source.n - first : shape.columns;
+    const PanelWriter writer{source, first, columns, round_up(columns, shape.lanes)};
+    int8_t* at = panels + panel * layout.panel_bytes;
+    if (isa == Isa::kAvx2 && kOrderQuads) {
+      write_ordered_panel(writer, source.taps, source.depth, at,
+                          order + panel * source.taps * (1 + source.depth / 4));
+    } else {
+      write_panel(writer, source.taps, layout.quads, at);
+    }
+  }
+  std::memcpy(bytes, &header, sizeof(header));
+  return Status::kOk;
+}
+
+Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix) {
+  if (size < static_cast<int64_t>(sizeof(PackedHeader)) ||
+      reinterpret_cast<uintptr_t>(bytes) % kPackedAlign != 0) {
+    return Status::kBadMagic;
+  }
+  const auto* header = static_cast<const PackedHeader*>(bytes);
+  if (header->magic != kPackedMagic) return Status::kBadMagic;
+  if (header->version != kPackedVersion) return Status::kBadVersion;
+  if (header->isa != isa_active()) return Status::kBadIsa;
+  constexpr int64_t kLimit = int64_t{1} << 40;
+  if (header->n < 0 || header->taps < 0 || header->depth < 0 || header->n > kLimit ||
+      header->taps > kMaxKS8S8 || header->depth > kMaxKS8S8 ||
+      header->taps * header->depth > kMaxKS8S8) {
+    return Status::kBadShape;
+  }
+  const Layout layout = layout_of(header->n, header->taps, header->depth, header->isa);
+  if (header->bytes != layout.bytes || size < layout.bytes ||
+      header->panel_bytes != layout.panel_bytes || header->init_offset != layout.init_offset ||
+      header->zero_point_offset != layout.zero_point_offset ||
+      header->addend_offset != layout.addend_offset || header->mult_offset != layout.mult_offset ||
+      header->panels_offset != layout.panels_offset ||
+      header->order_offset != layout.order_offset) {
+    return Status::kBadShape;
+  }
+  const auto* base = static_cast<const uint8_t*>(bytes);
+  matrix->header = header;
+  matrix->panels = reinterpret_cast<const int8_t*>(base + layout.panels_offset);
+  matrix->init = reinterpret_cast<const int32_t*>(base + layout.init_offset);
+  matrix->weight_zero_point =
+      header->has_weight_zero_point
+          ? reinterpret_cast<const int32_t*>(base + layout.zero_point_offset)
+          : nullptr;
+  matrix->addend = reinterpret_cast<const float*>(base + layout.addend_offset);
+  matrix->mult = reinterpret_cast<const float*>(base + layout.mult_offset);
+  return Status::kOk;
+}
+
+}  // namespace qk

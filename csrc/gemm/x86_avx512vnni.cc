@@ -1,0 +1,229 @@
+// AVX512-VNNI: a tile of up to 6 rows x 64 columns (8 x 48, 32, 16 in a narrow last panel).
+//
+// Trick: one vpdpbusd takes four bytes of A (broadcast) and 16 columns of a packed panel. 24
+//   accumulators, 4 vectors of B and one of A fill 29 registers; rows come from pointers, so
+//   strided and indirect sources share the loop. Small tiles split K over several sets of
+//   accumulators until at least ten sums are in flight, which covers the latency of vpdpbusd. The
+//   dot product is one instruction of inline assembly: written as an intrinsic, gcc 12 spills every
+//   accumulator.
+#include <immintrin.h>
+
+#include "csrc/base/target.h"
+#include "csrc/gemm/igemm.h"
+
+QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
+namespace qk {
+namespace {
+
+#include "csrc/gemm/igemm_driver.h"
+#include "csrc/gemm/x86_avx512_epilogue.h"
+
+QK_INLINE void dot(__m512i& acc, __m512i a, __m512i b) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+QK_INLINE __m512i broadcast4(const uint8_t* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  return _mm512_set1_epi32(bytes);
+}
+
+constexpr int sums_in_flight(int tile) { return tile >= 10 ? 1 : tile >= 5 ? 2 : 4; }
+
+// acc[i][j] = init[j] + sum over tap, k. `Flip`: A is int8.
+template <int R, int V, bool Flip>
+QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
+  constexpr int S = sums_in_flight(R * V);
+  const PackedHeader& header = *tile.matrix.header;
+  const int64_t taps = header.taps, quads = header.depth / 4;
+  const __mmask16 tail = static_cast<__mmask16>((1u << (header.depth % 4)) - 1u);
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int8_t* b = tile.panel;
+  __m512i sum[S][R][V];
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) {
+    const __m512i init = _mm512_load_si512(tile.matrix.init + tile.first_column + 16 * j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) sum[s][i][j] = s == 0 ? init : _mm512_setzero_si512();
+    }
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const uint8_t* p[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) p[i] = tile.rows[i * taps + tap];
+    int64_t k = 0;
+    for (; k + S <= quads; k += S) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) {
+        __m512i bv[V];
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) bv[j] = _mm512_load_si512(b + 64 * (s * V + j));
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+          __m512i av = broadcast4(p[i] + 4 * (k + s));
+          if (Flip) av = _mm512_xor_si512(av, flip);
+#pragma GCC unroll 4
+          for (int j = 0; j < V; ++j) dot(sum[s][i][j], av, bv[j]);
+        }
+      }
+      b += 64 * S * V;
+    }
+    for (; k < quads; ++k, b += 64 * V) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        __m512i av = broadcast4(p[i] + 4 * k);
+        if (Flip) av = _mm512_xor_si512(av, flip);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
+      }
+    }
+    if (tail != 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        __m512i av = _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(tail, p[i] + 4 * quads));
+        if (Flip) av = _mm512_xor_si512(av, flip);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
+      }
+      b += 64 * V;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      acc[i][j] = sum[0][i][j];
+#pragma GCC unroll 4
+      for (int s = 1; s < S; ++s) acc[i][j] = _mm512_add_epi32(acc[i][j], sum[s][i][j]);
+    }
+  }
+}
+
+// The 8-bit store without weight zero points, straight from the accumulators.
+template <int R, int V>
+QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
+  const Requantize64 constants = requantize64_constants(tile.matrix.header->epilogue);
+  __m512 addend[V], mult[V];
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    addend[j] = _mm512_load_ps(tile.matrix.addend + tile.first_column + 16 * j);
+    mult[j] = _mm512_load_ps(tile.matrix.mult + tile.first_column + 16 * j);
+  }
+  const __mmask64 mask = mask64(tile.columns);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    __m512i q[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      q[j] = j < V ? scale_x16(acc[i][j < V ? j : 0], addend[j < V ? j : 0], mult[j < V ? j : 0])
+                   : _mm512_setzero_si512();
+    }
+    const __m512i bytes = pack_x64(constants, q[0], q[1], q[2], q[3]);
+    _mm512_mask_storeu_epi8(tile.out[i], mask, bytes);
+  }
+}
+
+// Every other output: from the accumulators in memory, [rows][64].
+__attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_t* acc,
+                                             int64_t rows) {
+  const PackedMatrix& m = tile.matrix;
+  const Epilogue& e = m.header->epilogue;
+  const int64_t element = output_bytes(e.output);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < tile.columns; c += 16) {
+      __m512i sum = _mm512_load_si512(acc + 64 * i + c);
+      if (m.weight_zero_point != nullptr) {
+        const __m512i zw = _mm512_load_si512(m.weight_zero_point + tile.first_column + c);
+        const __m512i row = _mm512_set1_epi32(static_cast<int32_t>(tile.row_sums[i]));
+        sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zw, row));
+      }
+      store_x16(e, sum, _mm512_load_ps(m.addend + tile.first_column + c),
+                _mm512_load_ps(m.mult + tile.first_column + c), tile.out[i] + c * element,
+                mask16(tile.columns - c));
+    }
+  }
+}
+
+// Table and residual, in place on the bytes just written (still in L1).
+__attribute__((noinline)) void finish_bytes(const IgemmTile& tile, int64_t rows) {
+  const Epilogue& e = tile.matrix.header->epilogue;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (e.has_table) tile.lookup(tile.out[i], tile.columns, e.table);
+    if (e.has_residual) {
+      residual_add_avx512(e, tile.out[i], tile.residual[i], tile.residual_signed, tile.columns);
+    }
+  }
+}
+
+template <int R, int V, bool Flip>
+__attribute__((noinline)) void run_tile(const IgemmTile& tile) {
+  __m512i acc[R][V];
+  multiply<R, V, Flip>(tile, acc);
+  const PackedHeader& header = *tile.matrix.header;
+  if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
+    store_bytes<R, V>(tile, acc);
+  } else {
+    alignas(64) int32_t memory[R][64];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) _mm512_store_si512(&memory[i][16 * j], acc[i][j]);
+    }
+    store_general(tile, memory[0], R);
+  }
+  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes(tile, R);
+}
+
+template <int V, bool Flip>
+QK_INLINE void run_rows(int64_t rows, const IgemmTile& tile) {
+  switch (rows) {
+    case 1:
+      return run_tile<1, V, Flip>(tile);
+    case 2:
+      return run_tile<2, V, Flip>(tile);
+    case 3:
+      return run_tile<3, V, Flip>(tile);
+    case 4:
+      return run_tile<4, V, Flip>(tile);
+    case 5:
+      return run_tile<5, V, Flip>(tile);
+    case 6:
+      return run_tile<6, V, Flip>(tile);
+  }
+  if constexpr (V < 4) {
+    return rows == 7 ? run_tile<7, V, Flip>(tile) : run_tile<8, V, Flip>(tile);
+  }
+}
+
+template <bool Flip>
+struct Avx512VnniTile {
+  static constexpr Isa kIsa = Isa::kAvx512Vnni;
+  static constexpr int64_t max_rows(int64_t vectors) { return vectors == 4 ? 6 : 8; }
+  static void tile(int64_t rows, int64_t vectors, const IgemmTile& tile) {
+    switch (vectors) {
+      case 1:
+        return run_rows<1, Flip>(rows, tile);
+      case 2:
+        return run_rows<2, Flip>(rows, tile);
+      case 3:
+        return run_rows<3, Flip>(rows, tile);
+      default:
+        return run_rows<4, Flip>(rows, tile);
+    }
+  }
+};
+
+}  // namespace
+
+void igemm_avx512vnni(const IgemmBlock& block) {
+  if (block.args.matrix.header->input_signed) {
+    igemm_blocks<Avx512VnniTile<true>>(block);
+  } else {
+    igemm_blocks<Avx512VnniTile<false>>(block);
+  }
+}
+
+}  // namespace qk
+QK_TARGET_END

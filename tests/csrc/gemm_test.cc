@@ -1,0 +1,291 @@
+// igemm: every ISA equals the formula of igemm.h taken from the canonical weight, with an
+// unreadable page behind every buffer.
+#include <cmath>
+
+#include "csrc/gemm/igemm.h"
+#include "tests/csrc/check.h"
+
+using namespace qk;
+using namespace qk::test;
+
+namespace {
+
+struct Case {
+  int64_t m, n, taps, depth;
+  OutputType output = OutputType::kU8;
+  bool input_signed = false, indirect = false, weight_zero_points = false;
+  bool table = false, residual = false, residual_signed = false, scattered = false;
+  bool extremes = false;  // all values at an end of their type
+  float output_scale = 0.01f;
+  bool per_tensor = false;
+};
+
+std::string describe(const Case& c) {
+  return text_of("M=", c.m, " N=", c.n, " taps=", c.taps, " depth=", c.depth, " output=", c.output,
+                 " signed=", c.input_signed, " indirect=", c.indirect, " zw=", c.weight_zero_points,
+                 " table=", c.table, " residual=", c.residual,
+                 " residual_signed=", c.residual_signed, " scattered=", c.scattered,
+                 " extremes=", c.extremes, " output_scale=", c.output_scale);
+}
+
+// Operands and the expected output; the same for every ISA.
+class Problem {
+ public:
+  Problem(const Case& c, Rng& rng)
+      : c_(c),
+        k_(c.taps * c.depth),
+        a_stride_(k_ + rng.integer(0, 5)),
+        out_stride_(c.n * output_bytes(c.output)),
+        a_(c.m == 0 || k_ == 0 ? 0 : (c.m - 1) * a_stride_ + k_),
+        weight_(static_cast<size_t>(c.n * k_)),
+        scales_(static_cast<size_t>(c.per_tensor ? 1 : c.n)),
+        zero_points_(scales_.size()),
+        bias_(static_cast<size_t>(c.n)),
+        residual_(c.residual ? c.m * c.n : 0) {
+    rng.fill(a_);
+    rng.fill(weight_);
+    rng.fill(residual_);
+    if (c.extremes) {
+      for (uint8_t& v : a_) v = c.input_signed ? 0x80 : 0xff;
+      for (int8_t& v : weight_) v = rng.pick<int8_t>({-128, -128, 127});
+    }
+    for (float& s : scales_) s = rng.real(0.001f, 0.02f);
+    for (int32_t& z : zero_points_) {
+      z = c.weight_zero_points ? static_cast<int32_t>(rng.integer(-128, 127)) : 0;
+    }
+    for (float& b : bias_) b = rng.real(-2, 2);
+    source_ = {.weight = weight_.data(),
+               .n = c.n,
+               .taps = c.taps,
+               .depth = c.depth,
+               .stride_n = k_,
+               .stride_tap = c.depth,
+               .stride_k = 1,
+               .weight_scale = scales_.data(),
+               .weight_zero_point = c.weight_zero_points ? zero_points_.data() : nullptr,
+               .per_tensor = c.per_tensor,
+               .bias = bias_.data(),
+               .input_scale = rng.real(0.01f, 0.1f),
+               .input_zero_point = static_cast<int32_t>(c.input_signed ? rng.integer(-128, 127)
+                                                                       : rng.integer(0, 255)),
+               .input_signed = c.input_signed,
+               .output_scale = c.output_scale,
+               .epilogue = {}};
+    Epilogue& e = source_.epilogue;
+    e.output = c.output;
+    const int32_t low = c.output == OutputType::kS8 ? -128 : 0;
+    e.qmin = low + static_cast<int32_t>(rng.integer(0, 20));
+    e.qmax = low + 255 - static_cast<int32_t>(rng.integer(0, 20));
+    e.zero_point = static_cast<int32_t>(rng.integer(e.qmin, e.qmax));
+    e.has_table = c.table;
+    e.has_residual = c.residual;
+    for (uint8_t& entry : e.table) entry = static_cast<uint8_t>(rng.bits());
+    e.residual = {0.02f,         -0.02f * 7, 0.03f,   -0.03f * 9,
+                  1.0f / 0.031f, low + 77,   low + 3, low + 250};
+    out_rows_ = std::vector<int64_t>(static_cast<size_t>(c.m));
+    for (int64_t r = 0; r < c.m; ++r) out_rows_[r] = c.scattered ? c.m - 1 - r : r;
+    expect();
+  }
+
+  const PackSource& source() const { return source_; }
+
+  void check(Isa isa) const {
+    const int64_t bytes = packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa);
+    CHECK_EQ(bytes % kPackedAlign, 0);
+    Guarded<uint8_t> packed(bytes);
+    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
+    PackedMatrix matrix;
+    CHECK_EQ(view_packed(packed.data(), bytes, &matrix), Status::kOk);
+
+    // Each tap of each row in a buffer of its own when the rows are indirect.
+    std::vector<const uint8_t*> pointers;
+    if (c_.indirect || c_.taps != 1) {
+      for (int64_t r = 0; r < c_.m; ++r) {
+        for (int64_t t = 0; t < c_.taps; ++t) {
+          pointers.push_back(a_.data() + r * a_stride_ + t * c_.depth);
+        }
+      }
+    }
+    std::vector<int64_t> offsets, residual_offsets;
+    for (int64_t r = 0; r < c_.m; ++r) {
+      offsets.push_back(out_rows_[r] * out_stride_);
+      residual_offsets.push_back(out_rows_[r] * c_.n);
+    }
+    Guarded<uint8_t> out(c_.m * out_stride_);
+    const int64_t panels = panel_count(c_.n, isa);
+    IgemmArgs args{.matrix = matrix,
+                   .a = a_.data(),
+                   .a_row_stride = a_stride_,
+                   .pointers = pointers.empty() ? nullptr : pointers.data(),
+                   .row_begin = 0,
+                   .row_end = c_.m,
+                   .panel_begin = 0,
+                   .panel_end = panels,
+                   .out = out.data(),
+                   .out_row_stride = out_stride_,
+                   .out_row_offset = c_.scattered ? offsets.data() : nullptr,
+                   .residual = residual_.data(),
+                   .residual_row_stride = c_.n,
+                   .residual_row_offset = c_.scattered ? residual_offsets.data() : nullptr,
+                   .residual_signed = c_.residual_signed};
+    // In two parts, so that ranges that begin in the middle are covered.
+    const int64_t row_cut = c_.m / 3, panel_cut = panels / 2;
+    for (const auto& [r0, r1] : {std::pair{int64_t{0}, row_cut}, std::pair{row_cut, c_.m}}) {
+      for (const auto& [p0, p1] :
+           {std::pair{int64_t{0}, panel_cut}, std::pair{panel_cut, panels}}) {
+        args.row_begin = r0, args.row_end = r1, args.panel_begin = p0, args.panel_end = p1;
+        igemm(args);
+      }
+    }
+    for (int64_t i = 0; i < out.size(); ++i) {
+      CHECK_EQ(out[i], expected_[i], "at byte ", i, " with ", describe(c_));
+    }
+  }
+
+ private:
+  void expect() {
+    expected_.resize(static_cast<size_t>(c_.m * out_stride_));
+    const Epilogue& e = source_.epilogue;
+    for (int64_t r = 0; r < c_.m; ++r) {
+      for (int64_t n = 0; n < c_.n; ++n) {
+        const size_t g = c_.per_tensor ? 0 : n;
+        int64_t acc = 0;
+        for (int64_t k = 0; k < k_; ++k) {
+          acc += (byte_value(a_[r * a_stride_ + k], c_.input_signed) - source_.input_zero_point) *
+                 (weight_[n * k_ + k] - zero_points_[g]);
+        }
+        const float scale = source_.input_scale * scales_[g];
+        const float mult = e.is_8bit() ? scale / source_.output_scale : scale;
+        const int64_t row = out_rows_[r];
+        store_output(e, static_cast<int32_t>(acc), bias_[n] / scale, mult,
+                     expected_.data() + row * out_stride_ + n * output_bytes(e.output),
+                     c_.residual ? residual_.data() + row * c_.n + n : nullptr, c_.residual_signed);
+      }
+    }
+  }
+
+  Case c_;
+  int64_t k_, a_stride_, out_stride_;
+  Guarded<uint8_t> a_;
+  std::vector<int8_t> weight_;
+  std::vector<float> scales_;
+  std::vector<int32_t> zero_points_;
+  std::vector<float> bias_;
+  Guarded<uint8_t> residual_;
+  std::vector<int64_t> out_rows_;
+  PackSource source_;
+  std::vector<uint8_t> expected_;
+};
+
+// Checks a problem under every ISA.
+void check_everywhere(const Case& c, Rng& rng) {
+  CONTEXT(describe(c));
+  const Problem problem(c, rng);
+  for_each_isa([&](Isa isa) {
+    if (select_igemm_kernel(isa) != nullptr) problem.check(isa);
+  });
+}
+
+void every_small_shape_equals_the_formula() {
+  Rng rng(1);
+  for (int64_t m = 0; m <= 33; ++m) {
+    for (int64_t n = 0; n <= 33; ++n) {
+      for (int64_t k = 0; k <= 33; ++k) {
+        check_everywhere(
+            {.m = m, .n = n, .taps = 1, .depth = k, .input_signed = (m + n + k) % 2 == 1}, rng);
+      }
+    }
+  }
+}
+
+void random_problems_equal_the_formula() {
+  Rng rng(2);
+  for (int i = 0; i < 2000; ++i) {
+    Case c{};
+    c.m = rng.integer(0, 20);
+    c.n = rng.integer(0, 200);
+    c.taps = rng.chance(0.5) ? 1 : rng.integer(1, 9);
+    c.depth = rng.integer(0, 70);
+    c.output = rng.pick({OutputType::kU8, OutputType::kU8, OutputType::kS8, OutputType::kS32,
+                         OutputType::kF32, OutputType::kBF16});
+    c.input_signed = rng.chance(0.5);
+    c.indirect = rng.chance(0.5);
+    c.weight_zero_points = rng.chance(0.3);
+    const bool bytes = c.output == OutputType::kU8 || c.output == OutputType::kS8;
+    c.table = bytes && rng.chance(0.3);
+    c.residual = bytes && rng.chance(0.3);
+    c.residual_signed = rng.chance(0.5);
+    c.scattered = rng.chance(0.3);
+    c.per_tensor = rng.chance(0.3);
+    c.output_scale = rng.pick({0.001f, 0.01f, 0.5f, 1e-12f});
+    check_everywhere(c, rng);
+  }
+}
+
+void extreme_values_do_not_saturate() {
+  Rng rng(3);
+  for (const bool input_signed : {false, true}) {
+    for (const int64_t depth : {3, 64, 1021}) {
+      for (const OutputType output : {OutputType::kS32, OutputType::kU8}) {
+        check_everywhere({.m = 13,
+                          .n = 70,
+                          .taps = 2,
+                          .depth = depth,
+                          .output = output,
+                          .input_signed = input_signed,
+                          .weight_zero_points = true,
+                          .extremes = true},
+                         rng);
+      }
+    }
+  }
+}
+
+void the_k_bound_is_exact() {
+  Rng rng(4);
+  const Problem largest(
+      {.m = 1, .n = 3, .taps = 1, .depth = kMaxKU8S8, .output = OutputType::kS32, .extremes = true},
+      rng);
+  for_each_isa([&](Isa isa) {
+    if (select_igemm_kernel(isa) != nullptr) largest.check(isa);
+    PackSource source = largest.source();
+    source.depth = kMaxKU8S8 + 1;
+    CHECK_EQ(pack_igemm(source, isa, nullptr), Status::kKTooLarge);
+  });
+}
+
+void damaged_headers_are_refused() {
+  Rng rng(5);
+  const Problem problem({.m = 1, .n = 5, .taps = 1, .depth = 7}, rng);
+  for_each_isa([&](Isa isa) {
+    const int64_t bytes = packed_igemm_bytes(5, 1, 7, isa);
+    Guarded<uint8_t> packed(bytes);
+    CHECK_EQ(pack_igemm(problem.source(), isa, packed.data()), Status::kOk);
+    auto* header = reinterpret_cast<PackedHeader*>(packed.data());
+    const PackedHeader good = *header;
+    PackedMatrix view;
+    const auto refused = [&](Status status, int64_t size) {
+      CHECK_EQ(view_packed(packed.data(), size, &view), status);
+      *header = good;
+      CHECK_EQ(view_packed(packed.data(), bytes, &view), Status::kOk);
+    };
+    header->magic ^= 1, refused(Status::kBadMagic, bytes);
+    header->version += 1, refused(Status::kBadVersion, bytes);
+    header->isa = isa == Isa::kScalar ? Isa::kAvx2 : Isa::kScalar, refused(Status::kBadIsa, bytes);
+    header->n += 16, refused(Status::kBadShape, bytes);
+    header->depth = -1, refused(Status::kBadShape, bytes);
+    refused(Status::kBadShape, bytes - 1);
+    refused(Status::kBadMagic, 8);
+  });
+}
+
+}  // namespace
+
+int main() {
+  damaged_headers_are_refused();
+  every_small_shape_equals_the_formula();
+  random_problems_equal_the_formula();
+  extreme_values_do_not_saturate();
+  the_k_bound_is_exact();
+  return 0;
+}
