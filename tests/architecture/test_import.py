@@ -1,0 +1,51 @@
+"""`import qkernels` works everywhere, lightly, and a wrong QKERNELS_ISA is a clear error."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["matplotlib", "sklearn", "skimage", "torchvision", "onnx", "onnxruntime", "scipy", "pandas", "tqdm.notebook"]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni"])
+def test_environment_caps_the_isa_and_never_raises_it(isa):
+    code = (
+        "import qkernels; from qkernels import _C; from qkernels.testing import ISAS; "
+        f"assert ISAS.index(_C.isa_active()) <= ISAS.index('{isa}'), _C.isa_active(); print(_C.isa_active())"
+    )
+    result = run_python(code, QKERNELS_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    if isa == "scalar":
+        assert result.stdout.strip() == "scalar"
+
+
+@pytest.mark.parametrize("isa", ["avx999", "AVX2", "scalar "])
+def test_unknown_isa_in_the_environment_is_refused_with_the_choices(isa):
+    result = run_python("import qkernels", QKERNELS_ISA=isa)
+    assert result.returncode != 0
+    assert f"QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, got '{isa}'" in result.stderr
+
+
+def test_import_needs_no_gpu():
+    result = run_python("import torch, qkernels; assert not torch.cuda.is_available()", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_brings_in_nothing_heavy_beyond_torch():
+    code = "import sys, torch; before = set(sys.modules); import qkernels; print(*(set(sys.modules) - before))"
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    roots = {name.split(".")[0] for name in result.stdout.split()} | set(result.stdout.split())
+    assert not roots & set(HEAVY)
+
+
+def test_import_prints_nothing():
+    result = run_python("import qkernels")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
