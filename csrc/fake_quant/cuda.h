@@ -1,8 +1,10 @@
-// fake_quant on a CUDA device: the formula and the bits of fake_quant.h.
+// fake_quant on a CUDA device: the formula and the bits of fake_quant.h, for float32.
 //
-// Every pointer of the arguments, scale and zero_point too, is device memory. The launch is
-// asynchronous on `stream`, never synchronizes and allocates nothing, so it can be captured in a
-// CUDA graph.
+// Layout: x and y are dense [outer, channels, inner]; channels == 1 is the per-tensor case.
+// Memory: every pointer, scale and zero_point too, is device memory of the caller; y may alias x
+// exactly, not partly. The launch is asynchronous on `stream`, never synchronizes and allocates
+// nothing, so it can be captured in a CUDA graph.
+// Numbers: the same bits as on the CPU; 1.0f / scale is IEEE division on the device too.
 // Trick: one thread owns 16 bytes (4 elements) and divides once to find its channel, then counts.
 #pragma once
 
@@ -12,7 +14,6 @@
 
 namespace qk {
 
-// x and y are dense float32 [outer, channels, inner]; channels == 1 is the per-tensor case.
 struct FakeQuantCudaArgs {
   const float* x;
   float* y;
