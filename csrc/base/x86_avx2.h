@@ -1,0 +1,99 @@
+// Pieces that AVX2 kernels share: 8 floats from and to memory of any float type, and codes from
+// values in units of the output scale.
+#pragma once
+
+#include <immintrin.h>
+
+#include "csrc/base/dtype.h"
+#include "csrc/base/target.h"
+
+QK_TARGET_BEGIN(QK_ISA_AVX2)
+namespace qk::avx2 {
+
+inline constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+QK_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+QK_INLINE __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+QK_INLINE void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+QK_INLINE __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+QK_INLINE __m256 load(const BFloat16* x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(x)), 16));
+}
+QK_INLINE __m256 load(const Float16* x) { return _mm256_cvtph_ps(load128(x)); }
+
+QK_INLINE void store(float* x, __m256 v) { _mm256_storeu_ps(x, v); }
+// v is not NaN.
+QK_INLINE __m128i to_bfloat16(__m256 v) {
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i high = _mm256_srli_epi32(rounded, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+QK_INLINE __m128i to_float16(__m256 v) { return _mm256_cvtps_ph(v, kNearestEven); }
+QK_INLINE void store(BFloat16* x, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), to_bfloat16(v));
+}
+QK_INLINE void store(Float16* x, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), to_float16(v));
+}
+
+// Past the caches; x is aligned to 8 elements.
+QK_INLINE void stream(float* x, __m256 v) { _mm256_stream_ps(x, v); }
+QK_INLINE void stream(BFloat16* x, __m256 v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(x), to_bfloat16(v));
+}
+QK_INLINE void stream(Float16* x, __m256 v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(x), to_float16(v));
+}
+
+// RNE(v) as int32. Values above 2^30 saturate; NaN and values below -2^31 become INT_MIN.
+QK_INLINE __m256i round_to_int(__m256 v) {
+  const __m256 bounded = _mm256_min_ps(_mm256_set1_ps(0x1p30f), v);  // NaN: the second operand
+  return _mm256_cvtps_epi32(_mm256_round_ps(bounded, kNearestEven));
+}
+
+QK_INLINE __m256i pack16(__m256i a, __m256i b) { return _mm256_packs_epi32(a, b); }
+
+// The ends of a grid, for 32 codes.
+struct CodeRange {
+  __m256i lo, hi;
+};
+QK_INLINE CodeRange code_range(int32_t qmin, int32_t qmax) {
+  return {_mm256_set1_epi8(static_cast<char>(qmin)), _mm256_set1_epi8(static_cast<char>(qmax))};
+}
+
+template <bool kSigned>
+QK_INLINE __m256i pack_codes(__m256i low, __m256i high, const CodeRange& range) {
+  if constexpr (kSigned) {
+    const __m256i q = _mm256_packs_epi16(low, high);
+    return _mm256_min_epi8(_mm256_max_epi8(q, range.lo), range.hi);
+  } else {
+    const __m256i q = _mm256_packus_epi16(low, high);
+    return _mm256_min_epu8(_mm256_max_epu8(q, range.lo), range.hi);
+  }
+}
+
+// 32 codes, in order, of 4 x 8 rounded values; zp01 and zp23 are pack16 of the zero points.
+template <bool kSigned>
+QK_INLINE __m256i codes32(const __m256i v[4], __m256i zp01, __m256i zp23, const CodeRange& range) {
+  const __m256i low = _mm256_adds_epi16(pack16(v[0], v[1]), zp01);
+  const __m256i high = _mm256_adds_epi16(pack16(v[2], v[3]), zp23);
+  return _mm256_permutevar8x32_epi32(pack_codes<kSigned>(low, high, range),
+                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// 8 codes of one vector of rounded values, in the low half.
+template <bool kSigned>
+QK_INLINE __m128i codes8(__m256i v, __m256i zp, const CodeRange& range) {
+  const __m256i offset = _mm256_adds_epi16(pack16(v, v), pack16(zp, zp));
+  const __m256i q = pack_codes<kSigned>(offset, offset, range);
+  return _mm256_castsi256_si128(
+      _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4)));
+}
+
+}  // namespace qk::avx2
+QK_TARGET_END

@@ -1,0 +1,107 @@
+// Pieces that AVX512 kernels share: 16 floats from and to memory of any float type, and 64 codes
+// from 64 values in units of the output scale.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 warns about its own _mm512_undefined_*() wherever an intrinsic is inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include "csrc/base/dtype.h"
+#include "csrc/base/target.h"
+
+QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
+namespace qk::avx512 {
+
+inline constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+// The first n (at most 16) lanes.
+QK_INLINE __mmask16 lanes(int64_t n) {
+  return n >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << n) - 1);
+}
+QK_INLINE __mmask64 byte_lanes(int64_t n) { return n >= 64 ? ~__mmask64{0} : (1ull << n) - 1; }
+
+QK_INLINE __m512 load(const float* x, __mmask16 m) { return _mm512_maskz_loadu_ps(m, x); }
+QK_INLINE __m512 load(const BFloat16* x, __mmask16 m) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+QK_INLINE __m512 load(const Float16* x, __mmask16 m) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, x));
+}
+
+QK_INLINE void store(float* x, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(x, m, v); }
+// v is not NaN.
+QK_INLINE __m256i to_bfloat16(__m512 v) {
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+QK_INLINE void store(BFloat16* x, __mmask16 m, __m512 v) {
+  _mm256_mask_storeu_epi16(x, m, to_bfloat16(v));
+}
+QK_INLINE void store(Float16* x, __mmask16 m, __m512 v) {
+  _mm256_mask_storeu_epi16(x, m, _mm512_cvtps_ph(v, kNearestEven));
+}
+
+// Past the caches; x is aligned to 16 elements.
+QK_INLINE void stream(float* x, __m512 v) { _mm512_stream_ps(x, v); }
+QK_INLINE void stream(BFloat16* x, __m512 v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(x), to_bfloat16(v));
+}
+QK_INLINE void stream(Float16* x, __m512 v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, kNearestEven));
+}
+
+// RNE(v) as int32. Values above 2^30 saturate; NaN and values below -2^31 become INT_MIN.
+QK_INLINE __m512i round_to_int(__m512 v) {
+  const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(0x1p30f), v);  // NaN: the second operand
+  return _mm512_cvt_roundps_epi32(bounded, kNearestEven);
+}
+
+// Four vectors to 16-bit with saturation; lane l of the results holds parts of lane l of each.
+QK_INLINE __m512i pack16(__m512i a, __m512i b) { return _mm512_packs_epi32(a, b); }
+
+// The ends of a grid, for 64 codes.
+struct CodeRange {
+  __m512i lo, hi;
+};
+QK_INLINE CodeRange code_range(int32_t qmin, int32_t qmax) {
+  return {_mm512_set1_epi8(static_cast<char>(qmin)), _mm512_set1_epi8(static_cast<char>(qmax))};
+}
+
+template <bool kSigned>
+QK_INLINE __m512i pack_codes(__m512i low, __m512i high, const CodeRange& range) {
+  if constexpr (kSigned) {
+    const __m512i q = _mm512_packs_epi16(low, high);
+    return _mm512_min_epi8(_mm512_max_epi8(q, range.lo), range.hi);
+  } else {
+    const __m512i q = _mm512_packus_epi16(low, high);
+    return _mm512_min_epu8(_mm512_max_epu8(q, range.lo), range.hi);
+  }
+}
+
+// 64 codes, in order, of 4 x 16 rounded values; zp01 and zp23 are pack16 of the zero points.
+template <bool kSigned>
+QK_INLINE __m512i codes64(const __m512i v[4], __m512i zp01, __m512i zp23, const CodeRange& range) {
+  const __m512i low = _mm512_adds_epi16(pack16(v[0], v[1]), zp01);
+  const __m512i high = _mm512_adds_epi16(pack16(v[2], v[3]), zp23);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, pack_codes<kSigned>(low, high, range));
+}
+
+// 16 codes of one vector of rounded values.
+template <bool kSigned>
+QK_INLINE __m128i codes16(__m512i v, __m512i zp, const CodeRange& range) {
+  const __m512i packed = pack16(v, v);
+  const __m512i offset = _mm512_adds_epi16(packed, pack16(zp, zp));
+  const __m512i q = pack_codes<kSigned>(offset, offset, range);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  return _mm512_castsi512_si128(_mm512_permutexvar_epi32(order, q));
+}
+
+}  // namespace qk::avx512
+QK_TARGET_END
