@@ -15,7 +15,9 @@ except ModuleNotFoundError as error:
         "`pip install --no-build-isolation .` or, in place, `python setup.py build_ext --inplace`."
     ) from error
 
-from qkernels import ops
+from qkernels import nn, ops
+from qkernels.core.state import load, save
+from qkernels.ops.machine import info
 
-__all__ = ["ops"]
+__all__ = ["info", "load", "nn", "ops", "save"]
 __version__ = "0.1.0"

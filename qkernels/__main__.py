@@ -1,0 +1,7 @@
+"""`python -m qkernels`."""
+
+import sys
+
+from qkernels.cli import main
+
+sys.exit(main())

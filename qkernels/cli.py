@@ -1,0 +1,57 @@
+"""The command line: `python -m qkernels info | selftest | demo`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from qkernels.ops.machine import info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 1 if a check failed."""
+    parser = argparse.ArgumentParser(prog="python -m qkernels", description="A quantization runtime for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("info", help="version, instruction sets, CUDA build, kernels chosen")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("selftest", help="every kernel against the plain-torch reference on this machine")
+    command.set_defaults(run=_selftest)
+
+    command = commands.add_parser("demo", help="train a small network in float, convert it, compare")
+    command.add_argument("--data", help="digits, fashion-mnist or mnist-5k (default: the richest one that is here)")
+    command.add_argument("--root", help="where the fashion-mnist files are")
+    command.add_argument("--epochs", type=int, help="training epochs (default: enough for the data set)")
+    command.add_argument("--out", default="qkernels_demo.png", help="the picture (default: %(default)s)")
+    command.add_argument("--json", help="also write the numbers there")
+    command.set_defaults(run=_demo)
+
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _info(options: argparse.Namespace) -> int:
+    facts = info()
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    kernels = facts.pop("kernels")
+    for name, value in facts.items():
+        print(f"{name:15s} {value}")
+    print("kernels")
+    for op, kernel in kernels.items():
+        print(f"  {op:20s} {kernel}")
+    return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    from qkernels.selftest import run
+
+    return run()
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from qkernels.demo import run
+
+    return run(options.data, options.root, options.epochs, options.out, options.json)

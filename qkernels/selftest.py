@@ -1,0 +1,213 @@
+"""Every kernel against the plain-torch reference, on this machine, under every instruction set it has."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qkernels import ops, reference
+from qkernels.core.lowering import Clamp
+from qkernels.core.qspec import QParams
+from qkernels.nn import QAdaptiveAvgPool, QAdd, QAvgPool, QCat, QConv, QLayer, QLinear, QLookup, QMaxPool, QMul
+from qkernels.testing import isa_cap, supported_isas
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+_CHECKS: dict[str, Callable[[torch.Generator], Pairs]] = {}
+
+
+def run() -> int:
+    """Prints one line per operation and instruction set; returns 0 if every bit agrees, else 1."""
+    start, failures = time.perf_counter(), 0
+    for isa in supported_isas():
+        with isa_cap(isa):
+            for name, check in _CHECKS.items():
+                values, wrong = _count(check(torch.Generator().manual_seed(1)))
+                failures += wrong > 0
+                verdict = "ok" if wrong == 0 else f"{wrong} DIFFER"
+                print(f"{name:18s} {isa:11s} {values:>10,} values  {verdict}")
+    seconds = time.perf_counter() - start
+    print(f"selftest: {'all agree with the reference' if failures == 0 else f'{failures} FAILED'} ({seconds:.1f} s)")
+    return 0 if failures == 0 else 1
+
+
+def _count(pairs: Pairs) -> tuple[int, int]:
+    """How many values were compared and how many differ in any bit; a wrong shape or dtype counts as all."""
+    values = wrong = 0
+    for got, expected in pairs:
+        values += expected.numel()
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            wrong += expected.numel()
+        else:
+            same = (got == expected) | ((got != got) & (expected != expected))
+            wrong += int((~same).sum())
+    return values, wrong
+
+
+def _check(function: Callable[[torch.Generator], Pairs]) -> Callable[[torch.Generator], Pairs]:
+    _CHECKS[function.__name__.removeprefix("_")] = function
+    return function
+
+
+# ---- random operands ----
+
+
+def _number(g: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=g))
+
+
+def _codes(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8).view(dtype)
+
+
+def _grid(g: torch.Generator, dtype: torch.dtype = torch.uint8) -> QParams:
+    qmin, qmax = (0, 255) if dtype == torch.uint8 else (-128, 127)
+    scale = 0.01 + 0.1 * float(torch.rand((), generator=g))
+    return QParams.per_tensor(scale, _number(g, qmin, qmax), qmin, qmax, dtype)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _both(layer: QLayer, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return layer(*inputs), layer.reference_forward(*inputs)
+
+
+_DTYPES = (torch.uint8, torch.int8)
+
+
+# ---- checks ----
+
+
+@_check
+def _quantize(g: torch.Generator) -> Pairs:
+    for dtype in _DTYPES:
+        for shape in ((1,), (3, 5), (2, 17, 9, 11), (4, 1000)):
+            grid = _grid(g, dtype)
+            x = torch.randn(shape, generator=g) * 4
+            x.view(-1)[0] = float("nan")
+            arguments = (grid.scale, grid.zero_point, None, grid.qmin, grid.qmax, dtype)
+            yield ops.quantize(x, *arguments), reference.quantize(x, *arguments)
+
+
+@_check
+def _dequantize(g: torch.Generator) -> Pairs:
+    for dtype in _DTYPES:
+        for shape in ((1,), (3, 5), (2, 17, 9, 11), (4, 1000)):
+            grid = _grid(g, dtype)
+            arguments = (_codes(g, *shape, dtype=dtype), grid.scale, grid.zero_point, None, torch.float32)
+            yield ops.dequantize(*arguments), reference.dequantize(*arguments)
+
+
+@_check
+def _fake_quant(g: torch.Generator) -> Pairs:
+    for shape in ((1,), (3, 5), (2, 17, 9, 11), (4, 1000)):
+        grid = _grid(g)
+        arguments = (torch.randn(shape, generator=g), grid.scale, grid.zero_point, None, grid.qmin, grid.qmax)
+        yield ops.fake_quant(*arguments), reference.fake_quant(*arguments)
+
+
+def _weight(g: torch.Generator, *shape: int, axis: int = 0) -> tuple[Tensor, QParams]:
+    scale = 0.001 + 0.01 * torch.rand(shape[axis], generator=g)
+    grid = QParams(scale, torch.zeros(shape[axis]), axis, -128, 127, torch.int8)
+    return _codes(g, *shape, dtype=torch.int8), grid
+
+
+@_check
+def _linear(g: torch.Generator) -> Pairs:
+    for i, (m, n, k) in enumerate(((1, 1, 1), (1, 1000, 320), (5, 17, 3), (33, 65, 129), (100, 96, 64), (7, 130, 515))):
+        dtype = _DTYPES[i % 2]
+        weight, weight_grid = _weight(g, n, k)
+        bias = None if i == 2 else torch.randn(n, generator=g)
+        x = _codes(g, m, k, dtype=dtype)
+        for output in (_grid(g), _grid(g, torch.int8), None):
+            clamp = Clamp(0.0, 6.0) if output is not None and i % 2 else None
+            yield _both(QLinear(_grid(g, dtype), weight, weight_grid, bias, output, clamp), x)
+
+
+def _conv_layer(
+    g: torch.Generator, channels: int, out: int, kernel: tuple[int, ...], groups: int, **options: object
+) -> QConv:
+    dims = len(kernel)
+    transposed = bool(options.get("transposed", False))
+    shape = (channels, out // groups, *kernel) if transposed else (out, channels // groups, *kernel)
+    scale = 0.001 + 0.01 * torch.rand(out, generator=g)
+    grid = QParams(scale, torch.zeros(out), 0, -128, 127, torch.int8)
+    defaults = {
+        "stride": [1] * dims,
+        "padding": [[k // 2, k // 2] for k in kernel],
+        "dilation": [1] * dims,
+        "groups": groups,
+        "transposed": transposed,
+        "output_padding": [0] * dims,
+        "padding_mode": "zeros",
+    }
+    weight = _codes(g, *shape, dtype=torch.int8)
+    bias = torch.randn(out, generator=g)
+    return QConv(_grid(g), weight, grid, bias, _grid(g), Clamp(0.0), {**defaults, **options})
+
+
+@_check
+def _conv(g: torch.Generator) -> Pairs:
+    cases = (
+        (3, 32, (3, 3), 1, {"stride": [2, 2]}),
+        (64, 64, (3, 3), 1, {}),
+        (64, 130, (1, 1), 1, {}),
+        (17, 19, (3, 5), 1, {"dilation": [2, 1], "padding": [[1, 3], [0, 2]]}),
+        (32, 48, (3, 3), 4, {"stride": [2, 1]}),
+        (8, 8, (7,), 1, {"padding_mode": "reflect"}),
+        (6, 9, (2, 3, 2), 3, {}),
+        (16, 24, (3, 3), 1, {"transposed": True, "stride": [2, 2], "output_padding": [1, 1]}),
+    )
+    for channels, out, kernel, groups, options in cases:
+        spatial = [_number(g, 7, 15) for _ in kernel]
+        x = _codes(g, 2, channels, *spatial)
+        layer = _conv_layer(g, channels, out, kernel, groups, **options)
+        yield _both(layer, _channels_last(x))
+        yield _both(layer, x)
+
+
+@_check
+def _depthwise(g: torch.Generator) -> Pairs:
+    for channels, multiplier, stride in ((32, 1, 1), (144, 1, 2), (17, 1, 1), (8, 3, 1)):
+        x = _codes(g, 2, channels, 15, 13)
+        layer = _conv_layer(g, channels, channels * multiplier, (3, 3), channels, stride=[stride, stride])
+        yield _both(layer, _channels_last(x))
+
+
+@_check
+def _add_mul(g: torch.Generator) -> Pairs:
+    for cls in (QAdd, QMul):
+        for a, b in ((_DTYPES[0],) * 2, (_DTYPES[1],) * 2, _DTYPES):
+            for shape in ((1,), (2, 33, 7, 5), (3, 1001)):
+                layer = cls(_grid(g, a), _grid(g, b), _grid(g), {"clamp": [0.0, None]})
+                yield _both(layer, _codes(g, *shape, dtype=a), _codes(g, *shape, dtype=b))
+
+
+@_check
+def _lookup(g: torch.Generator) -> Pairs:
+    for function in ("hardswish", "sigmoid", "gelu", "requantize"):
+        for dtype in _DTYPES:
+            yield _both(QLookup(_grid(g, dtype), _grid(g), function), _codes(g, 2, 33, 7, 5, dtype=dtype))
+
+
+@_check
+def _cat(g: torch.Generator) -> Pairs:
+    layer = QCat([_grid(g), _grid(g), _grid(g)], _grid(g), 1)
+    yield _both(layer, [_channels_last(_codes(g, 2, c, 7, 5)) for c in (3, 64, 17)])
+
+
+@_check
+def _pool(g: torch.Generator) -> Pairs:
+    for dtype in _DTYPES:
+        for channels in (1, 17, 64, 130):
+            x = _channels_last(_codes(g, 2, channels, 14, 11, dtype=dtype))
+            window = {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 0], "ceil_mode": True}
+            yield _both(QMaxPool(_grid(g, dtype), {**window, "dilation": [1, 2]}), x)
+            for counted in (True, False):
+                options = {**window, "count_include_pad": counted, "divisor_override": None}
+                yield _both(QAvgPool(_grid(g, dtype), _grid(g), options), x)
+            for size in ([1, 1], [5, 7]):
+                options = {"output_size": size, "flatten": False}
+                yield _both(QAdaptiveAvgPool(_grid(g, dtype), _grid(g), options), x)
