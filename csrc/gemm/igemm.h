@@ -54,6 +54,7 @@ struct PackedMatrix {
   const int32_t* weight_zero_point = nullptr;  // nullptr: all zero
   const float* addend = nullptr;
   const float* mult = nullptr;
+  const int32_t* order = nullptr;  // AVX2 only
 };
 
 // Columns in a panel and in a vector of an ISA's layout. The last panel is as wide as its vectors.

@@ -8,8 +8,6 @@
 namespace qk {
 namespace {
 
-constexpr bool kOrderQuads = false;
-
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -38,7 +36,7 @@ Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
   layout.addend_offset = reserve(layout.columns * 4);
   layout.mult_offset = reserve(layout.columns * 4);
   layout.panels_offset = reserve(taps * layout.quads * layout.columns * 4);
-  if (isa == Isa::kAvx2 && kOrderQuads) {
+  if (isa == Isa::kAvx2) {
     layout.order_offset = reserve(layout.panels * taps * (1 + depth / 4) * 4);
   }
   layout.bytes = offset;
@@ -192,7 +190,7 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
     const int64_t columns = source.n - first < shape.columns ? source.n - first : shape.columns;
     const PanelWriter writer{source, first, columns, round_up(columns, shape.lanes)};
     int8_t* at = panels + panel * layout.panel_bytes;
-    if (isa == Isa::kAvx2 && kOrderQuads) {
+    if (isa == Isa::kAvx2) {
       write_ordered_panel(writer, source.taps, source.depth, at,
                           order + panel * source.taps * (1 + source.depth / 4));
     } else {
@@ -235,6 +233,7 @@ Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix) {
       header->has_weight_zero_point
           ? reinterpret_cast<const int32_t*>(base + layout.zero_point_offset)
           : nullptr;
+  matrix->order = reinterpret_cast<const int32_t*>(base + layout.order_offset);
   matrix->addend = reinterpret_cast<const float*>(base + layout.addend_offset);
   matrix->mult = reinterpret_cast<const float*>(base + layout.mult_offset);
   return Status::kOk;

@@ -1,0 +1,133 @@
+// What the 16-column tiles of AVX2 and AVX-VNNI share: the stores and the choice of the tile's
+// size. Include it inside a target region, inside the anonymous namespace of a kernel file, after
+// igemm_driver.h and x86_avx2_epilogue.h.
+//
+// A Multiply has  template <int R, int V> static void run(const IgemmTile&, __m256i (&acc)[R][V]):
+//   acc[i][j] = init[j] + sum over tap, k,  and kWideRows, the most rows of a 16-column tile.
+
+QK_INLINE __m256i broadcast4(const uint8_t* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  return _mm256_set1_epi32(bytes);
+}
+
+// n = 1..3 bytes, the others zero.
+QK_INLINE __m256i broadcast_tail(const uint8_t* p, int64_t n) {
+  int32_t bytes = p[0];
+  if (n > 1) bytes |= p[1] << 8;
+  if (n > 2) bytes |= p[2] << 16;
+  return _mm256_set1_epi32(bytes);
+}
+
+// The 8-bit store without weight zero points, straight from the accumulators.
+template <int R, int V>
+QK_INLINE void store_bytes(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
+  const Requantize16 constants = requantize16_constants(tile.matrix.header->epilogue);
+  __m256 addend[V], mult[V];
+#pragma GCC unroll 2
+  for (int j = 0; j < V; ++j) {
+    addend[j] = _mm256_load_ps(tile.matrix.addend + tile.first_column + 8 * j);
+    mult[j] = _mm256_load_ps(tile.matrix.mult + tile.first_column + 8 * j);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    const __m256i q0 = scale_x8(acc[i][0], addend[0], mult[0]);
+    const __m256i q1 =
+        V == 2 ? scale_x8(acc[i][V - 1], addend[V - 1], mult[V - 1]) : _mm256_setzero_si256();
+    const __m128i bytes = pack_x16(constants, q0, q1);
+    if (tile.columns == 16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(tile.out[i]), bytes);
+    } else {
+      store_bytes_upto8(tile.out[i], bytes, tile.columns);
+      if (tile.columns > 8) {
+        store_bytes_upto8(tile.out[i] + 8, _mm_unpackhi_epi64(bytes, bytes), tile.columns - 8);
+      }
+    }
+  }
+}
+
+// Every other output: from the accumulators in memory, [rows][16].
+__attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_t* acc,
+                                             int64_t rows) {
+  const PackedMatrix& m = tile.matrix;
+  const Epilogue& e = m.header->epilogue;
+  const int64_t element = output_bytes(e.output);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < tile.columns; c += 8) {
+      const int64_t column = tile.first_column + c;
+      __m256i sum = _mm256_load_si256(reinterpret_cast<const __m256i*>(acc + 16 * i + c));
+      if (m.weight_zero_point != nullptr) {
+        const __m256i zw =
+            _mm256_load_si256(reinterpret_cast<const __m256i*>(m.weight_zero_point + column));
+        const __m256i row = _mm256_set1_epi32(static_cast<int32_t>(tile.row_sums[i]));
+        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zw, row));
+      }
+      store_x8(e, sum, _mm256_load_ps(m.addend + column), _mm256_load_ps(m.mult + column),
+               tile.out[i] + c * element, tile.columns - c);
+    }
+  }
+}
+
+// Table and residual, in place on the bytes just written (still in L1).
+__attribute__((noinline)) void finish_bytes(const IgemmTile& tile, int64_t rows) {
+  const Epilogue& e = tile.matrix.header->epilogue;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (e.has_table) tile.lookup(tile.out[i], tile.columns, e.table);
+    if (e.has_residual) {
+      residual_add_avx2(e, tile.out[i], tile.residual[i], tile.residual_signed, tile.columns);
+    }
+  }
+}
+
+template <typename Multiply, int R, int V>
+__attribute__((noinline)) void run_tile(const IgemmTile& tile) {
+  __m256i acc[R][V];
+  Multiply::template run<R, V>(tile, acc);
+  const PackedHeader& header = *tile.matrix.header;
+  if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
+    store_bytes<R, V>(tile, acc);
+  } else {
+    alignas(32) int32_t memory[R][16];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < V; ++j) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(&memory[i][8 * j]), acc[i][j]);
+      }
+    }
+    store_general(tile, memory[0], R);
+  }
+  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes(tile, R);
+}
+
+template <typename Multiply, Isa kLayout>
+struct YmmTile {
+  static constexpr Isa kIsa = kLayout;
+  static constexpr int64_t max_rows(int64_t vectors) {
+    return vectors == 2 ? Multiply::kWideRows : 8;
+  }
+  template <int V>
+  QK_INLINE void run(int64_t rows, const IgemmTile& tile) {
+    switch (rows) {
+      case 1:
+        return run_tile<Multiply, 1, V>(tile);
+      case 2:
+        return run_tile<Multiply, 2, V>(tile);
+      case 3:
+        return run_tile<Multiply, 3, V>(tile);
+      case 4:
+        return run_tile<Multiply, 4, V>(tile);
+    }
+    if constexpr (max_rows(V) >= 6) {
+      if (rows <= 6) {
+        return rows == 5 ? run_tile<Multiply, 5, V>(tile) : run_tile<Multiply, 6, V>(tile);
+      }
+    }
+    if constexpr (max_rows(V) >= 8) {
+      return rows == 7 ? run_tile<Multiply, 7, V>(tile) : run_tile<Multiply, 8, V>(tile);
+    }
+  }
+  static void tile(int64_t rows, int64_t vectors, const IgemmTile& tile) {
+    return vectors == 2 ? run<2>(rows, tile) : run<1>(rows, tile);
+  }
+};
