@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 OTHER := .venv-other
-PIP_FLAGS := -q --disable-pip-version-check
+PIP_FLAGS := -qq --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
