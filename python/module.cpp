@@ -62,7 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa_cap", [](const std::string& name) {
     qk::Isa isa;
     if (!qk::parse_isa(name.c_str(), &isa)) {
-      throw py::value_error("isa must be one of scalar, avx2, avxvnni, avx512vnni, got '" + name +
+      throw py::value_error(std::string("isa must be one of ") + qk::kIsaNames + ", got '" + name +
                             "'");
     }
     qk::set_isa_cap(isa);
@@ -85,8 +85,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("compiler") = __VERSION__;
   if (qk::invalid_isa_environment() != nullptr) {
-    throw py::value_error(
-        std::string("QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, got '") +
-        qk::invalid_isa_environment() + "'");
+    throw py::value_error(std::string("QKERNELS_ISA must be one of ") + qk::kIsaNames + ", got '" +
+                          qk::invalid_isa_environment() + "'");
   }
 }

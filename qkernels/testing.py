@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from qkernels import _C
 
-ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
 
 
 @contextmanager

@@ -6,12 +6,16 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace qk {
 namespace {
 
-constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512vnni"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
 
 #if defined(__x86_64__)
 uint64_t read_xcr0() {
@@ -21,6 +25,16 @@ uint64_t read_xcr0() {
 }
 
 bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
+
+// Linux lets a process use the tile registers only after it has asked.
+bool allow_tiles() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+#else
+  return false;
+#endif
+}
 
 CpuFeatures detect() {
   uint32_t a, b, c, d;
@@ -44,6 +58,9 @@ CpuFeatures detect() {
   if ((xcr0 & kZmmState) == kZmmState && avx512 && bit(c7, 11)) {
     features |= kCpuAvx512Vnni;
     if (bit(c7, 1)) features |= kCpuAvx512Vbmi;
+    constexpr uint64_t kTileState = 0x60000;
+    const bool amx = bit(d7, 24) && bit(d7, 25);  // AMX-TILE, AMX-INT8
+    if (amx && (xcr0 & kTileState) == kTileState && allow_tiles()) features |= kCpuAmx;
   }
   return features;
 }
@@ -60,12 +77,15 @@ constexpr CpuFeatures features_up_to(Isa cap) {
     case Isa::kAvxVnni:
       return kCpuAvx2 | kCpuAvxVnni;
     case Isa::kAvx512Vnni:
+      return ~kCpuAmx;
+    case Isa::kAmx:
       return ~CpuFeatures{0};
   }
   return kCpuScalar;
 }
 
 Isa best_isa(CpuFeatures features) {
+  if (has_features(features, kCpuAmx)) return Isa::kAmx;
   if (has_features(features, kCpuAvx512Vnni)) return Isa::kAvx512Vnni;
   if (has_features(features, kCpuAvxVnni)) return Isa::kAvxVnni;
   if (has_features(features, kCpuAvx2)) return Isa::kAvx2;
@@ -73,7 +93,7 @@ Isa best_isa(CpuFeatures features) {
 }
 
 struct Environment {
-  Isa cap = Isa::kAvx512Vnni;
+  Isa cap = Isa::kAmx;
   const char* invalid = nullptr;
 };
 
@@ -98,11 +118,11 @@ std::atomic<Isa>& cap() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 bool parse_isa(const char* name, Isa* isa) {
   for (int i = 0; i < kIsaCount; ++i) {
-    if (std::strcmp(name, kIsaNames[i]) == 0) {
+    if (std::strcmp(name, kNames[i]) == 0) {
       *isa = static_cast<Isa>(i);
       return true;
     }

@@ -9,8 +9,9 @@
 namespace qk {
 
 // Ordered: a cap at one level removes every later level.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
-inline constexpr int kIsaCount = 4;
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4 };
+inline constexpr int kIsaCount = 5;
+inline constexpr const char* kIsaNames = "scalar, avx2, avxvnni, avx512vnni, amx";
 
 // Bits of a feature set. One bit per Isa, and sub-features that single kernels ask for.
 using CpuFeatures = uint32_t;
@@ -19,6 +20,7 @@ inline constexpr CpuFeatures kCpuAvx2 = 1u << 0;        // AVX2, FMA, F16C
 inline constexpr CpuFeatures kCpuAvxVnni = 1u << 1;     // + AVX-VNNI
 inline constexpr CpuFeatures kCpuAvx512Vnni = 1u << 2;  // AVX512 F, BW, VL, DQ, VNNI
 inline constexpr CpuFeatures kCpuAvx512Vbmi = 1u << 3;  // + VBMI (belongs to the avx512vnni level)
+inline constexpr CpuFeatures kCpuAmx = 1u << 4;         // AVX512-VNNI and AMX-INT8, tiles allowed
 
 const char* isa_name(Isa isa);
 // Parses a name of isa_name(); false if it is none of them.

@@ -14,12 +14,16 @@
 #define QK_TARGET_END QK_PRAGMA(GCC pop_options)
 #endif
 
-// The four x86 paths. Each kernel file opens exactly one of them.
+// The x86 paths. Each kernel file opens exactly one of them.
 #define QK_ISA_AVX2 "avx2,fma,f16c"
 #define QK_ISA_AVXVNNI "avx2,fma,f16c,avxvnni"
 #define QK_ISA_AVX512VNNI \
   "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512"
 #define QK_ISA_AVX512VBMI \
   "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,prefer-vector-width=512"
+
+#define QK_ISA_AMX                                                                               \
+  "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,prefer-vector-" \
+  "width=512"
 
 #define QK_INLINE static inline __attribute__((always_inline))

@@ -28,6 +28,8 @@ namespace qk {
 inline constexpr uint64_t kPackedMagic = 0x4d4d454749'4b51ull;  // "QKIGEMM"
 inline constexpr uint32_t kPackedVersion = 1;
 inline constexpr int64_t kPackedAlign = 64;
+// The last tile of the last panel may be read to its end: 15 quads of 64 columns too far.
+inline constexpr int64_t kAmxTailBytes = 15 * 256;
 
 // At the start of the packed bytes. Offsets are in bytes from the header.
 struct alignas(64) PackedHeader {
@@ -62,7 +64,7 @@ struct PanelShape {
   int64_t columns, lanes;
 };
 inline constexpr PanelShape panel_shape(Isa isa) {
-  return isa == Isa::kAvx512Vnni ? PanelShape{64, 16} : PanelShape{16, 8};
+  return isa >= Isa::kAvx512Vnni ? PanelShape{64, 16} : PanelShape{16, 8};
 }
 inline constexpr int64_t panel_count(int64_t n, Isa isa) {
   return (n + panel_shape(isa).columns - 1) / panel_shape(isa).columns;

@@ -3,9 +3,11 @@
 // is compiled for that target.
 //
 // A Kernel has kIsa, max_rows(vectors): the most rows of a tile that is `vectors` wide, and
-//   static void tile(int64_t rows, int64_t vectors, const IgemmTile&).
+//   void tile(int64_t rows, int64_t vectors, const IgemmTile&).
+// It may have begin_rows(sources, rows, args), called before the panels of a block of rows, and
+//   next_rows(left, most): how many of the `left` rows the next block takes (else blocks are even).
 
-constexpr int64_t kMaxTileRows = 8;
+constexpr int64_t kMaxTileRows = 32;
 
 struct IgemmTile {
   const uint8_t* const* rows;  // [tile row * taps + tap]
@@ -31,8 +33,14 @@ QK_INLINE uint32_t igemm_row_sum(const uint8_t* const* taps, const PackedHeader&
   return sum;
 }
 
+// Even blocks: 8 rows are 4 + 4, not 6 + 2.
+QK_INLINE int64_t even_rows(int64_t left, int64_t most) {
+  const int64_t blocks = (left + most - 1) / most;
+  return (left + blocks - 1) / blocks;
+}
+
 template <typename Kernel>
-QK_INLINE void igemm_blocks(const IgemmBlock& block) {
+QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel kernel = {}) {
   const IgemmArgs& args = block.args;
   const PackedHeader& header = *args.matrix.header;
   constexpr PanelShape shape = panel_shape(Kernel::kIsa);
@@ -44,17 +52,19 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
   const int64_t tile_rows =
       Kernel::max_rows(widest >= shape.columns ? shape.columns / shape.lanes
                                                : (widest + shape.lanes - 1) / shape.lanes);
-  // Even blocks: 8 rows are 4 + 4, not 6 + 2.
-  const int64_t blocks = (rows + tile_rows - 1) / tile_rows;
-  const int64_t base = rows / blocks, larger = rows % blocks;
 
   const uint8_t* strided[kMaxTileRows];
   const uint8_t* residual[kMaxTileRows] = {};
   uint8_t* out[kMaxTileRows];
   uint32_t row_sums[kMaxTileRows];
   int64_t row = block.row_begin;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t count = base + (b < larger ? 1 : 0);
+  while (row < block.row_end) {
+    int64_t count;
+    if constexpr (requires { kernel.next_rows(1, 1); }) {
+      count = kernel.next_rows(block.row_end - row, tile_rows);
+    } else {
+      count = even_rows(block.row_end - row, tile_rows);
+    }
     const uint8_t* const* sources = strided;
     if (args.pointers != nullptr) {
       sources = args.pointers + row * header.taps;
@@ -75,6 +85,9 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
         row_sums[i] = igemm_row_sum(sources + i * header.taps, header);
       }
     }
+    if constexpr (requires { kernel.begin_rows(sources, count, args); }) {
+      kernel.begin_rows(sources, count, args);
+    }
     for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
       const int64_t column = panel * shape.columns, rest = header.n - column;
       const int64_t columns = rest < shape.columns ? rest : shape.columns;
@@ -89,7 +102,7 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
                            residual,
                            args.residual_signed,
                            block.lookup};
-      Kernel::tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
+      kernel.tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
       for (int64_t i = 0; i < count; ++i) {
         out[i] += shape.columns * element;
         if (epilogue.has_residual) residual[i] += shape.columns;

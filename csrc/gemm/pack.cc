@@ -39,6 +39,7 @@ Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
   if (isa == Isa::kAvx2) {
     layout.order_offset = reserve(layout.panels * taps * (1 + depth / 4) * 4);
   }
+  if (isa == Isa::kAmx) reserve(kAmxTailBytes);
   layout.bytes = offset;
   return layout;
 }

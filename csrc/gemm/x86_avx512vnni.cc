@@ -17,6 +17,7 @@ namespace {
 
 #include "csrc/gemm/igemm_driver.h"
 #include "csrc/gemm/x86_avx512_epilogue.h"
+#include "csrc/gemm/x86_avx512_store.h"
 
 QK_INLINE void dot(__m512i& acc, __m512i a, __m512i b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
@@ -122,38 +123,6 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
     }
     const __m512i bytes = pack_x64(constants, q[0], q[1], q[2], q[3]);
     _mm512_mask_storeu_epi8(tile.out[i], mask, bytes);
-  }
-}
-
-// Every other output: from the accumulators in memory, [rows][64].
-__attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_t* acc,
-                                             int64_t rows) {
-  const PackedMatrix& m = tile.matrix;
-  const Epilogue& e = m.header->epilogue;
-  const int64_t element = output_bytes(e.output);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < tile.columns; c += 16) {
-      __m512i sum = _mm512_load_si512(acc + 64 * i + c);
-      if (m.weight_zero_point != nullptr) {
-        const __m512i zw = _mm512_load_si512(m.weight_zero_point + tile.first_column + c);
-        const __m512i row = _mm512_set1_epi32(static_cast<int32_t>(tile.row_sums[i]));
-        sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zw, row));
-      }
-      store_x16(e, sum, _mm512_load_ps(m.addend + tile.first_column + c),
-                _mm512_load_ps(m.mult + tile.first_column + c), tile.out[i] + c * element,
-                mask16(tile.columns - c));
-    }
-  }
-}
-
-// Table and residual, in place on the bytes just written (still in L1).
-__attribute__((noinline)) void finish_bytes(const IgemmTile& tile, int64_t rows) {
-  const Epilogue& e = tile.matrix.header->epilogue;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (e.has_table) tile.lookup(tile.out[i], tile.columns, e.table);
-    if (e.has_residual) {
-      residual_add_avx512(e, tile.out[i], tile.residual[i], tile.residual_signed, tile.columns);
-    }
   }
 }
 

@@ -14,7 +14,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "amx"])
 def test_environment_caps_the_isa_and_never_raises_it(isa):
     code = (
         "import qkernels; from qkernels import _C; from qkernels.testing import ISAS; "
@@ -30,7 +30,7 @@ def test_environment_caps_the_isa_and_never_raises_it(isa):
 def test_unknown_isa_in_the_environment_is_refused_with_the_choices(isa):
     result = run_python("import qkernels", QKERNELS_ISA=isa)
     assert result.returncode != 0
-    assert f"QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, got '{isa}'" in result.stderr
+    assert f"QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, amx, got '{isa}'" in result.stderr
 
 
 def test_import_needs_no_gpu():
