@@ -2,8 +2,8 @@
 // and AMX share. Include it after igemm_driver.h and x86_avx512_epilogue.h.
 
 // Every other output: from the accumulators in memory, [rows][64].
-__attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_t* acc,
-                                             int64_t rows) {
+__attribute__((noinline)) void store_general_avx512(const IgemmTile& tile, const int32_t* acc,
+                                                    int64_t rows) {
   const PackedMatrix& m = tile.matrix;
   const Epilogue& e = m.header->epilogue;
   const int64_t element = output_bytes(e.output);
@@ -23,7 +23,7 @@ __attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_
 }
 
 // Table and residual, in place on the bytes just written (still in L1).
-__attribute__((noinline)) void finish_bytes(const IgemmTile& tile, int64_t rows) {
+__attribute__((noinline)) void finish_bytes_avx512(const IgemmTile& tile, int64_t rows) {
   const Epilogue& e = tile.matrix.header->epilogue;
   for (int64_t i = 0; i < rows; ++i) {
     if (e.has_table) tile.lookup(tile.out[i], tile.columns, e.table);
@@ -77,7 +77,7 @@ QK_INLINE void store_sums(const IgemmTile& tile, const int32_t* acc, int64_t row
         store_bytes_rows<4>(tile, acc, rows);
     }
   } else {
-    store_general(tile, acc, rows);
+    store_general_avx512(tile, acc, rows);
   }
-  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes(tile, rows);
+  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx512(tile, rows);
 }

@@ -140,9 +140,9 @@ __attribute__((noinline)) void run_tile(const IgemmTile& tile) {
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) _mm512_store_si512(&memory[i][16 * j], acc[i][j]);
     }
-    store_general(tile, memory[0], R);
+    store_general_avx512(tile, memory[0], R);
   }
-  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes(tile, R);
+  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx512(tile, R);
 }
 
 template <int V, bool Flip>

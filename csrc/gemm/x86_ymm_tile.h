@@ -47,8 +47,8 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
 }
 
 // Every other output: from the accumulators in memory, [rows][16].
-__attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_t* acc,
-                                             int64_t rows) {
+__attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, const int32_t* acc,
+                                                  int64_t rows) {
   const PackedMatrix& m = tile.matrix;
   const Epilogue& e = m.header->epilogue;
   const int64_t element = output_bytes(e.output);
@@ -69,7 +69,7 @@ __attribute__((noinline)) void store_general(const IgemmTile& tile, const int32_
 }
 
 // Table and residual, in place on the bytes just written (still in L1).
-__attribute__((noinline)) void finish_bytes(const IgemmTile& tile, int64_t rows) {
+__attribute__((noinline)) void finish_bytes_avx2(const IgemmTile& tile, int64_t rows) {
   const Epilogue& e = tile.matrix.header->epilogue;
   for (int64_t i = 0; i < rows; ++i) {
     if (e.has_table) tile.lookup(tile.out[i], tile.columns, e.table);
@@ -95,9 +95,9 @@ __attribute__((noinline)) void run_tile(const IgemmTile& tile) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(&memory[i][8 * j]), acc[i][j]);
       }
     }
-    store_general(tile, memory[0], R);
+    store_general_avx2(tile, memory[0], R);
   }
-  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes(tile, R);
+  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx2(tile, R);
 }
 
 template <typename Multiply, Isa kLayout>
