@@ -66,8 +66,8 @@ void lookup(const LookupArgs& args, const Parallel& parallel) {
 void binary(const BinaryArgs& args, const Parallel& parallel) {
   const BinaryKernel kernel = select_binary_kernel(args.op);
   const int last = args.layout.dims - 1;
-  const bool a_repeats = args.layout.stride[1][last] == 0;
-  const bool b_repeats = args.layout.stride[2][last] == 0;
+  const bool a_repeats = args.layout.inner() > 1 && args.layout.stride[1][last] == 0;
+  const bool b_repeats = args.layout.inner() > 1 && args.layout.stride[2][last] == 0;
   const int64_t work_ns = args.layout.rows() * args.layout.inner() / 8;
   for_each_run(args.layout, parallel, kRunBytes, work_ns,
                [&](const StridedCursor<3>& cursor, int64_t first, int64_t n) {

@@ -1,0 +1,168 @@
+// add, mul: 64 codes a step, the tail 16 at a time under masks. lookup without VBMI: 16 byte
+// shuffles on differences of the table (see shuffle_table in x86_avx2.cc for the same idea).
+#include "csrc/base/numerics.h"
+#include "csrc/base/x86_avx512.h"
+#include "csrc/pointwise/pointwise.h"
+
+QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
+namespace qk {
+namespace {
+
+using namespace avx512;
+
+// 16 codes as floats; a repeated operand is read once, before the loop.
+template <bool kSigned, bool kRepeats>
+struct Operand {
+  const uint8_t* q;
+  __m512 repeated;
+
+  QK_INLINE __m512 widen(__m128i bytes) {
+    return _mm512_cvtepi32_ps(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+  }
+  __attribute__((always_inline)) explicit Operand(const uint8_t* q) : q(q) {
+    repeated = kRepeats ? widen(_mm_set1_epi8(static_cast<char>(*q))) : _mm512_setzero_ps();
+  }
+  __attribute__((always_inline)) __m512 full(int64_t i) const {
+    return kRepeats ? repeated : widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i)));
+  }
+  __attribute__((always_inline)) __m512 part(int64_t i, __mmask16 m) const {
+    return kRepeats ? repeated : widen(_mm_maskz_loadu_epi8(m, q + i));
+  }
+};
+
+struct AddFormula {
+  __m512 a_scale, a_offset, b_scale, b_offset, inv_scale;
+
+  __attribute__((always_inline)) explicit AddFormula(const BinaryGrid& g)
+      : a_scale(_mm512_set1_ps(g.a_scale)),
+        a_offset(_mm512_set1_ps(add_offset(g.a_scale, g.a_zero_point))),
+        b_scale(_mm512_set1_ps(g.b_scale)),
+        b_offset(_mm512_set1_ps(add_offset(g.b_scale, g.b_zero_point))),
+        inv_scale(_mm512_set1_ps(1.0f / g.out_scale)) {}
+  __attribute__((always_inline)) __m512i operator()(__m512 a, __m512 b) const {
+    const __m512 sum =
+        _mm512_add_ps(_mm512_fmadd_ps(a, a_scale, a_offset), _mm512_fmadd_ps(b, b_scale, b_offset));
+    return round_to_int(_mm512_mul_ps(sum, inv_scale));
+  }
+};
+
+// The product of two differences of codes is exact in float32.
+struct MulFormula {
+  __m512 a_zero, b_zero, multiplier;
+
+  __attribute__((always_inline)) explicit MulFormula(const BinaryGrid& g)
+      : a_zero(_mm512_set1_ps(static_cast<float>(g.a_zero_point))),
+        b_zero(_mm512_set1_ps(static_cast<float>(g.b_zero_point))),
+        multiplier(_mm512_set1_ps((g.a_scale * g.b_scale) / g.out_scale)) {}
+  __attribute__((always_inline)) __m512i operator()(__m512 a, __m512 b) const {
+    const __m512 product = _mm512_mul_ps(_mm512_sub_ps(a, a_zero), _mm512_sub_ps(b, b_zero));
+    return round_to_int(_mm512_mul_ps(product, multiplier));
+  }
+};
+
+template <typename Formula, bool kASigned, bool kBSigned, bool kOutSigned, bool kARepeats,
+          bool kBRepeats>
+QK_INLINE void binary_run(const BinaryRun& run) {
+  const BinaryGrid& g = *run.grid;
+  const Formula formula(g);
+  const Operand<kASigned, kARepeats> a(run.a);
+  const Operand<kBSigned, kBRepeats> b(run.b);
+  const CodeRange range = code_range(g.qmin, g.qmax);
+  const __m512i zp = _mm512_set1_epi32(g.out_zero_point), zp16 = pack16(zp, zp);
+  int64_t i = 0;
+  for (; i + 64 <= run.n; i += 64) {
+    __m512i v[4];
+    for (int k = 0; k < 4; ++k) v[k] = formula(a.full(i + 16 * k), b.full(i + 16 * k));
+    _mm512_storeu_si512(run.out + i, codes64<kOutSigned>(v, zp16, zp16, range));
+  }
+  for (; i < run.n; i += 16) {
+    const __mmask16 m = lanes(run.n - i);
+    const __m512i v = formula(a.part(i, m), b.part(i, m));
+    _mm_mask_storeu_epi8(run.out + i, m, codes16<kOutSigned>(v, zp, range));
+  }
+}
+
+template <typename Formula, bool kASigned, bool kBSigned, bool kOutSigned>
+QK_INLINE void binary_repeats(const BinaryRun& run) {
+  if (run.a_repeats) {
+    binary_run<Formula, kASigned, kBSigned, kOutSigned, true, false>(run);
+  } else if (run.b_repeats) {
+    binary_run<Formula, kASigned, kBSigned, kOutSigned, false, true>(run);
+  } else {
+    binary_run<Formula, kASigned, kBSigned, kOutSigned, false, false>(run);
+  }
+}
+
+template <typename Formula, bool kASigned, bool kBSigned>
+QK_INLINE void binary_out(const BinaryRun& run) {
+  run.grid->out_signed ? binary_repeats<Formula, kASigned, kBSigned, true>(run)
+                       : binary_repeats<Formula, kASigned, kBSigned, false>(run);
+}
+
+template <typename Formula>
+QK_INLINE void binary_any(const BinaryRun& run) {
+  if (run.grid->a_signed) {
+    run.grid->b_signed ? binary_out<Formula, true, true>(run)
+                       : binary_out<Formula, true, false>(run);
+  } else {
+    run.grid->b_signed ? binary_out<Formula, false, true>(run)
+                       : binary_out<Formula, false, false>(run);
+  }
+}
+
+// Entry 16 * k + j of the result: table[16 * k + j] xor the entry 16 before it, inside each half.
+struct ShuffleTable {
+  __m512i part[16];
+};
+
+QK_INLINE ShuffleTable shuffle_table(const uint8_t* table) {
+  ShuffleTable t;
+  for (int k = 0; k < 16; ++k) {
+    __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * k));
+    if (k % 8 != 0) {
+      part = _mm_xor_si128(part,
+                           _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * (k - 1))));
+    }
+    t.part[k] = _mm512_broadcast_i32x4(part);
+  }
+  return t;
+}
+
+// A shuffle gives 0 where the index is negative: the index falls by 16 a part, so that the parts up
+// to the right one are summed, and their differences telescope to the entry.
+QK_INLINE __m512i shuffle_lookup(const ShuffleTable& t, __m512i q) {
+  const __m512i step = _mm512_set1_epi8(16);
+  __m512i low = q, high = _mm512_xor_si512(q, _mm512_set1_epi8(static_cast<char>(0x80)));
+  __m512i a = _mm512_shuffle_epi8(t.part[0], low), b = _mm512_shuffle_epi8(t.part[8], high);
+  for (int k = 1; k < 8; ++k) {
+    low = _mm512_subs_epi8(low, step);
+    high = _mm512_subs_epi8(high, step);
+    a = _mm512_xor_si512(a, _mm512_shuffle_epi8(t.part[k], low));
+    b = _mm512_xor_si512(b, _mm512_shuffle_epi8(t.part[8 + k], high));
+  }
+  return _mm512_xor_si512(a, b);
+}
+
+}  // namespace
+
+void add_avx512vnni(const BinaryRun& run) { binary_any<AddFormula>(run); }
+void mul_avx512vnni(const BinaryRun& run) { binary_any<MulFormula>(run); }
+
+void lookup_avx512vnni(const LookupRows& run) {
+  const ShuffleTable table = shuffle_table(run.table);
+  for (int64_t row = 0; row < run.rows; ++row) {
+    const uint8_t* q = run.q + row * run.q_stride;
+    uint8_t* out = run.out + row * run.out_stride;
+    int64_t i = 0;
+    for (; i + 64 <= run.n; i += 64) {
+      _mm512_storeu_si512(out + i, shuffle_lookup(table, _mm512_loadu_si512(q + i)));
+    }
+    if (i < run.n) {
+      const __mmask64 m = byte_lanes(run.n - i);
+      _mm512_mask_storeu_epi8(out + i, m, shuffle_lookup(table, _mm512_maskz_loadu_epi8(m, q + i)));
+    }
+  }
+}
+
+}  // namespace qk
+QK_TARGET_END

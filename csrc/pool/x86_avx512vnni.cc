@@ -1,0 +1,105 @@
+// 64 channels a vector, the last ones under a mask. Sums run in 16 bits and move to 32 bits before
+// they can overflow; unpacking and packing inside 16-byte lanes undo each other.
+#include "csrc/base/numerics.h"
+#include "csrc/base/x86_avx512.h"
+#include "csrc/pool/pool.h"
+
+QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
+namespace qk {
+namespace {
+
+using namespace avx512;
+
+// Codes that a 16-bit sum can take: 257 * 255 = 65535.
+constexpr int kFlush = 257;
+
+template <typename F>
+QK_INLINE void for_each_tap(const PoolWindow& window, const uint8_t* base, const F& f) {
+  for (int64_t d = 0; d < window.taps[0]; ++d) {
+    for (int64_t h = 0; h < window.taps[1]; ++h) {
+      const uint8_t* tap = base + d * window.stride[0] + h * window.stride[1];
+      for (int64_t w = 0; w < window.taps[2]; ++w, tap += window.stride[2]) f(tap);
+    }
+  }
+}
+
+template <bool kSigned>
+QK_INLINE __m512i max_codes(__m512i a, __m512i b) {
+  return kSigned ? _mm512_max_epi8(a, b) : _mm512_max_epu8(a, b);
+}
+
+template <bool kSigned>
+QK_INLINE void max_window(const PoolWindow& window) {
+  const __m512i lowest = kSigned ? _mm512_set1_epi8(-128) : _mm512_setzero_si512();
+  int64_t c = 0;
+  for (; c + 256 <= window.channels; c += 256) {
+    __m512i best[4] = {lowest, lowest, lowest, lowest};
+    for_each_tap(window, window.base + c, [&](const uint8_t* tap) __attribute__((always_inline)) {
+      for (int k = 0; k < 4; ++k) {
+        best[k] = max_codes<kSigned>(best[k], _mm512_loadu_si512(tap + 64 * k));
+      }
+    });
+    for (int k = 0; k < 4; ++k) _mm512_storeu_si512(window.out + c + 64 * k, best[k]);
+  }
+  for (; c < window.channels; c += 64) {
+    const __mmask64 m = byte_lanes(window.channels - c);
+    __m512i best = lowest;
+    for_each_tap(window, window.base + c, [&](const uint8_t* tap) __attribute__((always_inline)) {
+      best = max_codes<kSigned>(best, _mm512_maskz_loadu_epi8(m, tap));
+    });
+    _mm512_mask_storeu_epi8(window.out + c, m, best);
+  }
+}
+
+// An int8 code plus 128 is its byte with the top bit flipped: sums are unsigned either way.
+template <bool kOutSigned>
+QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(grid.q_signed ? 0x80 : 0));
+  const int32_t zero_byte = grid.q_zero_point + (grid.q_signed ? 128 : 0);
+  const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
+  const __m512i start = _mm512_set1_epi32(-static_cast<int32_t>(taps) * zero_byte);
+  const __m512 multiplier = _mm512_set1_ps(grid.scale_ratio / static_cast<float>(grid.divisor));
+  const __m512i zp = _mm512_set1_epi32(grid.out_zero_point), zp16 = pack16(zp, zp);
+  const CodeRange range = code_range(grid.qmin, grid.qmax);
+  for (int64_t c = 0; c < window.channels; c += 64) {
+    const __mmask64 m = byte_lanes(window.channels - c);
+    __m512i sum[4] = {start, start, start, start}, low = zero, high = zero;
+    int room = kFlush;
+    const auto flush = [&]() __attribute__((always_inline)) {
+      sum[0] = _mm512_add_epi32(sum[0], _mm512_unpacklo_epi16(low, zero));
+      sum[1] = _mm512_add_epi32(sum[1], _mm512_unpackhi_epi16(low, zero));
+      sum[2] = _mm512_add_epi32(sum[2], _mm512_unpacklo_epi16(high, zero));
+      sum[3] = _mm512_add_epi32(sum[3], _mm512_unpackhi_epi16(high, zero));
+      low = high = zero;
+      room = kFlush;
+    };
+    for_each_tap(window, window.base + c, [&](const uint8_t* tap) __attribute__((always_inline)) {
+      const __m512i q = _mm512_xor_si512(_mm512_maskz_loadu_epi8(m, tap), flip);
+      low = _mm512_add_epi16(low, _mm512_unpacklo_epi8(q, zero));
+      high = _mm512_add_epi16(high, _mm512_unpackhi_epi8(q, zero));
+      if (--room == 0) flush();
+    });
+    flush();
+    for (int k = 0; k < 4; ++k) {
+      sum[k] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[k]), multiplier));
+    }
+    const __m512i q =
+        pack_codes<kOutSigned>(_mm512_adds_epi16(pack16(sum[0], sum[1]), zp16),
+                               _mm512_adds_epi16(pack16(sum[2], sum[3]), zp16), range);
+    _mm512_mask_storeu_epi8(window.out + c, m, q);
+  }
+}
+
+}  // namespace
+
+void max_pool_avx512vnni(const PoolWindow& window, bool is_signed) {
+  is_signed ? max_window<true>(window) : max_window<false>(window);
+}
+
+void avg_pool_avx512vnni(const PoolWindow& window, const MeanGrid& grid) {
+  grid.out_signed ? mean_window<true>(window, grid) : mean_window<false>(window, grid);
+}
+
+}  // namespace qk
+QK_TARGET_END
