@@ -1,0 +1,23 @@
+#include "csrc/conv/conv.h"
+
+#include "csrc/conv/depthwise.h"
+#include "csrc/conv/implicit_gemm.h"
+
+namespace qk {
+
+int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
+  return args.packed->kind == ConvKind::kDepthwise ? depthwise_workspace_bytes(args, parallel)
+                                                   : implicit_gemm_workspace_bytes(args, parallel);
+}
+
+void conv(const ConvArgs& args, const Parallel& parallel) {
+  if (args.extent.batch == 0) return;
+  if (args.packed->has_fill) fill_outputs(args, parallel);
+  if (args.packed->kind == ConvKind::kDepthwise) {
+    depthwise(args, parallel);
+  } else {
+    implicit_gemm(args, parallel);
+  }
+}
+
+}  // namespace qk

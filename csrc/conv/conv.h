@@ -1,0 +1,85 @@
+// Integer convolution: 1-D, 2-D, 3-D, ordinary and transposed, grouped and depthwise.
+//
+//   acc[n, o, y] = sum over taps k and channels c of the group of o of
+//                    (x[n, c, source(y, k)] - za) * (w[o, c, k] - zw[o])        exact int32
+//   out = epilogue(acc)                                                         see gemm/epilogue.h
+//   A padded position contributes zero: its byte is the input's zero point.
+//
+// Layout: input and output are dense N, D, H, W, C (channels innermost); the canonical weight is
+//   torch's: [O, I/groups, D, H, W], transposed [I, O/groups, D, H, W].
+// Memory: the caller owns everything, the workspace included (conv_workspace_bytes).
+// Numbers: the same bits on every ISA and for every thread count.
+// Tricks: no im2col buffer. The GEMM kernel reads rows of A through pointers: one pointer for each
+//   output pixel and kernel row, because a row of the window is contiguous in memory (only windows
+//   that overhang the image are copied); one pointer for each tap where it is not (dilation,
+//   groups). A 1x1 convolution is the GEMM itself. Depthwise convolutions have their own kernels
+//   (depthwise.h). Narrow groups are merged until they fill a vector of outputs.
+#pragma once
+
+#include "csrc/base/parallel.h"
+#include "csrc/conv/geometry.h"
+#include "csrc/gemm/igemm.h"
+
+namespace qk {
+
+inline constexpr uint64_t kPackedConvMagic = 0x564e4f43'4b51ull;  // "QKCONV"
+inline constexpr uint32_t kPackedConvVersion = 1;
+
+enum class ConvKind : int32_t { kIgemm = 0, kDepthwise = 1 };
+
+// At the start of the packed bytes. `parts` is a table of offsets, from the header, of one packed
+// matrix (or depthwise part) for each phase and each set of merged groups, then one for the outputs
+// that no phase reaches.
+struct alignas(64) PackedConvHeader {
+  uint64_t magic;
+  uint32_t version;
+  Isa isa;
+  int64_t bytes;
+  ConvShape shape;
+  ConvKind kind;
+  int32_t input_zero_point;
+  int32_t input_signed;
+  OutputType output;
+  int32_t has_residual;
+  int32_t has_fill;
+  int64_t phases, sets, groups_per_set;
+  int64_t parts_offset, parts;
+};
+
+struct ConvSource {
+  ConvShape shape;
+  const int8_t* weight;
+  const float* weight_scale;         // [out_channels], or [1] if per_tensor
+  const int32_t* weight_zero_point;  // like weight_scale; nullptr: zero
+  bool per_tensor;
+  const float* bias;  // [out_channels] or nullptr
+  float input_scale;
+  int32_t input_zero_point;
+  bool input_signed;
+  float output_scale;
+  Epilogue epilogue;
+};
+
+// The header is written at dst (64-byte aligned, packed_conv_bytes long).
+int64_t packed_conv_bytes(const ConvSource& source, Isa isa);
+Status pack_conv(const ConvSource& source, Isa isa, void* dst);
+// Checks magic, version, isa against the active one, sizes and every part.
+Status view_packed_conv(const void* bytes, int64_t size, const PackedConvHeader** header);
+
+struct ConvArgs {
+  const PackedConvHeader* packed = nullptr;
+  ConvExtent extent;
+  const uint8_t* input = nullptr;
+  void* out = nullptr;
+  const uint8_t* residual = nullptr;  // dense, like the output
+  bool residual_signed = false;
+  void* workspace = nullptr;  // 64-byte aligned
+};
+
+int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
+void conv(const ConvArgs& args, const Parallel& parallel);
+
+// Normative. Ignores args.packed and args.workspace.
+void conv_reference(const ConvSource& source, const ConvArgs& args);
+
+}  // namespace qk

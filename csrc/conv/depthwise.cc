@@ -1,0 +1,495 @@
+// Packing and driver of the depthwise kernels: cuts the output into strips and shares them out.
+#include "csrc/conv/depthwise.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "csrc/conv/implicit_gemm.h"
+
+namespace qk {
+namespace {
+
+constexpr int64_t kScratchBytes = 32 * 1024;  // of an interleaved strip: stays in L1
+constexpr int64_t kMinTile = 8;
+constexpr int64_t kMacsPerNs = 30;
+
+int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The vectors of an ISA and how interleaving permutes the channels of a block of `vectors`.
+struct DepthwiseLayout {
+  int64_t lanes, most_vectors;
+  int64_t weight_bytes;  // of one vector
+  bool words;            // weights as int16: rows 0 and 2, then rows 1 and 3
+
+  int64_t block_channels() const { return lanes * most_vectors; }
+  // Vectors for `channels` left: the fewest of 1, 2, 4 (times 16 channels) that hold them.
+  int64_t vectors(int64_t channels) const {
+    int64_t v = most_vectors;
+    while (v > 1 && lanes * v / 2 >= channels && lanes * v / 2 >= 16) v /= 2;
+    return v;
+  }
+  // In a block of 16 channels positions are channels. In wider ones the byte unpacks work in lanes
+  // of 16 bytes: quad u (0..3) of all lanes comes before quad u + 1.
+  int64_t channel_at(int64_t vectors, int64_t position) const {
+    const int64_t channels = vectors * lanes, chunks = channels / 16;
+    const int64_t quad = position / 4, t = position % 4;
+    return 16 * (quad % chunks) + 4 * (quad / chunks) + t;
+  }
+};
+
+DepthwiseLayout layout_of(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512Vnni:
+      return {16, 4, 64, false};
+    case Isa::kAvxVnni:
+      return {8, 4, 32, false};
+    case Isa::kAvx2:
+      return {8, 4, 64, true};
+    case Isa::kScalar:
+      break;
+  }
+  return {16, 1, 64, false};
+}
+
+// At the start of a packed part; then for each block init, addend, mult and weights.
+struct alignas(64) DepthwisePart {
+  int64_t block_bytes;
+  int64_t raw;  // the fast 8-bit epilogue does not apply
+  Epilogue epilogue;
+};
+
+int64_t weights_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan, int64_t vectors) {
+  return plan.columns * plan.row_groups * vectors * plan.rows_out * layout.weight_bytes;
+}
+
+int64_t block_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan) {
+  return align_up(3 * layout.block_channels() * 4) +
+         align_up(weights_bytes(layout, plan, layout.most_vectors));
+}
+
+// The weight at row `row` of the window of depth tap `kd`, for output row `p`; 0 where output row p
+// does not read that row.
+int8_t window_weight(const ConvSource& source, const ConvPhase& phase, const DepthwisePlan& plan,
+                     int64_t o, int64_t kd, int64_t row, int64_t p, int64_t kx) {
+  const ConvShape& s = source.shape;
+  const DimPhase& h = phase.dim[1];
+  const int64_t ky = plan.rows_out == 1 ? row : row - p * h.in_stride;
+  if (ky < 0 || ky >= h.taps) return 0;
+  const int64_t z = phase.dim[0].kernel_first + kd * phase.dim[0].kernel_step;
+  const int64_t y = h.kernel_first + ky * h.kernel_step;
+  const int64_t x = phase.dim[2].kernel_first + kx * phase.dim[2].kernel_step;
+  return source.weight[o * s.kernel_size() + (z * s.kernel[1] + y) * s.kernel[2] + x];
+}
+
+// One dword of weights (rows 4 g .. 4 g + 3) in the place of `position`.
+void put_weights(const DepthwiseLayout& layout, const int8_t w[4], int64_t lane, int8_t* vector) {
+  if (!layout.words) {
+    std::memcpy(vector + 4 * lane, w, 4);
+    return;
+  }
+  const int16_t even[2] = {w[0], w[2]}, odd[2] = {w[1], w[3]};
+  std::memcpy(vector + 4 * lane, even, 4);
+  std::memcpy(vector + layout.weight_bytes / 2 + 4 * lane, odd, 4);
+}
+
+}  // namespace
+
+DepthwisePlan depthwise_plan(const ConvPhase& phase) {
+  const DimPhase& h = phase.dim[1];
+  const int64_t pair = h.taps + h.in_stride;
+  const bool share =
+      (h.in_dilation == 1 || h.taps == 1) && ceil_div(pair, 4) == ceil_div(h.taps, 4);
+  DepthwisePlan plan;
+  plan.rows_out = share ? 2 : 1;
+  plan.window = share ? pair : h.taps;
+  plan.row_groups = phase.dim[0].taps * ceil_div(plan.window, 4);
+  plan.columns = phase.dim[2].taps;
+  return plan;
+}
+
+bool is_depthwise(const ConvSource& source) {
+  const ConvShape& s = source.shape;
+  if (s.groups == 1 || s.groups != s.in_channels || s.kernel_size() > kMaxKU8S8) return false;
+  for (int64_t c = 0; source.weight_zero_point && c < (source.per_tensor ? 1 : s.out_channels);
+       ++c) {
+    if (source.weight_zero_point[c] != 0) return false;
+  }
+  return true;
+}
+
+ConvShape depthwise_shape(const ConvShape& shape) {
+  ConvShape s = shape;
+  if (s.spatial_dims == 1) {
+    for (int64_t* size : {s.kernel, s.stride, s.dilation, s.pad_lo, s.pad_hi}) {
+      const int64_t along = size[2];
+      size[2] = size[1];
+      size[1] = along;
+    }
+  }
+  return s;
+}
+
+ConvExtent depthwise_extent(const ConvShape& shape, const ConvExtent& extent) {
+  ConvExtent e = extent;
+  if (shape.spatial_dims == 1) {
+    for (int64_t* size : {e.in, e.out}) {
+      const int64_t along = size[2];
+      size[2] = size[1];
+      size[1] = along;
+    }
+  }
+  return e;
+}
+
+DepthwiseKernel select_depthwise_kernel(Isa isa) {
+#define QK_DEPTHWISE_KERNEL(need, layout, name) \
+  if (isa == layout) return name;
+#include "csrc/conv/kernels.inc"
+#undef QK_DEPTHWISE_KERNEL
+  return nullptr;
+}
+
+int64_t packed_depthwise_bytes(const ConvSource& source, const ConvPhase& phase, Isa isa) {
+  const DepthwiseLayout layout = layout_of(isa);
+  const int64_t blocks = ceil_div(source.shape.out_channels, layout.block_channels());
+  return static_cast<int64_t>(sizeof(DepthwisePart)) +
+         blocks * block_bytes(layout, depthwise_plan(phase));
+}
+
+Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa, uint8_t* dst) {
+  const DepthwiseLayout layout = layout_of(isa);
+  const DepthwisePlan plan = depthwise_plan(phase);
+  const int64_t channels = source.shape.out_channels, window_groups = ceil_div(plan.window, 4);
+  auto* part = reinterpret_cast<DepthwisePart*>(dst);
+  std::memset(dst, 0, static_cast<size_t>(packed_depthwise_bytes(source, phase, isa)));
+  part->epilogue = source.epilogue;
+  part->block_bytes = block_bytes(layout, plan);
+  part->raw = !source.epilogue.is_8bit();
+  uint8_t* block = dst + sizeof(DepthwisePart);
+  for (int64_t first = 0; first < channels; first += layout.block_channels()) {
+    const int64_t vectors = layout.vectors(channels - first), positions = vectors * layout.lanes;
+    auto* init = reinterpret_cast<int32_t*>(block);
+    auto* addend = reinterpret_cast<float*>(init + positions);
+    auto* mult = addend + positions;
+    auto* weights = reinterpret_cast<int8_t*>(block) + align_up(3 * layout.block_channels() * 4);
+    for (int64_t position = 0; position < positions; ++position) {
+      const int64_t o = first + layout.channel_at(vectors, position);
+      if (o >= channels) continue;
+      const int64_t vector = position / layout.lanes, lane = position % layout.lanes;
+      int32_t sum = 0, magnitude = 0;
+      for (int64_t kx = 0; kx < plan.columns; ++kx) {
+        for (int64_t group = 0; group < plan.row_groups; ++group) {
+          for (int64_t p = 0; p < plan.rows_out; ++p) {
+            int8_t w[4];
+            for (int64_t r = 0; r < 4; ++r) {
+              w[r] = window_weight(source, phase, plan, o, group / window_groups,
+                                   group % window_groups * 4 + r, p, kx);
+              if (p == 0) {
+                sum += w[r];
+                magnitude += w[r] < 0 ? -w[r] : w[r];
+              }
+            }
+            put_weights(
+                layout, w, lane,
+                weights +
+                    (((kx * plan.row_groups + group) * vectors + vector) * plan.rows_out + p) *
+                        layout.weight_bytes);
+          }
+        }
+      }
+      const int32_t za = source.input_zero_point + (source.input_signed ? 128 : 0);
+      const float product = source.input_scale * source.weight_scale[source.per_tensor ? 0 : o];
+      init[position] = -za * sum;
+      addend[position] = source.bias ? source.bias[o] / product : 0.0f;
+      mult[position] = source.epilogue.is_8bit() ? product / source.output_scale : product;
+      if (!std::isnormal(product) || !std::isnormal(mult[position]) ||
+          !std::isfinite(addend[position])) {
+        return Status::kBadScale;
+      }
+      const double most = (255.0 * magnitude + std::fabs(addend[position])) * mult[position];
+      if (!(most < 2147480000.0)) part->raw = 1;
+    }
+    block += part->block_bytes;
+  }
+  return Status::kOk;
+}
+
+namespace {
+
+// One phase of one call.
+struct PhaseRun {
+  ConvPhase phase;
+  DepthwisePlan plan;
+  int64_t count[kConvDims];
+  int64_t row_pairs;      // groups of rows_out output rows in a plane
+  int64_t tile, tiles;    // output columns of a strip
+  int64_t row_columns;    // input columns, padding included, under a whole row of outputs
+  int64_t strip_columns;  // under a strip
+};
+
+int64_t columns_under(const DimPhase& dim, int64_t outputs) {
+  return (outputs - 1) * dim.in_stride + (dim.taps - 1) * dim.in_dilation + 1;
+}
+
+PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t index) {
+  const DepthwiseLayout layout = layout_of(isa);
+  PhaseRun run;
+  run.phase = conv_phase(shape, index);
+  run.plan = depthwise_plan(run.phase);
+  for (int d = 0; d < kConvDims; ++d) run.count[d] = run.phase.dim[d].count(e.out[d]);
+  if (run.count[0] == 0 || run.count[1] == 0 || run.count[2] == 0) {
+    run.row_pairs = run.tile = run.tiles = run.row_columns = run.strip_columns = 0;
+    return run;
+  }
+  const DimPhase& w = run.phase.dim[2];
+  run.row_pairs = ceil_div(run.count[1], run.plan.rows_out);
+  const int64_t column_bytes = run.plan.row_groups * layout.block_channels() * 4;
+  const int64_t fit = (kScratchBytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
+  const int64_t most = fit < kMinTile ? kMinTile : fit;
+  run.tiles = ceil_div(run.count[2], most);
+  run.tile = ceil_div(run.count[2], run.tiles);
+  run.row_columns = columns_under(w, run.count[2]);
+  run.strip_columns = columns_under(w, run.tile);
+  return run;
+}
+
+struct ScratchBytes {
+  int64_t offsets = 0;  // shared
+  int64_t rows = 0, strip = 0, acc = 0;
+  int64_t per_thread() const { return rows + strip + acc; }
+};
+
+ScratchBytes scratch_bytes(const ConvArgs& args) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvShape shape = depthwise_shape(packed.shape);
+  const ConvExtent extent = depthwise_extent(packed.shape, args.extent);
+  const DepthwiseLayout layout = layout_of(packed.isa);
+  ScratchBytes bytes;
+  const auto grow = [](int64_t* to, int64_t size) {
+    if (align_up(size) > *to) *to = align_up(size);
+  };
+  for (int64_t p = 0; p < packed.phases; ++p) {
+    const PhaseRun run = phase_run(shape, extent, packed.isa, p);
+    grow(&bytes.offsets, run.row_columns * 8);
+    grow(&bytes.rows, run.plan.row_groups * 4 * 2 * static_cast<int64_t>(sizeof(void*)));
+    grow(&bytes.strip, run.strip_columns * run.plan.row_groups * layout.block_channels() * 4);
+    grow(&bytes.acc, run.tile * run.plan.rows_out * layout.block_channels() * 4);
+  }
+  return bytes;
+}
+
+class Worker {
+ public:
+  Worker(const ConvArgs& args, const PhaseRun& run, const uint8_t* part,
+         const int64_t* column_offset, uint8_t* scratch, const ScratchBytes& bytes)
+      : args_(args),
+        packed_(*args.packed),
+        shape_(depthwise_shape(packed_.shape)),
+        extent_(depthwise_extent(packed_.shape, args.extent)),
+        layout_(layout_of(packed_.isa)),
+        run_(run),
+        part_(*reinterpret_cast<const DepthwisePart*>(part)),
+        blocks_(part + sizeof(DepthwisePart)),
+        column_offset_(column_offset),
+        image_rows_(reinterpret_cast<const uint8_t**>(scratch)),
+        rows_(image_rows_ + run.plan.row_groups * 4),
+        acc_(reinterpret_cast<int32_t*>(scratch + bytes.rows + bytes.strip)),
+        kernel_(select_depthwise_kernel(packed_.isa)),
+        lookup_(part_.epilogue.has_table ? select_igemm_lookup() : nullptr) {
+    strip_.scratch = scratch + bytes.rows;
+    strip_.rows = rows_;
+    strip_.multiplier = shape_.out_per_group();
+    strip_.padding = static_cast<uint8_t>(packed_.input_zero_point);
+    strip_.input_flip = packed_.input_signed ? 0x80 : 0;
+    strip_.row_groups = run.plan.row_groups;
+    strip_.taps = run.plan.columns;
+    strip_.tap_step = run.phase.dim[2].in_dilation;
+    strip_.column_step = run.phase.dim[2].in_stride;
+    strip_.rows_out = run.plan.rows_out;
+    const int32_t flip = part_.epilogue.is_signed() ? 128 : 0;
+    strip_.zero_point = static_cast<int16_t>(part_.epilogue.zero_point + flip);
+    strip_.qmin = static_cast<uint8_t>(part_.epilogue.qmin + flip);
+    strip_.qmax = static_cast<uint8_t>(part_.epilogue.qmax + flip);
+    strip_.output_flip = static_cast<uint8_t>(flip);
+  }
+
+  // Output rows [row * rows_out, ...) of plane z of image n, columns of tile `tile`.
+  void run_strip(int64_t n, int64_t z, int64_t row, int64_t tile) {
+    const int64_t x0 = run_.count[2] * tile / run_.tiles;
+    const int64_t x1 = run_.count[2] * (tile + 1) / run_.tiles;
+    find_rows(n, z, row);
+    const int64_t element = output_bytes(packed_.output), channels = shape_.out_channels;
+    uint8_t* out[2] = {};
+    int64_t pixel[2] = {};
+    const int64_t left = run_.count[1] - row * run_.plan.rows_out;
+    const int64_t rows = left < run_.plan.rows_out ? left : run_.plan.rows_out;
+    for (int64_t p = 0; p < rows; ++p) {
+      pixel[p] = out_pixel(n, z, row * run_.plan.rows_out + p, x0);
+      out[p] = static_cast<uint8_t*>(args_.out) + pixel[p] * channels * element;
+    }
+    strip_.column_offset = column_offset_ + x0 * strip_.column_step;
+    strip_.outputs = x1 - x0;
+    strip_.strip_columns = columns_under(run_.phase.dim[2], x1 - x0);
+    strip_.out_step = run_.phase.dim[2].out_step * channels * element;
+    strip_.acc = part_.raw ? acc_ : nullptr;
+    const uint8_t* block = blocks_;
+    for (int64_t first = 0; first < channels; first += layout_.block_channels()) {
+      run_channels(first, block, out);
+      if (part_.raw) store_raw(first, rows, pixel, out);
+      block += part_.block_bytes;
+    }
+    if (!part_.raw) finish(rows, pixel, out);
+  }
+
+ private:
+  int64_t out_pixel(int64_t n, int64_t z, int64_t y, int64_t x) const {
+    const DimPhase* dim = run_.phase.dim;
+    const int64_t oz = dim[0].out_first + z * dim[0].out_step;
+    const int64_t oy = dim[1].out_first + y * dim[1].out_step;
+    const int64_t ox = dim[2].out_first + x * dim[2].out_step;
+    return ((n * extent_.out[0] + oz) * extent_.out[1] + oy) * extent_.out[2] + ox;
+  }
+
+  void find_rows(int64_t n, int64_t z, int64_t row) {
+    const DimPhase* dim = run_.phase.dim;
+    const int64_t window_groups = run_.plan.row_groups / dim[0].taps;
+    const int64_t y0 = dim[1].position(row * run_.plan.rows_out, 0);
+    const int64_t row_bytes = extent_.in[2] * shape_.in_channels;
+    for (int64_t i = 0; i < run_.plan.row_groups * 4; ++i) {
+      const int64_t r = i % (window_groups * 4), kd = i / (window_groups * 4);
+      image_rows_[i] = nullptr;
+      if (r >= run_.plan.window) continue;
+      const int64_t step = run_.plan.rows_out == 1 ? dim[1].in_dilation : 1;
+      const int64_t iz = source_index(shape_.padding_mode, dim[0].position(z, kd), extent_.in[0]);
+      const int64_t p = y0 + r * step;
+      // Below the last output row of an odd number of rows, a window row may lie outside even the
+      // padding: its outputs are not stored.
+      const int64_t last = extent_.in[1] + shape_.pad_hi[1] - 1;
+      if (!shape_.transposed && p > last) continue;
+      const int64_t iy = source_index(shape_.padding_mode, p, extent_.in[1]);
+      if (iz < 0 || iy < 0) continue;
+      image_rows_[i] = args_.input + ((n * extent_.in[0] + iz) * extent_.in[1] + iy) * row_bytes;
+    }
+  }
+
+  void run_channels(int64_t first, const uint8_t* block, uint8_t* const out[2]) {
+    const int64_t left = shape_.out_channels - first;
+    strip_.channels = left < layout_.block_channels() ? left : layout_.block_channels();
+    strip_.vectors = layout_.vectors(left);
+    strip_.channel_phase = first % strip_.multiplier;
+    const int64_t positions = strip_.vectors * layout_.lanes;
+    strip_.init = reinterpret_cast<const int32_t*>(block);
+    strip_.addend = reinterpret_cast<const float*>(strip_.init + positions);
+    strip_.mult = strip_.addend + positions;
+    strip_.weights =
+        reinterpret_cast<const int8_t*>(block) + align_up(3 * layout_.block_channels() * 4);
+    for (int64_t i = 0; i < run_.plan.row_groups * 4; ++i) {
+      rows_[i] = image_rows_[i] ? image_rows_[i] + first / strip_.multiplier : nullptr;
+    }
+    for (int p = 0; p < 2; ++p) strip_.out[p] = out[p] ? out[p] + first : nullptr;
+    kernel_(strip_);
+  }
+
+  // Outputs that the fast epilogue does not write, from the accumulators of a block.
+  void store_raw(int64_t first, int64_t rows, const int64_t pixel[2], uint8_t* const out[2]) const {
+    const int64_t positions = strip_.vectors * layout_.lanes, channels = shape_.out_channels;
+    const int64_t element = output_bytes(packed_.output), step = run_.phase.dim[2].out_step;
+    for (int64_t x = 0; x < strip_.outputs; ++x) {
+      for (int64_t p = 0; p < rows; ++p) {
+        const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * positions;
+        for (int64_t i = 0; i < positions; ++i) {
+          const int64_t o = first + layout_.channel_at(strip_.vectors, i);
+          if (o >= channels) continue;
+          store_output(part_.epilogue, acc[i], strip_.addend[i], strip_.mult[i],
+                       out[p] + x * strip_.out_step + o * element,
+                       args_.residual + (pixel[p] + x * step) * channels + o,
+                       args_.residual_signed);
+        }
+      }
+    }
+  }
+
+  // Table and residual on the bytes that the fast epilogue wrote.
+  void finish(int64_t rows, const int64_t pixel[2], uint8_t* const out[2]) const {
+    const Epilogue& e = part_.epilogue;
+    if (!e.has_table && !e.has_residual) return;
+    const int64_t channels = shape_.out_channels, step = run_.phase.dim[2].out_step;
+    const int64_t runs = step == 1 ? 1 : strip_.outputs;
+    const int64_t bytes = step == 1 ? strip_.outputs * channels : channels;
+    for (int64_t p = 0; p < rows; ++p) {
+      for (int64_t x = 0; x < runs; ++x) {
+        uint8_t* q = out[p] + x * strip_.out_step;
+        const uint8_t* residual = args_.residual + (pixel[p] + x * step) * channels;
+        if (e.has_table) lookup_(q, bytes, e.table);
+        for (int64_t i = 0; e.has_residual && i < bytes; ++i) {
+          q[i] = residual_add(e.residual, byte_value(q[i], e.is_signed()),
+                              byte_value(residual[i], args_.residual_signed));
+        }
+      }
+    }
+  }
+
+  const ConvArgs& args_;
+  const PackedConvHeader& packed_;
+  const ConvShape shape_;
+  const ConvExtent extent_;
+  const DepthwiseLayout layout_;
+  const PhaseRun& run_;
+  const DepthwisePart& part_;
+  const uint8_t* blocks_;
+  const int64_t* column_offset_;
+  const uint8_t** image_rows_;
+  const uint8_t** rows_;
+  int32_t* acc_;
+  const DepthwiseKernel kernel_;
+  const LookupKernel lookup_;
+  DepthwiseStrip strip_ = {};
+};
+
+}  // namespace
+
+int64_t depthwise_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
+  const ScratchBytes bytes = scratch_bytes(args);
+  return kFillBytes + bytes.offsets + parallel.threads * bytes.per_thread();
+}
+
+void depthwise(const ConvArgs& args, const Parallel& parallel) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvShape shape = depthwise_shape(packed.shape);
+  const ConvExtent extent = depthwise_extent(packed.shape, args.extent);
+  const ScratchBytes bytes = scratch_bytes(args);
+  const auto* base = reinterpret_cast<const uint8_t*>(&packed);
+  const auto* parts = reinterpret_cast<const int64_t*>(base + packed.parts_offset);
+  uint8_t* shared = static_cast<uint8_t*>(args.workspace) + kFillBytes;
+  auto* column_offset = reinterpret_cast<int64_t*>(shared);
+  for (int64_t p = 0; p < packed.phases; ++p) {
+    const PhaseRun run = phase_run(shape, extent, packed.isa, p);
+    const int64_t per_image = run.count[0] * run.row_pairs * run.tiles;
+    const int64_t strips = extent.batch * per_image;
+    if (strips == 0) continue;
+    for (int64_t i = 0; i < run.row_columns; ++i) {
+      const int64_t ix =
+          source_index(shape.padding_mode, i + run.phase.dim[2].in_offset, extent.in[2]);
+      column_offset[i] = ix < 0 ? -1 : ix * shape.in_channels;
+    }
+    const int64_t macs = extent.batch * run.count[0] * run.count[1] * run.count[2] *
+                         shape.out_channels * run.phase.dim[0].taps * run.phase.dim[1].taps *
+                         run.plan.columns;
+    const int64_t tasks = parallel.threads < strips ? parallel.threads : strips;
+    parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
+      for (int64_t task = task_begin; task < task_end; ++task) {
+        Worker worker(args, run, base + parts[p], column_offset,
+                      shared + bytes.offsets + task * bytes.per_thread(), bytes);
+        for (int64_t s = strips * task / tasks; s < strips * (task + 1) / tasks; ++s) {
+          const int64_t tile = s % run.tiles, row = s / run.tiles % run.row_pairs;
+          const int64_t z = s / (run.tiles * run.row_pairs) % run.count[0];
+          worker.run_strip(s / per_image, z, row, tile);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace qk

@@ -1,0 +1,79 @@
+// Depthwise convolution: every output channel reads one input channel (groups == in_channels, any
+// channel multiplier m: output channel o reads input channel o / m).
+//
+//   acc[o, y, x] = sum over rows r and columns k of (x[o / m, r, k] - za) * w[o, r, k]
+//
+// Layout: channels innermost. The output is computed in strips: `rows_out` (1 or 2) output rows x
+//   some columns x a block of up to `channels` channels.
+// Memory: the weight part is packed by pack_depthwise; the workspace is the caller's.
+// Numbers: exact int32, the same bits on every ISA. Weight zero points are not supported here (the
+//   driver takes the GEMM path for them).
+// Trick: four input rows are interleaved byte by byte into a scratch strip, so that a dword holds
+//   four rows of one channel and one dot-product instruction does four rows of 16 channels. The
+//   interleaved strip serves all horizontal taps and both output rows: the second row uses the same
+//   dwords with the weights moved down. Interleaving permutes the channels of a block; the packed
+//   parameters are permuted the same way, and the narrowing packs of the epilogue undo it for free.
+#pragma once
+
+#include "csrc/base/parallel.h"
+#include "csrc/conv/conv.h"
+
+namespace qk {
+
+// How a phase is cut.
+struct DepthwisePlan {
+  int64_t rows_out;    // output rows that share an interleaved strip
+  int64_t window;      // input rows of one depth tap under them
+  int64_t row_groups;  // groups of four rows: depth taps * ceil(window / 4)
+  int64_t columns;     // horizontal taps
+};
+DepthwisePlan depthwise_plan(const ConvPhase& phase);
+
+// One strip of one channel block.
+struct DepthwiseStrip {
+  const uint8_t* const* rows;    // [row_groups * 4], at the block's first channel; nullptr: padding
+  const int64_t* column_offset;  // [strip_columns] bytes from rows[i]; -1: padding
+  int64_t strip_columns;
+  int64_t multiplier;     // of channels; 1: none
+  int64_t channel_phase;  // first output channel of the block % multiplier
+  int64_t channels;       // output channels of the block
+  int64_t vectors;
+  uint8_t padding;                                  // the input's zero point
+  uint8_t input_flip;                               // 0x80 for int8 input
+  int64_t row_groups, taps, tap_step, column_step;  // steps in strip columns
+  int64_t rows_out;
+  const int8_t* weights;  // [taps][row_groups][vectors][rows_out][vector]
+  const int32_t* init;    // [vectors * lanes], like addend and mult
+  const float* addend;
+  const float* mult;
+  int16_t zero_point;  // of the output as uint8
+  uint8_t qmin, qmax;  // of the output as uint8
+  uint8_t output_flip;
+  int64_t outputs;  // columns of output
+  uint8_t* out[2];
+  int64_t out_step;  // bytes between columns of output
+  int32_t* acc;      // if not nullptr: accumulators [outputs][rows_out][vectors * lanes] instead
+  uint8_t* scratch;  // strip_columns * row_groups * vectors * lanes * 4 bytes, 64-byte aligned
+};
+using DepthwiseKernel = void (*)(const DepthwiseStrip& strip);
+
+#define QK_DEPTHWISE_KERNEL(features, isa, name) void name(const DepthwiseStrip&);
+#include "csrc/conv/kernels.inc"
+#undef QK_DEPTHWISE_KERNEL
+
+DepthwiseKernel select_depthwise_kernel(Isa isa);
+
+// Whether the depthwise kernels compute this convolution.
+bool is_depthwise(const ConvSource& source);
+// The shape with the taps along H that a 1-D convolution has along W: rows are what the kernels
+// share.
+ConvShape depthwise_shape(const ConvShape& shape);
+ConvExtent depthwise_extent(const ConvShape& shape, const ConvExtent& extent);
+
+int64_t packed_depthwise_bytes(const ConvSource& source, const ConvPhase& phase, Isa isa);
+Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa, uint8_t* dst);
+
+int64_t depthwise_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
+void depthwise(const ConvArgs& args, const Parallel& parallel);
+
+}  // namespace qk

@@ -1,0 +1,41 @@
+// The depthwise strip with 256-bit dot products: blocks of 32 or 16 channels. See depthwise.h.
+#include <immintrin.h>
+
+#include "csrc/base/target.h"
+#include "csrc/conv/depthwise.h"
+
+QK_TARGET_BEGIN(QK_ISA_AVXVNNI)
+namespace qk {
+namespace {
+
+#include "csrc/conv/depthwise_tile.h"
+#include "csrc/conv/depthwise_ymm.h"
+
+struct AvxVnni : Ymm {
+  static constexpr int kWeightBytes = 32;
+  using Weights = __m256i;
+
+  QK_INLINE __m256i load_activations(const uint8_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  QK_INLINE __m256i load_weights(const int8_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  // One instruction as asm: gcc 12 spills the accumulators around the intrinsic.
+  QK_INLINE void dot(__m256i& acc, __m256i a, __m256i w) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(w));
+  }
+};
+
+}  // namespace
+
+void depthwise_avxvnni(const DepthwiseStrip& s) {
+  if (s.vectors == 4) {
+    block<AvxVnni, 4>(s);
+  } else {
+    block<AvxVnni, 2>(s);
+  }
+}
+
+}  // namespace qk
+QK_TARGET_END

@@ -1,0 +1,358 @@
+// Cuts output pixels into blocks, finds the rows of A of a block (row pointers, copies of windows
+// that overhang the image), and shares the blocks out over threads.
+#include "csrc/conv/implicit_gemm.h"
+
+#include <cstring>
+
+namespace qk {
+namespace {
+
+// Output pixels of a block: a multiple of the rows of a register tile, large enough that the
+// weights are read from L2 rarely, small enough that pointers and input stay in L1.
+constexpr int64_t kMaxBlock = 192, kMinBlock = 24;
+// Limits of a block's pointer table and of its window copies, in bytes.
+constexpr int64_t kTableBytes = 128 * 1024, kWindowBytes = 1024 * 1024;
+constexpr int64_t kMacsPerNs = 200;  // for the estimate that decides on threads
+
+int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
+
+// One phase of one call.
+struct PhaseRun {
+  ConvPhase phase;
+  GemmPlan plan;
+  int64_t count[kConvDims];  // outputs in each dimension
+  int64_t pixels;
+  int64_t inner_begin, inner_end;  // outputs of a row whose windows lie inside the image
+  bool direct;                     // the input is the matrix A
+  int64_t block;                   // pixels in a block
+  int64_t blocks;
+  int64_t windows;  // most windows that a block copies
+};
+
+// Outputs j of [0, count) with 0 <= position(j, tap) < in: [*begin, *end).
+void inner_range(const DimPhase& dim, int64_t first_tap, int64_t last_tap, int64_t in,
+                 int64_t count, int64_t* begin, int64_t* end) {
+  const int64_t low = dim.position(0, first_tap), high = in - 1 - dim.position(0, last_tap);
+  *begin = clamp(low >= 0 ? 0 : ceil_div(-low, dim.in_stride), 0, count);
+  *end = clamp(high < 0 ? 0 : high / dim.in_stride + 1, *begin, count);
+}
+
+PhaseRun phase_run(const ConvArgs& args, int64_t index) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvExtent& e = args.extent;
+  PhaseRun run;
+  run.phase = conv_phase(packed.shape, index);
+  run.plan = gemm_plan(packed.shape, run.phase, packed.groups_per_set);
+  run.pixels = e.batch;
+  run.direct = packed.phases == 1 && !packed.shape.transposed;
+  for (int d = 0; d < kConvDims; ++d) {
+    const DimPhase& dim = run.phase.dim[d];
+    run.count[d] = dim.count(e.out[d]);
+    run.pixels *= run.count[d];
+    run.direct = run.direct && dim.taps == 1 && dim.in_stride == 1 && dim.in_offset == 0 &&
+                 e.in[d] == e.out[d];
+  }
+  inner_range(run.phase.dim[2], 0, run.phase.dim[2].taps - 1, e.in[2], run.count[2],
+              &run.inner_begin, &run.inner_end);
+  const int64_t pointer_bytes = run.plan.taps * static_cast<int64_t>(sizeof(void*));
+  const int64_t window_bytes = run.plan.runs ? run.plan.taps * run.plan.depth : 1;
+  const int64_t limit = clamp(kTableBytes / pointer_bytes, 0, kWindowBytes / window_bytes);
+  run.block = clamp(limit / kMinBlock * kMinBlock, kMinBlock, kMaxBlock);
+  run.blocks = ceil_div(run.pixels, run.block);
+  run.windows = 0;
+  if (run.plan.runs && run.count[2] > 0) {
+    const int64_t border = run.count[2] - (run.inner_end - run.inner_begin);
+    const int64_t rows = (run.block - 1) / run.count[2] + 2;
+    run.windows = border * rows < run.block ? border * rows : run.block;
+  }
+  return run;
+}
+
+// The part of the workspace that belongs to one thread.
+struct Scratch {
+  const uint8_t** pointers;
+  int64_t* out_offset;       // bytes
+  int64_t* residual_offset;  // bytes
+  uint8_t* windows;
+};
+
+struct ScratchBytes {
+  int64_t pointers = 0, offsets = 0, windows = 0;
+  int64_t total() const { return pointers + 2 * offsets + windows; }
+};
+
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+ScratchBytes scratch_bytes(const ConvArgs& args) {
+  ScratchBytes bytes;
+  for (int64_t p = 0; p < args.packed->phases; ++p) {
+    const PhaseRun run = phase_run(args, p);
+    const int64_t block = run.block < run.pixels ? run.block : run.pixels;
+    if (!run.direct) {
+      bytes.pointers = most(bytes.pointers, align_up(block * run.plan.taps * 8));
+      bytes.windows = most(bytes.windows, align_up(run.windows * run.plan.taps * run.plan.depth));
+    }
+    if (!run.phase.dense_output()) bytes.offsets = most(bytes.offsets, align_up(block * 8));
+  }
+  return bytes;
+}
+
+// A row of the matrix that is all padding, at the start of the workspace.
+int64_t padding_bytes(const ConvShape& shape) {
+  const int64_t run = shape.kernel[2] * shape.in_channels;
+  return align_up(most(run, kFillBytes));
+}
+
+// Where the pixels of a block lie: walks the runs of pixels that share an output row.
+template <typename F>
+void for_each_row_segment(const PhaseRun& run, int64_t begin, int64_t end, const F& f) {
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t row = pixel / run.count[2], x = pixel % run.count[2];
+    const int64_t left = run.count[2] - x, length = left < end - pixel ? left : end - pixel;
+    const int64_t y = row % run.count[1], z = row / run.count[1] % run.count[0];
+    f(pixel - begin, row / (run.count[1] * run.count[0]), z, y, x, x + length);
+    pixel += length;
+  }
+}
+
+class BlockRows {
+ public:
+  BlockRows(const ConvArgs& args, const PhaseRun& run, const uint8_t* padding,
+            const Scratch& scratch)
+      : args_(args), run_(run), padding_(padding), scratch_(scratch) {}
+
+  // Fills the pointers of pixels [begin, end), for channels from `channel` on.
+  void find(int64_t begin, int64_t end, int64_t channel) {
+    uint8_t* windows = scratch_.windows;
+    for_each_row_segment(
+        run_, begin, end,
+        [&](int64_t row, int64_t n, int64_t z, int64_t y, int64_t x0, int64_t x1) {
+          const DimPhase* dim = run_.phase.dim;
+          const ConvExtent& e = args_.extent;
+          const int64_t pixel_bytes = args_.packed->shape.in_channels, taps = run_.plan.taps;
+          const uint8_t** segment = scratch_.pointers + row * taps;
+          for (int64_t t = 0; t < dim[0].taps * dim[1].taps; ++t) {
+            const int64_t iz = source(0, z, t / dim[1].taps), iy = source(1, y, t % dim[1].taps);
+            const uint8_t* image_row =
+                iz < 0 || iy < 0
+                    ? nullptr
+                    : args_.input + ((n * e.in[0] + iz) * e.in[1] + iy) * e.in[2] * pixel_bytes +
+                          channel;
+            if (run_.plan.runs) {
+              find_runs(image_row, segment + t, x0, x1, &windows);
+            } else {
+              for (int64_t tx = 0; tx < dim[2].taps; ++tx) {
+                find_tap(image_row, segment + t * dim[2].taps + tx, tx, x0, x1);
+              }
+            }
+          }
+        });
+  }
+
+  // The places of the block's pixels in an output with gaps.
+  void find_outputs(int64_t begin, int64_t end) {
+    const int64_t element = output_bytes(args_.packed->output);
+    for_each_row_segment(
+        run_, begin, end,
+        [&](int64_t row, int64_t n, int64_t z, int64_t y, int64_t x0, int64_t x1) {
+          const DimPhase* dim = run_.phase.dim;
+          const ConvExtent& e = args_.extent;
+          const int64_t oz = dim[0].out_first + z * dim[0].out_step;
+          const int64_t oy = dim[1].out_first + y * dim[1].out_step;
+          for (int64_t x = x0; x < x1; ++x) {
+            const int64_t ox = dim[2].out_first + x * dim[2].out_step;
+            const int64_t pixel = ((n * e.out[0] + oz) * e.out[1] + oy) * e.out[2] + ox;
+            scratch_.residual_offset[row + x - x0] = pixel * args_.packed->shape.out_channels;
+            scratch_.out_offset[row + x - x0] = pixel * args_.packed->shape.out_channels * element;
+          }
+        });
+  }
+
+ private:
+  int64_t source(int d, int64_t j, int64_t tap) const {
+    return source_index(args_.packed->shape.padding_mode, run_.phase.dim[d].position(j, tap),
+                        args_.extent.in[d]);
+  }
+
+  // Whole rows of windows: inside the image the image itself, at its edges a copy.
+  void find_runs(const uint8_t* image_row, const uint8_t** pointers, int64_t x0, int64_t x1,
+                 uint8_t** windows) const {
+    const DimPhase& dim = run_.phase.dim[2];
+    const int64_t taps = run_.plan.taps, pixel_bytes = args_.packed->shape.in_channels;
+    int64_t x = x0;
+    if (image_row == nullptr) {
+      for (; x < x1; ++x, pointers += taps) *pointers = padding_;
+      return;
+    }
+    const int64_t step = dim.in_stride * pixel_bytes;
+    const int64_t inner_begin = clamp(run_.inner_begin, x0, x1);
+    const int64_t inner_end = clamp(run_.inner_end, inner_begin, x1);
+    for (; x < inner_begin; ++x, pointers += taps) *pointers = copy_window(image_row, x, windows);
+    const uint8_t* p = image_row + dim.position(x, 0) * pixel_bytes;
+    for (; x < inner_end; ++x, pointers += taps, p += step) *pointers = p;
+    for (; x < x1; ++x, pointers += taps) *pointers = copy_window(image_row, x, windows);
+  }
+
+  const uint8_t* copy_window(const uint8_t* image_row, int64_t x, uint8_t** windows) const {
+    const int64_t pixel_bytes = args_.packed->shape.in_channels;
+    uint8_t* window = *windows;
+    for (int64_t tap = 0; tap < run_.phase.dim[2].taps; ++tap) {
+      const int64_t ix = source(2, x, tap);
+      std::memcpy(*windows, ix < 0 ? padding_ : image_row + ix * pixel_bytes,
+                  static_cast<size_t>(pixel_bytes));
+      *windows += pixel_bytes;
+    }
+    return window;
+  }
+
+  void find_tap(const uint8_t* image_row, const uint8_t** pointers, int64_t tap, int64_t x0,
+                int64_t x1) const {
+    const DimPhase& dim = run_.phase.dim[2];
+    const int64_t taps = run_.plan.taps, pixel_bytes = args_.packed->shape.in_channels;
+    int64_t x = x0, begin, end;
+    if (image_row == nullptr) {
+      for (; x < x1; ++x, pointers += taps) *pointers = padding_;
+      return;
+    }
+    inner_range(dim, tap, tap, args_.extent.in[2], run_.count[2], &begin, &end);
+    begin = clamp(begin, x0, x1);
+    end = clamp(end, begin, x1);
+    const auto outside = [&] {
+      const int64_t ix = source(2, x, tap);
+      *pointers = ix < 0 ? padding_ : image_row + ix * pixel_bytes;
+    };
+    for (; x < begin; ++x, pointers += taps) outside();
+    const uint8_t* p = image_row + dim.position(x, tap) * pixel_bytes;
+    const int64_t step = dim.in_stride * pixel_bytes;
+    for (; x < end; ++x, pointers += taps, p += step) *pointers = p;
+    for (; x < x1; ++x, pointers += taps) outside();
+  }
+
+  const ConvArgs& args_;
+  const PhaseRun& run_;
+  const uint8_t* padding_;
+  const Scratch& scratch_;
+};
+
+PackedMatrix part(const PackedConvHeader& packed, int64_t index) {
+  const auto* base = reinterpret_cast<const uint8_t*>(&packed);
+  const auto* offsets = reinterpret_cast<const int64_t*>(base + packed.parts_offset);
+  const int64_t end = index + 1 < packed.parts ? offsets[index + 1] : packed.bytes;
+  PackedMatrix matrix;
+  view_packed(base + offsets[index], end - offsets[index], &matrix);
+  return matrix;
+}
+
+// Panels of all sets of a phase, counted through: the columns that tasks share out.
+int64_t panels_of_phase(const PackedConvHeader& packed) {
+  const int64_t n = packed.groups_per_set * packed.shape.out_per_group();
+  return packed.sets * panel_count(n, packed.isa);
+}
+
+void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t block,
+               int64_t panel_begin, int64_t panel_end, const uint8_t* padding,
+               const Scratch& scratch) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvShape& shape = packed.shape;
+  const int64_t element = output_bytes(packed.output);
+  const int64_t begin = block * run.block;
+  const int64_t end = run.pixels < begin + run.block ? run.pixels : begin + run.block;
+  const int64_t set_panels = panels_of_phase(packed) / packed.sets;
+  const int64_t in_set = packed.groups_per_set * shape.in_per_group();
+  const int64_t out_set = packed.groups_per_set * shape.out_per_group();
+  BlockRows rows(args, run, padding, scratch);
+  const bool dense = run.phase.dense_output();
+  if (!dense) rows.find_outputs(begin, end);
+  for (int64_t set = panel_begin / set_panels; set * set_panels < panel_end; ++set) {
+    IgemmArgs gemm;
+    gemm.matrix = part(packed, phase * packed.sets + set);
+    gemm.row_end = end - begin;
+    const int64_t panels = panel_count(gemm.matrix.header->n, packed.isa);
+    gemm.panel_begin = most(panel_begin - set * set_panels, 0);
+    gemm.panel_end = clamp(panel_end - set * set_panels, 0, panels);
+    if (run.direct) {
+      gemm.a = args.input + begin * shape.in_channels + set * in_set;
+      gemm.a_row_stride = shape.in_channels;
+    } else {
+      rows.find(begin, end, set * in_set);
+      gemm.pointers = scratch.pointers;
+    }
+    const int64_t first = dense ? begin * shape.out_channels : 0;
+    gemm.out = static_cast<uint8_t*>(args.out) + (first + set * out_set) * element;
+    gemm.out_row_stride = shape.out_channels * element;
+    gemm.residual_row_stride = shape.out_channels;
+    if (!dense) {
+      gemm.out_row_offset = scratch.out_offset;
+      gemm.residual_row_offset = scratch.residual_offset;
+    }
+    if (packed.has_residual) gemm.residual = args.residual + first + set * out_set;
+    gemm.residual_signed = args.residual_signed;
+    igemm(gemm);
+  }
+}
+
+}  // namespace
+
+void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
+  const PackedConvHeader& packed = *args.packed;
+  auto* padding = static_cast<uint8_t*>(args.workspace);
+  std::memset(padding, packed.input_zero_point, kFillBytes);
+  const int64_t pixels = args.extent.batch * args.extent.out_pixels();
+  const int64_t channels = packed.shape.out_channels, element = output_bytes(packed.output);
+  parallel.for_each_range(pixels, pixels * channels / 8, [&](int64_t begin, int64_t end) {
+    IgemmArgs gemm;
+    gemm.matrix = part(packed, packed.parts - 1);
+    gemm.panel_end = panel_count(gemm.matrix.header->n, packed.isa);
+    gemm.a = padding;
+    gemm.row_begin = begin;
+    gemm.row_end = end;
+    gemm.out = args.out;
+    gemm.out_row_stride = channels * element;
+    gemm.residual = args.residual;
+    gemm.residual_row_stride = channels;
+    gemm.residual_signed = args.residual_signed;
+    igemm(gemm);
+  });
+}
+
+int64_t implicit_gemm_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
+  return padding_bytes(args.packed->shape) + parallel.threads * scratch_bytes(args).total();
+}
+
+void implicit_gemm(const ConvArgs& args, const Parallel& parallel) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvShape& shape = packed.shape;
+  auto* workspace = static_cast<uint8_t*>(args.workspace);
+  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding_bytes(shape)));
+  const uint8_t* padding = workspace;
+  const ScratchBytes bytes = scratch_bytes(args);
+
+  const int64_t panels = panels_of_phase(packed);
+  for (int64_t p = 0; p < packed.phases; ++p) {
+    const PhaseRun run = phase_run(args, p);
+    if (run.pixels == 0) continue;
+    const int64_t macs = run.pixels * run.plan.taps * run.plan.depth * shape.out_channels;
+    // Whole rows of panels while there are blocks enough for all threads.
+    const int64_t wanted = parallel.threads == 1 ? 1 : ceil_div(2 * parallel.threads, run.blocks);
+    const int64_t splits = clamp(wanted, 1, panels), items = run.blocks * splits;
+    const int64_t tasks = clamp(parallel.threads, 1, items);
+    parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
+      for (int64_t task = task_begin; task < task_end; ++task) {
+        uint8_t* base = workspace + padding_bytes(shape) + task * bytes.total();
+        const Scratch scratch{reinterpret_cast<const uint8_t**>(base),
+                              reinterpret_cast<int64_t*>(base + bytes.pointers),
+                              reinterpret_cast<int64_t*>(base + bytes.pointers + bytes.offsets),
+                              base + bytes.pointers + 2 * bytes.offsets};
+        for (int64_t item = items * task / tasks; item < items * (task + 1) / tasks; ++item) {
+          const int64_t split = item % splits;
+          run_block(args, run, p, item / splits, panels * split / splits,
+                    panels * (split + 1) / splits, padding, scratch);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace qk

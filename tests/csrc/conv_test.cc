@@ -1,0 +1,200 @@
+// Convolution: every ISA and every thread count gives the bytes of the reference, for thousands of
+// random configurations, without touching a byte outside its buffers.
+#include "csrc/conv/conv.h"
+
+#include <string>
+#include <vector>
+
+#include "tests/csrc/check.h"
+
+namespace {
+
+using namespace qk;
+using test::Guarded;
+using test::Rng;
+
+struct Case {
+  ConvShape shape;
+  ConvExtent extent;
+  bool input_signed, per_tensor, weight_zero_points, with_bias, extremes, residual_signed;
+  int32_t input_zero_point;
+  float input_scale, output_scale;
+  Epilogue epilogue;
+  int threads;
+};
+
+std::string text(const Case& c) {
+  const ConvShape& s = c.shape;
+  std::string t = test::text_of(
+      "batch ", c.extent.batch, " C ", s.in_channels, " O ", s.out_channels, " groups ", s.groups,
+      " transposed ", s.transposed, " mode ", s.padding_mode, " rank ", s.spatial_dims, " output ",
+      static_cast<int>(c.epilogue.output), " table ", c.epilogue.has_table, " residual ",
+      c.epilogue.has_residual, " signed ", c.input_signed, " za ", c.input_zero_point, " zw ",
+      c.weight_zero_points, " threads ", c.threads);
+  for (int d = 0; d < kConvDims; ++d) {
+    t +=
+        test::text_of(" | in ", c.extent.in[d], " out ", c.extent.out[d], " k ", s.kernel[d], " s ",
+                      s.stride[d], " p ", s.pad_lo[d], ",", s.pad_hi[d], " d ", s.dilation[d]);
+  }
+  return t;
+}
+
+void random_epilogue(Rng& rng, Case* c) {
+  Epilogue& e = c->epilogue;
+  e.output = rng.chance(0.7) ? rng.pick({OutputType::kU8, OutputType::kS8})
+                             : rng.pick({OutputType::kS32, OutputType::kF32, OutputType::kBF16});
+  const int32_t low = e.is_signed() ? -128 : 0;
+  e.qmin = low;
+  e.qmax = low + 255;
+  e.zero_point = static_cast<int32_t>(rng.integer(e.qmin, e.qmax));
+  if (rng.chance(0.3)) e.qmin = e.zero_point;
+  if (rng.chance(0.1)) e.qmax = static_cast<int32_t>(rng.integer(e.zero_point, e.qmax));
+  if (!e.is_8bit()) return;
+  e.has_table = rng.chance(0.2);
+  for (uint8_t& byte : e.table) byte = static_cast<uint8_t>(rng.bits());
+  e.has_residual = rng.chance(0.2);
+  if (!e.has_residual) return;
+  c->residual_signed = rng.chance(0.5);
+  const float scale = rng.real(0.01f, 0.1f), residual_scale = rng.real(0.01f, 0.1f);
+  e.residual = {scale,
+                static_cast<float>(-e.zero_point) * scale,
+                residual_scale,
+                -3.0f * residual_scale,
+                1.0f / rng.real(0.01f, 0.1f),
+                e.zero_point,
+                low,
+                low + 255};
+}
+
+// Small images with every feature mixed, at most a few hundred thousand MACs.
+bool random_case(Rng& rng, Case* c) {
+  ConvShape& s = c->shape;
+  s.spatial_dims = static_cast<int32_t>(rng.pick({1, 2, 2, 2, 3}));
+  s.transposed = rng.chance(0.25);
+  s.padding_mode =
+      s.transposed || rng.chance(0.6)
+          ? PaddingMode::kZeros
+          : rng.pick({PaddingMode::kReflect, PaddingMode::kReplicate, PaddingMode::kCircular});
+  const int kind = static_cast<int>(rng.integer(0, 3));
+  if (kind == 0) {  // depthwise
+    s.groups = rng.integer(2, 140);
+    s.in_channels = s.groups;
+    s.out_channels = s.groups * rng.pick<int64_t>({1, 1, 1, 2, 3});
+  } else if (kind == 1) {  // grouped
+    s.groups = rng.integer(2, 9);
+    s.in_channels = s.groups * rng.integer(1, 17);
+    s.out_channels = s.groups * rng.integer(1, 20);
+  } else {
+    s.in_channels = rng.pick<int64_t>({1, 2, 3, 4, 5, 8, 16, 17, 33, 64});
+    s.out_channels = rng.integer(1, 140);
+  }
+  c->extent.batch = rng.integer(1, 3);
+  for (int d = kConvDims - s.spatial_dims; d < kConvDims; ++d) {
+    s.kernel[d] = rng.pick<int64_t>({1, 1, 2, 3, 3, 3, 4, 5, 7});
+    if (s.spatial_dims == 3 && s.kernel[d] > 3) s.kernel[d] = 3;
+    s.stride[d] = rng.pick<int64_t>({1, 1, 2, 2, 3});
+    s.dilation[d] = rng.pick<int64_t>({1, 1, 1, 2, 3});
+    s.pad_lo[d] = rng.integer(0, s.kernel[d]);
+    s.pad_hi[d] = rng.chance(0.6) ? s.pad_lo[d] : rng.integer(0, s.kernel[d]);
+    c->extent.in[d] = rng.integer(1, s.spatial_dims == 3 ? 6 : s.spatial_dims == 1 ? 90 : 14);
+    const int64_t window = (s.kernel[d] - 1) * s.dilation[d] + 1;
+    const int64_t padding = s.pad_lo[d] + s.pad_hi[d];
+    c->extent.out[d] = s.transposed ? (c->extent.in[d] - 1) * s.stride[d] + window - padding +
+                                          rng.integer(0, s.stride[d] - 1)
+                                    : (c->extent.in[d] + padding - window) / s.stride[d] + 1;
+    if (!s.transposed && c->extent.in[d] + padding < window) return false;
+  }
+  if (rng.chance(0.05)) c->extent.batch = 0;
+  c->input_signed = rng.chance(0.3);
+  c->per_tensor = rng.chance(0.3);
+  c->weight_zero_points = rng.chance(0.1);
+  c->with_bias = rng.chance(0.7);
+  c->extremes = rng.chance(0.1);
+  c->input_zero_point = static_cast<int32_t>(rng.integer(0, 255)) - (c->input_signed ? 128 : 0);
+  c->input_scale = rng.real(0.005f, 0.2f);
+  // Few different outputs of a product of scales: many ties.
+  c->output_scale = rng.chance(0.5) ? rng.real(0.05f, 5.0f) : c->input_scale * 2;
+  c->threads = static_cast<int>(rng.pick({1, 1, 2, 5}));
+  random_epilogue(rng, c);
+  const int64_t macs = c->extent.batch * c->extent.out_pixels() * s.out_channels *
+                       s.in_per_group() * s.kernel_size();
+  return check_conv_extent(s, c->extent) == Status::kOk && macs < 3'000'000;
+}
+
+void check_case(Rng& rng, const Case& c) {
+  const ConvShape& s = c.shape;
+  const int64_t inputs = c.extent.batch * c.extent.in_pixels() * s.in_channels;
+  const int64_t outputs = c.extent.batch * c.extent.out_pixels() * s.out_channels;
+  const int64_t element = output_bytes(c.epilogue.output);
+  const auto touches = rng.chance(0.5) ? test::Touches::kEnd : test::Touches::kStart;
+  Guarded<uint8_t> input(inputs, touches), residual(outputs, touches);
+  Guarded<int8_t> weight(s.out_channels * s.in_per_group() * s.kernel_size());
+  rng.fill(input);
+  rng.fill(residual);
+  rng.fill(weight);
+  if (c.extremes) {
+    const auto a = rng.pick<uint8_t>({0, 255}), w = rng.pick<uint8_t>({0x80, 0x7f});
+    for (uint8_t& byte : input) byte = a;
+    for (int8_t& byte : weight) byte = static_cast<int8_t>(w);
+  }
+  std::vector<float> scale(s.out_channels), bias(s.out_channels);
+  std::vector<int32_t> zero_point(s.out_channels);
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    scale[o] = rng.chance(0.5) ? 0.5f : rng.real(0.001f, 0.5f);
+    bias[o] = rng.real(-3, 3);
+    zero_point[o] = static_cast<int32_t>(rng.integer(-128, 127));
+  }
+  ConvSource source = {s,
+                       weight.data(),
+                       scale.data(),
+                       c.weight_zero_points ? zero_point.data() : nullptr,
+                       c.per_tensor,
+                       c.with_bias ? bias.data() : nullptr,
+                       c.input_scale,
+                       c.input_zero_point,
+                       c.input_signed,
+                       c.output_scale,
+                       c.epilogue};
+  ConvArgs args;
+  args.extent = c.extent;
+  args.input = input.data();
+  args.residual = residual.data();
+  args.residual_signed = c.residual_signed;
+  std::vector<uint8_t> expected(static_cast<size_t>(outputs * element));
+  args.out = expected.data();
+  conv_reference(source, args);
+
+  test::for_each_isa([&](Isa isa) {
+    Guarded<uint8_t> packed_bytes((packed_conv_bytes(source, isa) + 63) / 64 * 64);
+    CHECK_EQ(pack_conv(source, isa, packed_bytes.data()), Status::kOk);
+    CHECK_EQ(view_packed_conv(packed_bytes.data(), packed_bytes.size(), &args.packed), Status::kOk);
+    const Parallel parallel = c.threads == 1 ? kSerial : test::threads(c.threads);
+    Guarded<uint8_t> out(outputs * element, touches);
+    Guarded<uint8_t> workspace((conv_workspace_bytes(args, parallel) + 63) / 64 * 64);
+    args.out = out.data();
+    args.workspace = workspace.data();
+    conv(args, parallel);
+    for (int64_t i = 0; i < outputs * element; ++i) {
+      CHECK_EQ(out[i], expected[i], "at byte ", i, " channel ", i / element % s.out_channels,
+               " pixel ", i / element / s.out_channels);
+    }
+  });
+}
+
+void random_configurations(int count) {
+  Rng rng(1);
+  for (int i = 0; i < count;) {
+    Case c = {};
+    if (!random_case(rng, &c)) continue;
+    CONTEXT("case ", i, ": ", text(c));
+    check_case(rng, c);
+    ++i;
+  }
+}
+
+}  // namespace
+
+int main() {
+  random_configurations(3000);
+  return 0;
+}
