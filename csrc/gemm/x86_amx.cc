@@ -17,8 +17,10 @@ QK_TARGET_BEGIN(QK_ISA_AMX)
 namespace qk {
 namespace {
 
-#include "csrc/gemm/igemm_driver.h"
+#include "csrc/gemm/x86_driver.h"
+
 #include "csrc/gemm/x86_avx512_epilogue.h"
+
 #include "csrc/gemm/x86_avx512_store.h"
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kBlockRows = 32;

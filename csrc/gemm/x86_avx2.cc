@@ -14,13 +14,14 @@ QK_TARGET_BEGIN(QK_ISA_AVX2)
 namespace qk {
 namespace {
 
-#include "csrc/gemm/igemm_driver.h"
+#include "csrc/gemm/x86_driver.h"
+
 #include "csrc/gemm/x86_avx2_epilogue.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
 // `Flip`: A is int8.
 template <bool Flip>
-struct Multiply {
+struct Avx2Multiply {
   static constexpr int64_t kWideRows = 4;
 
   template <int R, int V>
@@ -110,9 +111,9 @@ struct Multiply {
 
 void igemm_avx2(const IgemmBlock& block) {
   if (block.args.matrix.header->input_signed) {
-    igemm_blocks<YmmTile<Multiply<true>, Isa::kAvx2>>(block);
+    igemm_blocks<YmmTile<Avx2Multiply<true>, Isa::kAvx2>>(block);
   } else {
-    igemm_blocks<YmmTile<Multiply<false>, Isa::kAvx2>>(block);
+    igemm_blocks<YmmTile<Avx2Multiply<false>, Isa::kAvx2>>(block);
   }
 }
 

@@ -1,5 +1,5 @@
 // From a block of accumulators in memory, [rows][64], to the output: the stages that AVX512-VNNI
-// and AMX share. Include it after igemm_driver.h and x86_avx512_epilogue.h.
+// and AMX share. Include it after x86_driver.h and x86_avx512_epilogue.h.
 
 // Every other output: from the accumulators in memory, [rows][64].
 __attribute__((noinline)) void store_general_avx512(const IgemmTile& tile, const int32_t* acc,

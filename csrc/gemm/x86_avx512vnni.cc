@@ -15,8 +15,10 @@ QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
 namespace qk {
 namespace {
 
-#include "csrc/gemm/igemm_driver.h"
+#include "csrc/gemm/x86_driver.h"
+
 #include "csrc/gemm/x86_avx512_epilogue.h"
+
 #include "csrc/gemm/x86_avx512_store.h"
 
 QK_INLINE void dot(__m512i& acc, __m512i a, __m512i b) {
@@ -127,7 +129,7 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
 }
 
 template <int R, int V, bool Flip>
-__attribute__((noinline)) void run_tile(const IgemmTile& tile) {
+__attribute__((noinline)) void run_tile_avx512(const IgemmTile& tile) {
   __m512i acc[R][V];
   multiply<R, V, Flip>(tile, acc);
   const PackedHeader& header = *tile.matrix.header;
@@ -149,20 +151,20 @@ template <int V, bool Flip>
 QK_INLINE void run_rows(int64_t rows, const IgemmTile& tile) {
   switch (rows) {
     case 1:
-      return run_tile<1, V, Flip>(tile);
+      return run_tile_avx512<1, V, Flip>(tile);
     case 2:
-      return run_tile<2, V, Flip>(tile);
+      return run_tile_avx512<2, V, Flip>(tile);
     case 3:
-      return run_tile<3, V, Flip>(tile);
+      return run_tile_avx512<3, V, Flip>(tile);
     case 4:
-      return run_tile<4, V, Flip>(tile);
+      return run_tile_avx512<4, V, Flip>(tile);
     case 5:
-      return run_tile<5, V, Flip>(tile);
+      return run_tile_avx512<5, V, Flip>(tile);
     case 6:
-      return run_tile<6, V, Flip>(tile);
+      return run_tile_avx512<6, V, Flip>(tile);
   }
   if constexpr (V < 4) {
-    return rows == 7 ? run_tile<7, V, Flip>(tile) : run_tile<8, V, Flip>(tile);
+    return rows == 7 ? run_tile_avx512<7, V, Flip>(tile) : run_tile_avx512<8, V, Flip>(tile);
   }
 }
 

@@ -10,7 +10,8 @@ QK_TARGET_BEGIN(QK_ISA_AVXVNNI)
 namespace qk {
 namespace {
 
-#include "csrc/gemm/igemm_driver.h"
+#include "csrc/gemm/x86_driver.h"
+
 #include "csrc/gemm/x86_avx2_epilogue.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
@@ -22,7 +23,7 @@ constexpr int sums_in_flight(int tile) { return tile > 6 ? 1 : tile > 3 ? 2 : 4;
 
 // `Flip`: A is int8.
 template <bool Flip>
-struct Multiply {
+struct AvxVnniMultiply {
   static constexpr int64_t kWideRows = 6;
 
   template <int R, int V>
@@ -100,9 +101,9 @@ struct Multiply {
 
 void igemm_avxvnni(const IgemmBlock& block) {
   if (block.args.matrix.header->input_signed) {
-    igemm_blocks<YmmTile<Multiply<true>, Isa::kAvxVnni>>(block);
+    igemm_blocks<YmmTile<AvxVnniMultiply<true>, Isa::kAvxVnni>>(block);
   } else {
-    igemm_blocks<YmmTile<Multiply<false>, Isa::kAvxVnni>>(block);
+    igemm_blocks<YmmTile<AvxVnniMultiply<false>, Isa::kAvxVnni>>(block);
   }
 }
 

@@ -1,6 +1,6 @@
 // What the 16-column tiles of AVX2 and AVX-VNNI share: the stores and the choice of the tile's
 // size. Include it inside a target region, inside the anonymous namespace of a kernel file, after
-// igemm_driver.h and x86_avx2_epilogue.h.
+// x86_driver.h and x86_avx2_epilogue.h.
 //
 // A Multiply has  template <int R, int V> static void run(const IgemmTile&, __m256i (&acc)[R][V]):
 //   acc[i][j] = init[j] + sum over tap, k,  and kWideRows, the most rows of a 16-column tile.
