@@ -41,6 +41,7 @@ struct DepthwiseLayout {
 
 DepthwiseLayout layout_of(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:  // has nothing to offer to a sum of one channel
     case Isa::kAvx512Vnni:
       return {16, 4, 64, false};
     case Isa::kAvxVnni:
@@ -144,6 +145,7 @@ ConvExtent depthwise_extent(const ConvShape& shape, const ConvExtent& extent) {
 }
 
 DepthwiseKernel select_depthwise_kernel(Isa isa) {
+  if (isa == Isa::kAmx) isa = Isa::kAvx512Vnni;
 #define QK_DEPTHWISE_KERNEL(need, layout, name) \
   if (isa == layout) return name;
 #include "csrc/conv/kernels.inc"
