@@ -24,3 +24,58 @@ SAMPLES["fake_quant"] = [
 SAMPLES["fake_quant_out"] = [
     lambda: (torch.randn(3, 5), *grid(), None, -128, 127, torch.empty(3, 5)),
 ]
+
+# ---- quantize, dequantize ----
+
+
+def codes(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8).view(dtype)
+
+
+SAMPLES["quantize"] = [
+    lambda: (torch.randn(3, 5), *grid(), None, -128, 127, torch.int8),
+    lambda: (torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), *grid(4), 1, 0, 255, torch.uint8),
+    lambda: (torch.randn(4, 6, dtype=torch.bfloat16)[:, ::2], *grid(), None, 0, 255, torch.uint8),
+]
+SAMPLES["quantize_out"] = [
+    lambda: (torch.randn(3, 5), *grid(), None, 0, 255, torch.empty(3, 5, dtype=torch.uint8)),
+]
+SAMPLES["dequantize"] = [
+    lambda: (codes(3, 5), *grid(), None, torch.float32),
+    lambda: (codes(2, 4, 3, dtype=torch.int8), *grid(4), 1, torch.float16),
+]
+SAMPLES["dequantize_out"] = [
+    lambda: (codes(3, 5), *grid(), None, torch.empty(3, 5)),
+]
+
+# ---- lookup, add, mul, cat ----
+
+OUT_GRID = (0.04, 3, 0, 255, torch.uint8)
+SAMPLES["lookup"] = [
+    lambda: (codes(3, 5), codes(256)),
+    lambda: (codes(2, 3, 4, 5).permute(0, 3, 1, 2), codes(256, dtype=torch.int8)),
+]
+SAMPLES["add"] = SAMPLES["mul"] = [
+    lambda: (codes(3, 5), codes(3, 5, dtype=torch.int8), 0.02, 7, 0.03, -5, *OUT_GRID),
+    lambda: (codes(2, 4, 5, 3).permute(0, 3, 1, 2), codes(2, 3, 1, 1), 0.02, 7, 0.03, 5, *OUT_GRID),
+    lambda: (codes(3, 1), codes(1, 4), 0.02, 7, 0.03, 5, *OUT_GRID),
+]
+SAMPLES["cat"] = [
+    lambda: ([codes(2, 3), codes(2, 4)], codes(2, 256), 1),
+    lambda: ([codes(2, 5, 5, 3).permute(0, 3, 1, 2), codes(2, 5, 5, 6).permute(0, 3, 1, 2)], codes(2, 256), 1),
+]
+
+# ---- pools ----
+
+SAMPLES["max_pool"] = [
+    lambda: (codes(2, 3, 9), [3], [2], [1], [1], True),
+    lambda: (codes(2, 3, 9, 8), [3, 2], [2, 1], [1, 0], [1, 2], False),
+]
+SAMPLES["avg_pool"] = [
+    lambda: (codes(2, 3, 9, 8), [3, 2], [], [1, 0], True, False, None, 0.02, 7, *OUT_GRID),
+    lambda: (codes(1, 2, 4, 4, 4), [2, 2, 2], [2, 2, 2], [0, 0, 0], False, True, 3, 0.02, 7, *OUT_GRID),
+]
+SAMPLES["adaptive_avg_pool"] = [
+    lambda: (codes(2, 3, 9, 8), [1, 1], 0.02, 7, *OUT_GRID),
+    lambda: (codes(2, 3, 9, 8), [4, 3], 0.02, 7, *OUT_GRID),
+]
