@@ -100,7 +100,7 @@ Tensor cat(const std::vector<Tensor>& tensors, const Tensor& tables, int64_t dim
                       shape_text(first), " outside of dimension ", axis, ", got ", shape_text(t));
     }
     sizes[axis] += t.size(axis);
-    channels_last = channels_last && is_channels_last(t);
+    channels_last = channels_last && (t.numel() == 0 || is_channels_last(t));
   }
   Tensor out = channels_last ? empty_channels_last(sizes, tables.scalar_type())
                              : torch::stable::empty(sizes, tables.scalar_type());

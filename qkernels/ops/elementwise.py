@@ -94,7 +94,7 @@ def cat(tensors: Sequence[Tensor], tables: Tensor, dim: int) -> Tensor:
         dim: the dimension, negative counts from the end.
 
     Returns:
-        A tensor of the dtype of `tables`: channels_last if every input is, else contiguous.
+        A tensor of the dtype of `tables`: channels_last if every input (that is not empty) is, else contiguous.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or range; the message names it.
@@ -129,6 +129,6 @@ def _(a, b, a_scale, a_zero_point, b_scale, b_zero_point, scale, zero_point, qmi
 def _(tensors, tables, dim):
     shape = list(tensors[0].shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
-    if all(is_channels_last(t) for t in tensors):
+    if tensors[0].dim() >= 3 and all(t.numel() == 0 or is_channels_last(t) for t in tensors):
         return empty_channels_last(tensors[0], shape, tables.dtype)
     return tensors[0].new_empty(shape, dtype=tables.dtype)

@@ -230,14 +230,16 @@ def test_bad_input_is_refused_by_name(name):
         call()
 
 
-@pytest.mark.parametrize("op", ["quantize", "dequantize", "fake_quant"])
+GRID_CALLS = {
+    "quantize": lambda grid: ops.quantize(X, *grid, None, 0, 255, torch.uint8),
+    "dequantize": lambda grid: ops.dequantize(X.byte(), *grid, None),
+    "fake_quant": lambda grid: ops.fake_quant(X, *grid, None, 0, 255),
+}
+
+
+@pytest.mark.parametrize("op", GRID_CALLS)
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-40])
 def test_bad_scale_is_refused_by_name(op, scale):
     grid = per_tensor(scale, 3)
     with pytest.raises(RuntimeError, match=f"{op}: scale must be positive, finite and normal"):
-        if op == "quantize":
-            ops.quantize(X, *grid, None, 0, 255, torch.uint8)
-        elif op == "dequantize":
-            ops.dequantize(X.byte(), *grid, None)
-        else:
-            ops.fake_quant(X, *grid, None, 0, 255)
+        GRID_CALLS[op](grid)
