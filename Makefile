@@ -11,7 +11,7 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
-OTHER := .venv-other
+OTHER := $(abspath .venv-other)
 PIP_FLAGS := -qq --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
@@ -52,7 +52,7 @@ style: $(READY)
 # A wheel built against one torch runs under another, both ways.
 wheel-check: $(READY) $(OTHER)/.ready
 	$(BIN)/python tests/packaging/wheel_check.py $(BIN)/python $(BIN)/python $(OTHER)/bin/python
-	$(BIN)/python tests/packaging/wheel_check.py $(abspath $(OTHER))/bin/python $(OTHER)/bin/python $(BIN)/python
+	$(BIN)/python tests/packaging/wheel_check.py $(OTHER)/bin/python $(OTHER)/bin/python $(BIN)/python
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so
