@@ -16,8 +16,30 @@ except ModuleNotFoundError as error:
     ) from error
 
 from qkernels import nn, ops
+from qkernels.core.convert import convert
+from qkernels.core.exact import exact
+from qkernels.core.phases import calibrate, calibrating
+from qkernels.core.prepare import prepare
+from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.recipe import Recipe
 from qkernels.core.state import load, save
+from qkernels.core.verify import verify
 from qkernels.ops.machine import info
 
-__all__ = ["info", "load", "nn", "ops", "save"]
+__all__ = [
+    "QParams",
+    "QSpec",
+    "Recipe",
+    "calibrate",
+    "calibrating",
+    "convert",
+    "exact",
+    "info",
+    "load",
+    "nn",
+    "ops",
+    "prepare",
+    "save",
+    "verify",
+]
 __version__ = "0.1.0"

@@ -117,8 +117,13 @@ class WeightedLayer(QLayer):
 
 
 def quantized_weight(unit: LoweringUnit) -> Tensor:
-    """The int8 codes of the unit's weight."""
-    grid = unit.weight_qparams
-    return reference.quantize(
-        unit.weight.detach().to(torch.float32), grid.scale, grid.zero_point, grid.axis, grid.qmin, grid.qmax, grid.dtype
-    )
+    """The int8 codes of the unit's weight. A transposed convolution has a block of grids for each group of inputs."""
+    grid, weight = unit.weight_qparams, unit.weight.detach().to(torch.float32)
+    blocks = int(unit.option("groups", 1)) if grid.axis == 1 else 1
+    codes = [
+        reference.quantize(w, scale, zero_point, grid.axis, grid.qmin, grid.qmax, grid.dtype)
+        for w, scale, zero_point in zip(
+            weight.chunk(blocks), grid.scale.chunk(blocks), grid.zero_point.chunk(blocks), strict=True
+        )
+    ]
+    return torch.cat(codes)

@@ -1,0 +1,266 @@
+"""`convert`: the integer network, built by reading the prepared one.
+
+A Quantizer call says: here the tensor gets onto a grid. If a layer comes right before it (with at most a fused clamp
+between), the two become one integer layer from the lowering table; if a float tensor comes before it, it becomes
+`Quantize`. Where a float operation reads an integer tensor, `Dequantize` goes in between.
+
+Node names: the layers keep the path of the float module they come from, or the name of the float call.
+`meta["sources"]` of the converted graph maps each layer's path to the node whose output it computes, in the graph that
+`qkernels.core.graph.trace` makes of the float model.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qkernels.core import graph as g
+from qkernels.core.fusion import clamp_of, is_fused
+from qkernels.core.graph import NetworkGraph, Operation
+from qkernels.core.layers import Prepared
+from qkernels.core.lowering import LoweringUnit, lower
+from qkernels.core.prepare import PreparedModel, quantizers, unit_of
+from qkernels.core.qspec import QParams
+from qkernels.core.quantizer import Quantizer
+from qkernels.core.registry import layer_class
+from qkernels.core.report import PrepareReport
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+
+
+class ConvertedModel(NetworkGraph):
+    """An integer network: what `convert` returns for a model that has a graph."""
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """The integer network of a calibrated model; `prepared` stays as it is.
+
+    Takes and returns float tensors as the original did; int8 and uint8 tensors flow inside. All grids are fixed now.
+
+    Raises:
+        InvalidArgument: the model does not come from `prepare`.
+        InvalidState: it was not calibrated.
+    """
+    parts = {path: m for path, m in prepared.named_modules() if isinstance(m, PreparedModel)}
+    if not parts and not isinstance(getattr(prepared, "report", None), PrepareReport):
+        raise InvalidArgument("convert: the model must come from `prepare`")
+    found = list(quantizers(prepared))
+    missing = [q.source for q in found if not q.has_grid()]
+    if missing:
+        raise InvalidState(
+            f"convert: {len(missing)} of {len(found)} Quantizers have no grid ({', '.join(missing[:3])}, ...); run "
+            "batches through the model inside `with qkernels.calibrating(prepared):` first"
+        )
+    converted = {id(part): _Converter(part, path).build() for path, part in parts.items()}
+    # The memo puts each converted part in the place of its prepared one.
+    return copy.deepcopy(prepared, dict(converted))
+
+
+class _Converter:
+    """Builds the converted graph node by node. A prepared value has up to two forms in it, float and integer."""
+
+    def __init__(self, prepared: PreparedModel, prefix: str):
+        self.prepared, self.prefix = prepared, prefix
+        self.modules = g.modules_of(prepared)
+        self.graph = fx.Graph()
+        self.root: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.floats: dict[fx.Node, fx.Node] = {}
+        self.codes: dict[fx.Node, fx.Node] = {}
+        self.grids: dict[fx.Node, QParams] = {}
+
+    def build(self) -> ConvertedModel:
+        for node in self.prepared.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.floats[node] = self._copied(node)
+            elif node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self.float_of))
+            elif self._quantizer(node) is not None:
+                self._onto_grid(node)
+            elif self._keeps_grid(node):
+                self._on_codes(node)
+            elif node.op == "call_function" and node.is_impure():
+                self._copied(node)  # an assertion on an argument
+        self.graph.lint()
+        converted = ConvertedModel(self.root, self.graph, type(self.prepared).__name__).eval()
+        self._remove_unused(converted)
+        _fuse_tables(converted)
+        converted.meta["sources"] = self.sources
+        converted.meta["report"] = self.prepared.report
+        converted.adopt(self.prepared.meta.get("attributes", {}))
+        for path, module in converted.named_modules():
+            if hasattr(module, "reference_forward"):
+                module.name = ".".join(p for p in (self.prefix, path) if p)
+        return converted
+
+    # -- the two forms of a value
+
+    def float_of(self, node: fx.Node) -> fx.Node:
+        """The node as float32 (or whatever is not quantized) in the converted graph."""
+        if node not in self.floats:
+            if node in self.codes and node.meta["value"].kind == "tensor":
+                layer = layer_class("dequantize")(self.grids[node])
+                self.floats[node] = self._call(f"{node.name}_dequantize", layer, (self.codes[node],), node)
+            else:
+                self.floats[node] = self._float_output_layer(node) or self._copied(node)
+        return self.floats[node]
+
+    def _float_output_layer(self, node: fx.Node) -> fx.Node | None:
+        """A linear or convolution on codes that stores float32, where only float operations read it."""
+        op = self._integer_operation(node)
+        if op is None or op.kind not in g.WEIGHTED or op.inputs[0] not in self.codes:
+            return None
+        layer = lower(unit_of(node, op, (self.grids[op.inputs[0]],), None))
+        return self._call(node.target, layer, (self.codes[op.inputs[0]],), node)
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        """The same float operation in the converted graph."""
+        if node.op == "call_module":
+            self.root[node.target] = self._float_module(self.modules[node.target])
+        elif node.op == "get_attr":
+            self.root[node.target] = _attribute(self.prepared, node.target)
+        shape_only = node.meta["value"].kind == "other"
+        return self.graph.node_copy(node, self._either if shape_only else self.float_of)
+
+    def _either(self, node: fx.Node) -> fx.Node:
+        """Any form: sizes are the same."""
+        return self.codes[node] if node in self.codes else self.float_of(node)
+
+    def _float_module(self, module: nn.Module) -> nn.Module:
+        if not isinstance(module, Prepared):
+            return copy.deepcopy(module)
+        raise Unsupported(f"convert: {type(module).__name__} reads a float tensor although it has a quantized weight")
+
+    # -- nodes on codes
+
+    def _integer_operation(self, node: fx.Node) -> Operation | None:
+        """What the node computes, if `prepare` made it integer."""
+        return g.operation(node, self.modules) if node.meta.get("integer", False) else None
+
+    def _quantizer(self, node: fx.Node) -> Quantizer | None:
+        module = self.modules.get(node.target) if node.op == "call_module" else None
+        return module if isinstance(module, Quantizer) else None
+
+    def _keeps_grid(self, node: fx.Node) -> bool:
+        """Whether this is an operation that keeps the grid, and its inputs are codes on one and the same grid."""
+        op = self._integer_operation(node)
+        if op is None or op.kind not in g.SAME_GRID | {g.PASS, g.PAD, "cat"}:
+            return False
+        grids = [self.grids.get(n) for n in op.inputs]
+        return grids[0] is not None and all(grid == grids[0] for grid in grids)
+
+    def _on_codes(self, node: fx.Node) -> None:
+        op = g.operation(node, self.modules)
+        grid = self.grids[node] = self.grids[op.inputs[0]]
+        inputs = tuple(self.codes[n] for n in op.inputs)
+        if op.kind == "cat":
+            layer = lower(unit_of(node, op, (grid,) * len(inputs), grid))
+            self.codes[node] = self._call(self._path(node), layer, (list(inputs),), node)
+        elif op.kind == g.PAD:
+            self.codes[node] = self._pad(node, op, grid)
+        elif op.kind in g.SAME_GRID and not any(isinstance(v, fx.Node) for v in op.options.values()):
+            layer = lower(unit_of(node, op, (grid,), grid))
+            self.codes[node] = self._call(self._path(node), layer, inputs, node)
+        else:
+            self.codes[node] = self._same_call(node)
+
+    def _same_call(self, node: fx.Node) -> fx.Node:
+        """The torch operation itself, on codes."""
+        if node.op == "call_method" and node.target == "contiguous":
+            return self.codes[node.args[0]]  # layout is the layers' own business
+        if node.op == "call_module":
+            self.root[node.target] = copy.deepcopy(self.modules[node.target])
+        made = self.graph.node_copy(node, self._either)
+        if node.op == "call_method" and node.target in ("view", "view_as"):
+            made.target = made.target.replace("view", "reshape")  # codes may be channels-last where floats were not
+        return made
+
+    def _pad(self, node: fx.Node, op: Operation, grid: QParams) -> fx.Node:
+        """Zeros are the code of zero."""
+        amounts = op.options.get("pad", getattr(op.module, "padding", None))
+        amounts = fx.map_arg(amounts, self._either)
+        code = grid.item()[1]
+        return self.graph.call_function(
+            torch.nn.functional.pad, (self.codes[op.inputs[0]], amounts), {"mode": "constant", "value": code}
+        )
+
+    def _onto_grid(self, node: fx.Node) -> None:
+        """A Quantizer call: what comes before it becomes an integer layer with this grid as output."""
+        grid = self.grids[node] = self._quantizer(node).qparams()
+        source = node.args[0]
+        if source in self.codes:
+            if self.grids[source] == grid:
+                self.codes[node] = self.codes[source]
+            else:
+                layer = lower(LoweringUnit("requantize", (self.grids[source],), grid))
+                self.codes[node] = self._call(f"{node.name}_requantize", layer, (self.codes[source],), source)
+            return
+        self.codes[node] = self._integer_layer(source, grid) or self._call(
+            f"{source.name}_quantize", layer_class("quantize")(grid), (self.float_of(source),), source
+        )
+
+    def _integer_layer(self, node: fx.Node, output: QParams) -> fx.Node | None:
+        """`node`, with a clamp that it is part of, as an integer layer; None if it reads float tensors."""
+        op, clamp, source = self._integer_operation(node), None, node
+        if op is not None and op.kind in g.CLAMPS:
+            before = op.inputs[0]
+            producer = self._integer_operation(before)
+            if producer is not None and before not in self.codes and is_fused(producer.kind, op.kind):
+                clamp, node, op = clamp_of(op), before, producer
+        if op is None or op.kind in (g.PASS, g.PAD, "identity") or not all(n in self.codes for n in op.inputs):
+            return None
+        layer = lower(unit_of(node, op, tuple(self.grids[n] for n in op.inputs), output, clamp))
+        return self._call(self._path(node), layer, tuple(self.codes[n] for n in op.inputs), source)
+
+    # -- the new graph
+
+    def _path(self, node: fx.Node) -> str:
+        return node.target if node.op == "call_module" else node.meta["path"]
+
+    def _call(self, path: str, layer: nn.Module, args: tuple, source: fx.Node) -> fx.Node:
+        while path in self.root:
+            path += "_"
+        self.root[path] = layer
+        self.sources[path] = source.meta.get("origin", source.name)
+        node = self.graph.call_module(path, args)
+        node.meta["source"] = self.sources[path]
+        return node
+
+    def _remove_unused(self, converted: ConvertedModel) -> None:
+        converted.graph.eliminate_dead_code()
+        converted.delete_all_unused_submodules()
+        converted.recompile()
+        alive = {node.target for node in converted.graph.nodes if node.op == "call_module"}
+        self.sources = {path: source for path, source in self.sources.items() if path in alive}
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def _fuse_tables(converted: fx.GraphModule) -> None:
+    """A unary table right after a linear or convolution, as its only reader, moves into that layer's epilogue.
+
+    Both first round to the grid between them, so the codes are the same.
+    """
+    modules = g.modules_of(converted)
+    for node in list(converted.graph.nodes):
+        if node.op != "call_module" or getattr(modules[node.target], "kind", "") != "lookup":
+            continue
+        before, lookup = node.args[0], modules[node.target]
+        if before.op != "call_module" or len(before.users) != 1 or not _takes_table(modules[before.target], lookup):
+            continue
+        fused = modules[before.target].with_table(lookup.table, lookup.out_qparams)
+        g.replace_module(converted, before.target, fused)
+        modules[before.target] = fused
+        before.meta["source"] = node.meta["source"]
+        node.replace_all_uses_with(before)
+        converted.graph.erase_node(node)
+    converted.delete_all_unused_submodules()
+    converted.recompile()
+
+
+def _takes_table(layer: nn.Module, lookup: nn.Module) -> bool:
+    return hasattr(layer, "with_table") and layer.can_fuse() and layer.out_qparams.dtype == lookup.out_qparams.dtype

@@ -1,0 +1,107 @@
+"""What becomes one integer layer: the table of fusable chains, and batch normalization folded into what it follows.
+
+`FUSED` is the only list. A row says that `second`, directly after `first` and as its only reader, is part of the same
+layer: no grid between them.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+
+from qkernels.core.graph import BATCH_NORMS, CLAMPS, Operation, modules_of, operation, replace_module, share
+from qkernels.core.lowering import Clamp
+
+FUSED: frozenset[tuple[str, str]] = frozenset(
+    (first, second) for first in ("linear", "conv", "add", "mul") for second in CLAMPS
+)
+
+
+def is_fused(first: str, second: str) -> bool:
+    return (first, second) in FUSED
+
+
+def clamp_of(op: Operation) -> Clamp:
+    """The range that an operation of `CLAMPS` leaves."""
+
+    def number(name: str, default: float) -> float:
+        value = op.options.get(name, getattr(op.module, name, None))
+        return default if value is None else float(value)
+
+    if op.kind == "relu":
+        return Clamp(0.0)
+    if op.kind == "relu6":
+        return Clamp(0.0, 6.0)
+    if op.kind == "hardtanh":
+        return Clamp(number("min_val", -1.0), number("max_val", 1.0))
+    return Clamp(number("min", -float("inf")), number("max", float("inf")))
+
+
+def has_constant_clamp(op: Operation) -> bool:
+    """Whether the limits are numbers, not tensors or computed values."""
+    return all(v is None or isinstance(v, (int, float)) for v in op.options.values())
+
+
+def fold_batch_norms(traced: fx.GraphModule, keep_float) -> None:
+    """Folds each BatchNorm (eval mode) into the layer before it; one that follows none becomes a 1x1 convolution.
+
+    `keep_float(node)` says which nodes the recipe leaves alone. Folding is done in float64 and rounded once.
+    """
+    modules = modules_of(traced)
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(modules.get(node.target)) not in BATCH_NORMS or keep_float(node):
+            continue
+        norm, source = modules[node.target], node.args[0]
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        before = operation(source, modules)
+        if (
+            source.op == "call_module"
+            and len(source.users) == 1
+            and before is not None
+            and before.kind in ("linear", "conv")
+            and not keep_float(source)
+            and (before.kind == "conv" or len(source.meta["value"].shape) == 2)
+        ):
+            replace_module(traced, source.target, folded(before.module, norm))
+            source.meta["origin"] = node.meta["origin"]
+            node.replace_all_uses_with(source)
+            traced.graph.erase_node(node)
+        elif 3 <= len(source.meta["value"].shape) <= 5 and source.meta["value"].kind == "tensor":
+            replace_module(traced, node.target, as_convolution(norm, len(source.meta["value"].shape) - 2))
+        modules = modules_of(traced)
+    traced.recompile()
+
+
+def _scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode is x * scale + shift; both in float64."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
+    scale = weight / torch.sqrt(var + norm.eps)
+    return scale, bias - mean * scale
+
+
+def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """`layer` followed by `norm` as one layer of the class of `layer`, with Parameters of its own."""
+    scale, shift = _scale_shift(norm)
+    weight = layer.weight.detach().double()
+    if getattr(layer, "transposed", False):  # [in, out / groups, ...]: group g of the inputs meets block g of scale
+        blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])
+        along = scale.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+        weight = (blocks * along).reshape(weight.shape)
+    else:
+        weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
+    result = share(layer)
+    result.weight = nn.Parameter(weight.to(layer.weight.dtype), layer.weight.requires_grad)
+    result.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
+    return result
+
+
+def as_convolution(norm: nn.Module, dims: int) -> nn.Module:
+    """The same function as a depthwise 1x1 convolution: one weight a channel, which an integer grid holds exactly."""
+    scale, shift = _scale_shift(norm)
+    channels = scale.numel()
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](channels, channels, 1, groups=channels)
+    conv.weight = nn.Parameter(scale.float().reshape(conv.weight.shape))
+    conv.bias = nn.Parameter(shift.float())
+    return conv.eval()

@@ -1,0 +1,552 @@
+"""From a module to a graph of named operations: tracing, what each node computes, and clean-up before quantization.
+
+`_table` is the one place that knows under which names torch offers an operation: module classes, functions, methods.
+Everything later speaks of kinds ("conv", "add", "relu", ...), the same kinds as `qkernels.core.lowering`.
+"""
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qkernels.errors import InvalidArgument
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Weighted kinds carry a quantized weight; clamps only narrow a range and fuse into what is before them; same-grid kinds
+# select values, so that codes keep their meaning; PASS moves values by a torch function that also takes integers.
+WEIGHTED = frozenset({"linear", "conv"})
+CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+SAME_GRID = frozenset({"max_pool", "interpolate"})
+ARITHMETIC = frozenset({"add", "mul", "cat", "avg_pool", "adaptive_avg_pool", "mean"})
+PASS = "pass"
+PAD = "pad"
+
+
+class Untraceable(Exception):
+    """The module has no faithful static graph; the message says why."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a node gave on the example: "tensor", "sequence" (of tensors) or "other" (sizes, numbers, None)."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, result: Any) -> "Value":
+        if isinstance(result, Tensor):
+            return cls("tensor", tuple(result.shape), result.dtype)
+        if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
+            return cls("sequence", (), result[0].dtype)
+        return cls("other")
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind != "other" and self.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a node computes: its kind, its tensor inputs, and its other arguments by their torch names."""
+
+    kind: str
+    inputs: tuple[fx.Node, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+
+
+def _table() -> tuple[dict[Any, tuple[str, str]], dict[str, tuple[str, str]], dict[type, str]]:
+    """Functions and methods -> (kind, parameter names in order); module classes -> kind."""
+    functions: dict[Any, tuple[str, str]] = {}
+    methods: dict[str, tuple[str, str]] = {}
+    modules: dict[type, str] = {}
+
+    def row(kind: str, parameters: str, *targets: Any) -> None:
+        for target in targets:
+            if isinstance(target, str):
+                methods[target] = (kind, parameters)
+            elif isinstance(target, type):
+                modules[target] = kind
+            else:
+                functions[target] = (kind, parameters)
+
+    conv = "input weight bias stride padding dilation groups"
+    conv_transpose = "input weight bias stride padding output_padding groups dilation"
+    row("linear", "input weight bias", nn.Linear, F.linear)
+    row("conv", conv, nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d)
+    row("conv", conv_transpose, *CONVS[3:], F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    row("batch_norm", "input running_mean running_var weight bias training momentum eps", *BATCH_NORMS, F.batch_norm)
+    row("add", "input other alpha", operator.add, operator.iadd, torch.add, "add", "add_")
+    row("sub", "input other alpha", operator.sub, operator.isub, torch.sub, "sub", "sub_")
+    row("mul", "input other", operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
+    row("div", "input other rounding_mode", operator.truediv, operator.itruediv, torch.div, "div", "div_")
+    row("cat", "tensors dim", torch.cat, torch.concat, torch.concatenate)
+
+    pool = "input kernel_size stride padding dilation ceil_mode return_indices"
+    row("max_pool", pool, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d)
+    row("max_pool", pool, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
+    pool = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
+    row("avg_pool", pool, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+    row("adaptive_avg_pool", "input output_size", nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    row("adaptive_avg_pool", "input output_size", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    row("mean", "input dim keepdim dtype", torch.mean, "mean")
+    interpolate = "input size scale_factor mode align_corners recompute_scale_factor antialias"
+    row("interpolate", interpolate, nn.Upsample, nn.UpsamplingNearest2d, F.interpolate)
+
+    row("relu", "input inplace", nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
+    row("relu6", "input inplace", nn.ReLU6, F.relu6)
+    row("hardtanh", "input min_val max_val inplace", nn.Hardtanh, F.hardtanh)
+    row("clamp", "input min max", torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_")
+    row("hardswish", "input inplace", nn.Hardswish, F.hardswish)
+    row("hardsigmoid", "input inplace", nn.Hardsigmoid, F.hardsigmoid)
+    row("sigmoid", "input", nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
+    row("tanh", "input", nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_")
+    row("silu", "input inplace", nn.SiLU, F.silu)
+    row("gelu", "input approximate", nn.GELU, F.gelu)
+    row("elu", "input alpha inplace", nn.ELU, F.elu)
+    row("leaky_relu", "input negative_slope inplace", nn.LeakyReLU, F.leaky_relu)
+    row("selu", "input inplace", nn.SELU, F.selu)
+    row("celu", "input alpha inplace", nn.CELU, F.celu)
+    row("softplus", "input beta threshold", nn.Softplus, F.softplus)
+    row("mish", "input inplace", nn.Mish, F.mish)
+    row("logsigmoid", "input", nn.LogSigmoid, F.logsigmoid)
+    row("softsign", "input", nn.Softsign, F.softsign)
+    row("tanhshrink", "input", nn.Tanhshrink, F.tanhshrink)
+    row("hardshrink", "input lambd", nn.Hardshrink, F.hardshrink)
+    row("softshrink", "input lambd", nn.Softshrink, F.softshrink)
+    for name in ("exp", "sqrt", "rsqrt", "abs", "neg", "square"):
+        row(name, "input", getattr(torch, name), name)
+
+    row(PASS, "input", nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+    row(PASS, "input", torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze)
+    row(PASS, "input", torch.chunk, torch.split, torch.unbind, torch.movedim, torch.narrow, torch.unflatten, torch.tile)
+    row(PASS, "input", operator.getitem, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, torch.flip, torch.roll)
+    row(PASS, "input", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split")
+    row(PASS, "input", "unbind", "movedim", "narrow", "unflatten", "expand", "repeat", "contiguous", "t", "select")
+    row(PASS, "input", "flip", "roll", "detach", "clone", "view_as", "reshape_as", "expand_as")
+    row("identity", "input p training inplace", nn.Identity, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+    row("identity", "input", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    row(PAD, "input pad mode value", F.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+    return functions, methods, modules
+
+
+FUNCTIONS, METHODS, MODULES = _table()
+
+
+# --- tracing ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(example_inputs: Any) -> tuple[tuple, dict]:
+    """`example_inputs` as (args, kwargs): a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """The graph of `model` in eval mode, checked on the example.
+
+    Node names depend only on the model and the kinds of arguments: tracing the same float model again gives the same
+    names, which is how reports find the float counterpart of a converted layer (`meta["sources"]` of the latter).
+    Every node gets `meta["value"]` (a `Value`), `meta["path"]` and `meta["types"]`.
+
+    Raises:
+        Untraceable: the forward cannot be captured, or the captured graph gives other outputs on the example.
+    """
+    kwargs = dict(kwargs or {})
+    bound = bind(model, args, kwargs)
+    constants = {name: value for name, value in bound.items() if not _holds_tensor(value)}
+    try:
+        graph = fx.Tracer().trace(model, concrete_args=constants)
+        traced = fx.GraphModule(model, graph, type(model).__name__)
+    except Exception as error:  # forward is foreign code: whatever stops it under tracing means "no static graph"
+        raise Untraceable(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from error
+    _locate(traced)
+    record_values(traced, list(bound.values()))
+    _tidy_constants(traced, bind(model, args, kwargs, defaults=False), constants)
+    with torch.no_grad():
+        expected, got = (m(*copy.deepcopy(args), **copy.deepcopy(kwargs)) for m in (model, traced))
+    if not close(expected, got, 1e-5):
+        raise Untraceable("the captured graph gives other outputs on the example inputs than the module")
+    return traced
+
+
+def bind(model: nn.Module, args: tuple, kwargs: dict, defaults: bool = True) -> dict[str, Any]:
+    """The parameters of forward with their values in this call; with `defaults` also those left out."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidArgument(
+            f"example_inputs do not fit forward{signature} of {type(model).__name__}: {error}"
+        ) from error
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(signature.parameters[name].kind in variadic for name in bound.arguments):
+        raise Untraceable(f"forward{signature} takes a variable number of arguments")
+    if defaults:
+        bound.apply_defaults()
+    return {name: v for name, v in bound.arguments.items() if signature.parameters[name].kind not in variadic}
+
+
+def _tidy_constants(traced: fx.GraphModule, given: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
+    """An argument that is no tensor is fixed in the graph. One left out by the example cannot be given any more; one
+    given must stay the same, and an assertion in the graph says so.
+    """
+    for node in list(traced.graph.nodes):
+        if node.op != "placeholder":
+            continue
+        name = next((c for c in constants if node.target in (c, f"{c}_1")), None)
+        if name is None:
+            continue
+        node.target = name
+        if name not in given:
+            for user in _readers(node):
+                traced.graph.erase_node(user)
+            traced.graph.erase_node(node)
+            continue
+        for check in list(node.users):
+            if getattr(check.target, "__name__", "") == "_assert_is_none":
+                with traced.graph.inserting_before(check):
+                    is_none = traced.graph.call_function(operator.is_, (node, None))
+                is_none.meta = dict(check.meta)
+                check.target, check.args = torch._assert, (is_none, check.args[1])
+    traced.recompile()
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Everything computed from the node, last first. For a fixed argument that is only the check of its value."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += [*_readers(user), user]
+    return found
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(v) for v in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensor(v) for v in value)
+    return isinstance(value, Tensor)
+
+
+def _locate(traced: fx.GraphModule) -> None:
+    """Gives every node the path and types of the module it stands for or lies in."""
+    for node in traced.graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        scope = [(path, kind) for path, kind in stack if path]
+        path, types = (scope[-1][0] if scope else ""), [kind for _, kind in reversed(scope)]
+        if node.op == "call_module":
+            path, types = node.target, [type(traced.get_submodule(node.target)), *types]
+        elif node.op == "placeholder":
+            path = node.target
+        else:
+            path = f"{path}.{node.name}" if path else node.name
+        node.meta["origin"] = node.name
+        node.meta["path"] = path
+        node.meta["types"] = tuple(dict.fromkeys(types))
+
+
+class _Recorder(fx.Interpreter):
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        node.meta["value"] = Value.of(result)
+        return result
+
+
+def record_values(traced: fx.GraphModule, arguments: list) -> None:
+    """Runs the example and notes what every node gave."""
+    with torch.no_grad():
+        _Recorder(traced).run(*copy.deepcopy(arguments))
+
+
+def close(expected: Any, got: Any, tolerance: float) -> bool:
+    """Whether two outputs have the same structure and nearly the same numbers, relative to the largest."""
+    if isinstance(expected, Tensor):
+        if not isinstance(got, Tensor) or expected.shape != got.shape or expected.dtype != got.dtype:
+            return False
+        if not expected.is_floating_point() or expected.numel() == 0:
+            return torch.equal(expected, got)
+        finite = expected[torch.isfinite(expected)]
+        largest = float(finite.abs().max()) if finite.numel() else 0.0
+        return torch.allclose(expected, got, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+    if isinstance(expected, Mapping):
+        return isinstance(got, Mapping) and expected.keys() == got.keys() and all(
+            close(expected[k], got[k], tolerance) for k in expected
+        )  # fmt: skip
+    if isinstance(expected, (tuple, list)):
+        return isinstance(got, (tuple, list)) and len(got) == len(expected) and all(
+            close(e, g, tolerance) for e, g in zip(expected, got, strict=True)
+        )  # fmt: skip
+    return expected == got if isinstance(expected, (int, float, str, bool, type(None))) else True
+
+
+# --- what a node computes --------------------------------------------------------------------------------------------
+
+
+def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation | None:
+    """What `node` computes if it is in the table; None if not."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        kind = next((k for cls, k in MODULES.items() if type(module) is cls or _prepared_from(module, cls)), None)
+        inputs = tuple(a for a in node.args if isinstance(a, fx.Node))
+        if kind is None or node.kwargs or len(inputs) != 1 or len(node.args) != 1:
+            return None
+        return Operation(kind, inputs, {}, module)
+    if node.op == "call_function":
+        found = FUNCTIONS.get(node.target)
+    elif node.op == "call_method":
+        found = METHODS.get(node.target)
+    else:
+        found = None
+    return None if found is None else _call(node, *found)
+
+
+def _prepared_from(module: nn.Module, cls: type) -> bool:
+    return getattr(type(module), "float_class", None) is cls
+
+
+def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:
+    if kind == PASS:
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        return Operation(PASS, (first,)) if isinstance(first, fx.Node) else None
+    names = parameters.split()
+    if len(node.args) > len(names):
+        return None
+    bound = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if kind == "cat":
+        tensors = bound.pop("tensors", None)
+        if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, fx.Node) for t in tensors):
+            return None
+        return Operation(kind, tuple(tensors), bound)
+    if kind in ("add", "sub", "mul", "div"):
+        return _arithmetic(node, kind, bound)
+    first = bound.pop("input", None)
+    bound.pop("inplace", None)
+    return Operation(kind, (first,), bound) if isinstance(first, fx.Node) else None
+
+
+def _arithmetic(node: fx.Node, kind: str, bound: dict) -> Operation | None:
+    """add and mul of two tensors; with a number as one operand (and sub, div by a number) a unary function."""
+    a, b = bound.get("input"), bound.get("other")
+    if bound.get("alpha", 1) != 1 or bound.get("rounding_mode") is not None:
+        return None
+    nodes = tuple(v for v in (a, b) if isinstance(v, fx.Node))
+    tensors = tuple(n for n in nodes if n.meta["value"].kind == "tensor")
+    if len(tensors) == 2:
+        return Operation(kind, tensors)
+    numbers = [v for v in (a, b) if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if len(tensors) != 1 or len(numbers) != 1:
+        return None
+    number, tensor_first = float(numbers[0]), a is tensors[0]
+    if kind == "add" or (kind == "sub" and tensor_first):
+        return Operation("add_scalar", tensors, {"other": number if kind == "add" else -number})
+    if kind == "mul" or (kind == "div" and tensor_first and number != 0.0):
+        return Operation("mul_scalar", tensors, {"other": number if kind == "mul" else 1.0 / number})
+    return None
+
+
+def modules_of(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+    return dict(graph_module.named_modules(remove_duplicate=False))
+
+
+# --- clean-up --------------------------------------------------------------------------------------------------------
+
+
+def simplify(traced: fx.GraphModule) -> None:
+    """Makes the graph plain: nothing in place, no dropout or identity, weights inside modules, one call a module."""
+    _drop_in_place(traced)
+    _drop_identities(traced)
+    _modules_from_calls(traced)
+    _one_call_a_module(traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _drop_in_place(traced: fx.GraphModule) -> None:
+    """In-place calls become ordinary ones; whoever reads the overwritten tensor later reads the result."""
+    modules = modules_of(traced)
+    plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+    plain |= {operator.itruediv: operator.truediv, torch.relu_: torch.relu}
+    order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    for node in list(traced.graph.nodes):
+        in_place = node.kwargs.get("inplace") is True
+        if in_place:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.op == "call_function" and node.target in plain:
+            in_place, node.target = True, plain[node.target]
+        elif node.op == "call_method" and node.target.endswith("_") and node.target in METHODS:
+            in_place, node.target = True, node.target.rstrip("_")
+        elif node.op == "call_module" and getattr(modules[node.target], "inplace", False) is True:
+            in_place, modules[node.target].inplace = True, False
+        if in_place and node.args and isinstance(node.args[0], fx.Node):
+            for user in list(node.args[0].users):
+                if user is not node and order[user] > order[node]:
+                    user.replace_input_with(node.args[0], node)
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    modules = modules_of(traced)
+    for node in list(traced.graph.nodes):
+        op = operation(node, modules)
+        skippable = node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth"
+        if op is not None and op.kind == "identity" and op.options.get("training", False) is not True:
+            if node.target is F.dropout and "training" not in op.options:
+                continue  # F.dropout drops by default, also in eval mode
+            source = op.inputs[0]
+        elif skippable and node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True) is False:
+            source = node.args[0]
+        else:
+            continue
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+
+
+def _modules_from_calls(traced: fx.GraphModule) -> None:
+    """F.linear, F.conv* and F.batch_norm on parameters become modules that hold the same parameters."""
+    makers: dict[str, Callable] = {"linear": _linear_of, "conv": _conv_of, "batch_norm": _batch_norm_of}
+    modules = modules_of(traced)
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function":
+            continue
+        op = operation(node, modules)
+        if op is None or op.kind not in makers:
+            continue
+        options = {k: _attribute(traced, v) for k, v in op.options.items()}
+        if any(isinstance(v, fx.Node) for v in options.values()):
+            continue  # a computed weight: stays a call, in float
+        module = makers[op.kind](node, options)
+        if module is None:
+            continue
+        name = _free_name(traced, node.name)
+        traced.add_module(name, module.eval())
+        node.op, node.target, node.args, node.kwargs = "call_module", name, op.inputs, {}
+
+
+def _attribute(traced: fx.GraphModule, value: Any) -> Any:
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        found: Any = traced
+        for part in value.target.split("."):
+            found = getattr(found, part)
+        return found
+    return value
+
+
+def _holding(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    for name, tensor in tensors.items():
+        if tensor is None or isinstance(tensor, nn.Parameter):
+            setattr(module, name, tensor)
+        else:
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+def _linear_of(node: fx.Node, options: dict) -> nn.Module | None:
+    weight, bias = options.get("weight"), options.get("bias")
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return _holding(module, weight=weight, bias=bias)
+
+
+def _conv_of(node: fx.Node, options: dict) -> nn.Module | None:
+    weight, bias, groups = options.pop("weight", None), options.pop("bias", None), options.get("groups", 1)
+    if not isinstance(weight, Tensor):
+        return None
+    transposed = "transpose" in getattr(node.target, "__name__", "")
+    cls = CONVS[weight.dim() - 3 + (3 if transposed else 0)]
+    channels = (weight.shape[0], weight.shape[1] * groups)
+    if not transposed:
+        channels = channels[::-1]
+    module = cls(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options)
+    return _holding(module, weight=weight, bias=bias)
+
+
+def _batch_norm_of(node: fx.Node, options: dict) -> nn.Module | None:
+    mean, var = options.get("running_mean"), options.get("running_var")
+    rank = len(node.meta["value"].shape)
+    if options.get("training", False) is not False or mean is None or var is None or not 2 <= rank <= 5:
+        return None
+    weight, bias = options.get("weight"), options.get("bias")
+    module = BATCH_NORMS[max(rank - 3, 0)](mean.numel(), eps=options.get("eps", 1e-5))
+    one, zero = torch.ones_like(mean), torch.zeros_like(mean)
+    _holding(module, weight=one if weight is None else weight, bias=zero if bias is None else bias)
+    module.running_mean, module.running_var = mean.detach(), var.detach()
+    return module
+
+
+def _free_name(traced: nn.Module, wanted: str) -> str:
+    name, number = wanted, 1
+    while hasattr(traced, name):
+        name, number = f"{wanted}_{number}", number + 1
+    return name
+
+
+def _one_call_a_module(traced: fx.GraphModule) -> None:
+    """A weighted module called several times becomes one module a call, all with the same Parameters."""
+    modules = modules_of(traced)
+    calls: dict[int, int] = {}
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or type(modules[node.target]) not in (*CONVS, *BATCH_NORMS, nn.Linear):
+            continue
+        module = modules[node.target]
+        count = calls[id(module)] = calls.get(id(module), 0) + 1
+        if count > 1:
+            parent, _, leaf = node.target.rpartition(".")
+            owner = traced.get_submodule(parent)
+            leaf = _free_name(owner, f"{leaf}_call{count}")
+            owner.add_module(leaf, share(module))
+            node.target = f"{parent}.{leaf}" if parent else leaf
+
+
+def share(module: nn.Module) -> nn.Module:
+    """A second module object with the same Parameters and buffers."""
+    twin = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[table] = dict(module.__dict__[table])
+    return twin
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` where `path` is."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+class NetworkGraph(fx.GraphModule):
+    """A graph module with a report in `meta`, and with the plain attributes of the module that it replaces."""
+
+    @property
+    def report(self) -> Any:
+        """What became integer, what stayed float, and why."""
+        return self.meta["report"]
+
+    def adopt(self, attributes: Mapping[str, Any]) -> None:
+        """Takes over numbers and strings of the float module, for code around this one that reads them."""
+        self.meta["attributes"] = dict(attributes)
+        for name, value in attributes.items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
+
+    def __deepcopy__(self, memo: dict) -> "NetworkGraph":
+        copied = super().__deepcopy__(memo)
+        copied.adopt(copied.meta.get("attributes", {}))
+        return copied
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    plain = (int, float, str, bool, tuple, type(None))
+    return {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training" and type(v) in plain}

@@ -1,0 +1,83 @@
+"""The phases of a prepared model: calibration, as a context manager and as a loop."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qkernels.core.prepare import prepared_layers, quantizers
+from qkernels.core.quantizer import Quantizer, State
+from qkernels.errors import InvalidArgument
+
+
+@contextmanager
+def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model runs in float and every Quantizer watches; at its end grids are chosen.
+
+    Each block starts from nothing seen. Afterwards the model computes with fake-quantized weights and activations. If
+    the block ends by an exception (or Ctrl-C), everything is as before. Frozen Quantizers keep their grid throughout.
+
+    >>> import qkernels
+    >>> prepared = qkernels.prepare(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    >>> with qkernels.calibrating(prepared):
+    ...     for _ in range(10):
+    ...         _ = prepared(torch.randn(8, 4))
+    """
+    watched = [q for q in quantizers(prepared) if q.state is not State.FROZEN]
+    layers = [layer for layer in prepared_layers(prepared) if layer.quantizers["weight"] in set(watched)]
+    weights = {layer.quantizers["weight"] for layer in layers}
+    if not watched:
+        raise InvalidArgument("calibrating: the model has no Quantizer to calibrate; it must come from `prepare`")
+    before = [_snapshot(q) for q in watched]
+    try:
+        for quantizer in watched:
+            quantizer.observer.reset()
+            quantizer.state = State.OFF if quantizer in weights else State.OBSERVE
+        with torch.no_grad():
+            yield prepared
+            for layer in layers:
+                layer.observe_weight()
+        for quantizer in watched:
+            quantizer.choose()
+            quantizer.state = State.FAKE_QUANT
+    except BaseException:
+        for quantizer, (state, tensors) in zip(watched, before, strict=True):
+            quantizer.load_state_dict(tensors)
+            quantizer.state = state
+        raise
+
+
+def _snapshot(quantizer: Quantizer) -> tuple[State, dict[str, Any]]:
+    return quantizer.state, {name: t.clone() for name, t in quantizer.state_dict().items()}
+
+
+def calibrate(
+    prepared: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> nn.Module:
+    """Runs `batches` through the model inside `calibrating`, with a progress bar if there is a terminal.
+
+    Args:
+        prepared: what `prepare` returned.
+        batches: tensors, tuples or lists of arguments, or dicts of keyword arguments.
+        forward: how to run one batch, `forward(model, batch)`; for loaders whose batches also hold labels:
+            `lambda model, batch: model(batch[0])`.
+    """
+    run = forward or run_batch
+    with calibrating(prepared):
+        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
+            run(prepared, batch)
+    return prepared
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Calls the model on a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)

@@ -1,0 +1,470 @@
+"""`prepare`: finds what can become integer and puts a Quantizer wherever a tensor gets onto a grid.
+
+A converted network is the prepared one read literally: a tensor is integer from the Quantizer on, through operations
+that keep its grid, to the next Quantizer or the next float operation. Where Quantizers go:
+
+- the output of a layer, after a clamp fused into it; not between the two (`qkernels.core.fusion`)
+- a float tensor (an input, the output of a float operation) on its way into an integer layer
+- not after pooling by maximum, reshapes and the like: their output is on the grid of their input
+- all inputs of a concatenation share one Quantizer, so that it only copies
+- not after a last linear or convolution that only float operations read: it stores float32 directly
+"""
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qkernels.core import graph as g
+from qkernels.core.fusion import fold_batch_norms, has_constant_clamp, is_fused
+from qkernels.core.graph import NetworkGraph, Operation, Untraceable
+from qkernels.core.layers import PREPARED, Prepared
+from qkernels.core.lowering import LoweringUnit, lower, lowerable_kinds
+from qkernels.core.qspec import QParams
+from qkernels.core.quantizer import Quantizer
+from qkernels.core.recipe import Override, Recipe, TensorRecipe, make_recipe, type_name
+from qkernels.core.report import Decision, PrepareReport
+from qkernels.errors import InvalidArgument, InvalidType, Unsupported
+
+QUANTIZERS = "activation_quantizers"
+LARGEST_K = {torch.uint8: 65_793, torch.int8: 131_071}  # products of 8-bit codes that an int32 surely holds
+
+
+class PreparedModel(NetworkGraph):
+    """A float model with Quantizers: what `prepare` returns for a model that has a graph."""
+
+
+def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int8", **options: Any) -> nn.Module:
+    """A copy of `model`, in eval mode, that is ready for calibration; `model` itself is not touched.
+
+    Args:
+        model: a float32 module.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments for its forward. They decide the
+            kinds and ranks of tensors, not their sizes: other batch and image sizes work afterwards.
+        recipe: a name ("int8"), or a `Recipe`.
+        **options: changes to the recipe, see `qkernels.core.recipe.make_recipe`: observer, weight_granularity, bits,
+            skip=[path, Module class or compiled regex, ...], ...
+
+    Returns:
+        A module with the same forward. Its attribute `report` lists what becomes integer, what stays float, and why.
+        Batch normalization is folded. A model whose forward cannot be captured as one graph is prepared part by part:
+        each part then takes and returns float tensors.
+
+    >>> import qkernels
+    >>> prepared = qkernels.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(2, 4))
+    >>> with qkernels.calibrating(prepared):
+    ...     _ = prepared(torch.randn(8, 4))
+    >>> converted = qkernels.convert(prepared)
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"prepare: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, Quantizer) for m in model.modules()):
+        raise InvalidArgument("prepare: the model is prepared already")
+    recipe = make_recipe(recipe, **options)
+    args, kwargs = g.arguments(example_inputs)
+    work = copy.deepcopy(model).eval()
+    try:
+        return prepare_graph(work, args, kwargs, recipe)
+    except Untraceable as error:
+        return _prepare_parts(work, args, kwargs, recipe, str(error))
+
+
+# --- a model with a graph --------------------------------------------------------------------------------------------
+
+
+def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, prefix: str = "") -> PreparedModel:
+    """The prepared graph of `model`, which lies at `prefix` in the whole model. Uses up `model`.
+
+    Raises:
+        Untraceable: `model` has no faithful graph.
+    """
+    if type(model) in g.MODULES:
+        model = nn.Sequential(OrderedDict(layer=model))
+    traced = g.trace(model, args, kwargs)
+    with torch.no_grad():
+        expected = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    g.simplify(traced)
+
+    def rule(node: fx.Node) -> Override:
+        path = ".".join(p for p in (prefix, node.meta["path"]) if p)
+        return recipe.for_module(path, [type_name(t) for t in node.meta["types"]])
+
+    fold_batch_norms(traced, lambda node: rule(node).skip)
+    plan = _Plan(traced, rule)
+    plan.insert_quantizers()
+    prepared = PreparedModel(traced, traced.graph, type(model).__name__).eval()
+    prepared.meta["report"] = plan.report(prefix)
+    with torch.no_grad():
+        if not g.close(expected, prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs)), 1e-3):
+            raise Untraceable("the simplified graph gives other outputs on the example inputs than the module")
+    return prepared
+
+
+class _Plan:
+    """Which nodes are integer, and where Quantizers go."""
+
+    def __init__(self, traced: fx.GraphModule, rule):
+        self.traced, self.rule = traced, rule
+        self.modules = g.modules_of(traced)
+        self.nodes = list(traced.graph.nodes)
+        self.readers = {node: list(node.users) for node in self.nodes}  # before any Quantizer
+        self.operations = {node: g.operation(node, self.modules) for node in self.nodes}
+        self.reasons: dict[fx.Node, str] = {}
+        for node in self.nodes:
+            reason = self._why_float(node)
+            if reason is not None:
+                self.reasons[node] = reason
+        self.integer = self._reached()
+        self._prune()
+        for node in self.integer:
+            node.meta["integer"] = True
+
+    # -- what can be integer
+
+    def _why_float(self, node: fx.Node) -> str | None:
+        """Why this node cannot be integer; None if it can."""
+        op, value = self.operations[node], node.meta.get("value")
+        if op is None or op.kind == "identity":
+            return f"no integer layer for {_called(node, self.modules)}"
+        if self.rule(node).skip:
+            return "skipped by the recipe"
+        if not value.is_float or not all(n.meta["value"].is_float for n in op.inputs):
+            return "does not compute float32 tensors"
+        if op.kind == g.PASS:
+            return None
+        if op.kind == g.PAD:
+            return self._why_float_pad(op)
+        if op.kind in g.WEIGHTED:
+            return self._why_float_weighted(node, op)
+        if op.kind == "interpolate" and any(isinstance(v, fx.Node) for v in op.options.values()):
+            return self._why_float_interpolate(node, op)
+        if any(isinstance(v, fx.Node) for v in op.options.values()):
+            return f"an argument of {op.kind} is computed at run time"
+        if op.kind not in lowerable_kinds():
+            return f"no integer layer for {op.kind}"
+        if op.kind in g.CLAMPS and not has_constant_clamp(op):
+            return "its limits are not numbers"
+        return self._why_not_lowered(node, op)
+
+    def _why_float_weighted(self, node: fx.Node, op: Operation) -> str | None:
+        layer, rank = op.module, len(op.inputs[0].meta["value"].shape)
+        if layer is None or layer._parameters.get("weight") is None:
+            return "its weight is computed, not a parameter"
+        if layer.weight.dtype != torch.float32:
+            return f"its weight is {layer.weight.dtype}, not float32"
+        if op.kind == "conv" and rank != layer.weight.dim():
+            return "its input has no batch dimension"
+        depth = layer.weight[:, 0].numel() if getattr(layer, "transposed", False) else layer.weight[0].numel()
+        most = LARGEST_K[self.rule(node).activation.spec.dtype]
+        if depth > most:
+            return f"sums {depth} products; an int32 accumulator surely holds {most}"
+        return self._why_not_lowered(node, op)
+
+    def _why_float_pad(self, op: Operation) -> str | None:
+        mode = op.options.get("mode", "constant")
+        value = op.options.get("value", getattr(op.module, "value", None))
+        if mode != "constant" or value not in (None, 0, 0.0):
+            return f"pad with mode={mode!r}, value={value} has no integer form; there is one for zeros"
+        return None
+
+    def _why_float_interpolate(self, node: fx.Node, op: Operation) -> str | None:
+        if op.options.get("mode", "nearest") not in ("nearest", "nearest-exact"):
+            return f"no integer layer for interpolate with mode={op.options['mode']!r}"
+        if self.rule(node).activation.spec.dtype != torch.uint8:
+            return "interpolate to a size computed at run time takes uint8 only"
+        return None
+
+    def _why_not_lowered(self, node: fx.Node, op: Operation) -> str | None:
+        """Tries the lowering with a stand-in for every grid."""
+        dims = re.search(
+            r"([123])d", getattr(node.target, "__name__", "") if op.module is None else type(op.module).__name__
+        )
+        rank = len(op.inputs[0].meta["value"].shape)
+        if dims is not None and op.kind not in g.WEIGHTED and rank != int(dims[1]) + 2:
+            return "its input has no batch dimension"
+        spec = self.rule(node).activation.spec
+        grid = QParams.per_tensor(1.0, spec.qmin, spec.qmin, spec.qmax, spec.dtype)
+        try:
+            lower(unit_of(node, op, (grid,) * len(op.inputs), grid, stand_in=True))
+        except NotImplementedError as error:
+            return str(error)
+        return None
+
+    # -- what is integer
+
+    def _reached(self) -> set[fx.Node]:
+        """Weighted layers, and from there on everything that can be."""
+        integer: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in self.reasons:
+                continue
+            op = self.operations[node]
+            from_integer = any(n in integer for n in op.inputs)
+            starts = op.kind in g.ARITHMETIC | g.SAME_GRID and any(n.op == "placeholder" for n in op.inputs)
+            if op.kind in g.WEIGHTED or from_integer or starts:
+                integer.add(node)
+        return integer
+
+    def _prune(self) -> None:
+        """Leaves out what only rearranges or transforms values on their way to float readers."""
+        for node in reversed(self.nodes):
+            if node not in self.integer or self.operations[node].kind in g.WEIGHTED | g.ARITHMETIC:
+                continue
+            layer = self._fused_into(node)
+            if layer is not None and self.operations[layer].kind in g.ARITHMETIC:
+                continue
+            if not any(reader in self.integer for reader in self.readers[node]):
+                self.integer.discard(node)
+                self.reasons[node] = "only float operations read it"
+
+    def _fused_into(self, node: fx.Node) -> fx.Node | None:
+        """The layer that `node`, a clamp, is part of."""
+        op = self.operations[node]
+        if node not in self.integer or op.kind not in g.CLAMPS:
+            return None
+        before = op.inputs[0]
+        if before not in self.integer or len(self.readers[before]) != 1:
+            return None
+        return before if is_fused(self.operations[before].kind, op.kind) else None
+
+    # -- where grids are chosen
+
+    def owns_grid(self, node: fx.Node) -> bool:
+        """Whether the output of this integer node goes onto a grid of its own."""
+        kind = self.operations[node].kind
+        if kind in g.SAME_GRID or kind in (g.PASS, g.PAD, "cat"):
+            return False
+        readers = self.readers[node]
+        if len(readers) == 1 and self._is_fused_clamp(readers[0]):
+            return False
+        return kind not in g.WEIGHTED or any(reader in self.integer for reader in readers)
+
+    def _is_fused_clamp(self, node: fx.Node) -> bool:
+        return node in self.integer and self._fused_into(node) is not None
+
+    def activation(self, node: fx.Node) -> TensorRecipe:
+        return self.rule(node).activation
+
+    def insert_quantizers(self) -> None:
+        self._wrap_weighted()
+        owners = self._share_over_cats()
+        quantizers: dict[fx.Node, str] = {}
+        last_input = [n for n in self.nodes if n.op == "placeholder"][-1]
+
+        def call(value: fx.Node, owner: fx.Node) -> fx.Node:
+            """A call of the Quantizer that belongs to `owner`, on `value`, right behind it."""
+            if owner not in quantizers:
+                path = f"{QUANTIZERS}.{owner.name}"
+                source = owner.meta.get("path", owner.name)
+                self.traced.add_submodule(path, Quantizer(self.activation(owner), source))
+                quantizers[owner] = path
+            with self.traced.graph.inserting_after(last_input if value.op == "placeholder" else value):
+                node = self.traced.graph.call_module(quantizers[owner], (value,))
+            node.meta = {**value.meta, "integer": False}
+            return node
+
+        inserted: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            if node in self.integer and self.owns_grid(node):
+                inserted[node] = call(node, owners.get(node, node))
+                for reader in self.readers[node]:
+                    reader.replace_input_with(node, inserted[node])
+        self._quantize_float_inputs(call, owners, inserted)
+        self.traced.graph.lint()
+        self.traced.recompile()
+
+    def _quantize_float_inputs(self, call, owners: dict, inserted: dict) -> None:
+        """Grids for float tensors that integer nodes read, and for cat operands that live on another grid."""
+        made: dict[tuple[fx.Node, Any], fx.Node] = {}
+        for node in self.nodes:
+            if node not in self.integer:
+                continue
+            is_cat = self.operations[node].kind == "cat"
+            for value in dict.fromkeys(self.operations[node].inputs):
+                if not is_cat and self._is_integer_value(value):
+                    continue
+                if is_cat and self._grid_owner(value, owners) is owners[node]:
+                    continue
+                owner = owners[node] if is_cat else value
+                key = (value, owner)
+                if key not in made:
+                    made[key] = call(inserted.get(value, value), owner)
+                node.replace_input_with(inserted.get(value, value), made[key])
+
+    def _is_integer_value(self, node: fx.Node) -> bool:
+        """Whether the output is on a grid: its own, its input's, or that of the clamp it is fused with."""
+        if node not in self.integer:
+            return False
+        kind = self.operations[node].kind
+        if kind in g.WEIGHTED:
+            return self.owns_grid(node) or any(self._is_fused_clamp(reader) for reader in self.readers[node])
+        return True
+
+    def _grid_owner(self, node: fx.Node, owners: dict) -> fx.Node | None:
+        """The node whose Quantizer gives the grid of this value; None if it is float."""
+        while self._is_integer_value(node):
+            kind = self.operations[node].kind
+            if kind == "cat" or self.owns_grid(node):
+                return owners.get(node, node)
+            if kind in g.SAME_GRID or kind in (g.PASS, g.PAD):
+                above = self.operations[node].inputs[0]
+                if not self._is_integer_value(above):
+                    return above
+                node = above
+            else:
+                return None
+        return None
+
+    def _share_over_cats(self) -> dict[fx.Node, fx.Node]:
+        """For each cat, and each layer whose output goes into one, the node that owns the common Quantizer."""
+        parent: dict[fx.Node, fx.Node] = {}
+
+        def root(node: fx.Node) -> fx.Node:
+            while parent.get(node, node) is not node:
+                node = parent[node]
+            return node
+
+        cats = [n for n in self.nodes if n in self.integer and self.operations[n].kind == "cat"]
+        for cat in cats:
+            parent.setdefault(cat, cat)
+        for cat in cats:
+            for value in self.operations[cat].inputs:
+                owner = self._grid_owner(value, {})
+                if owner is not None and owner in self.integer and self.activation(owner) == self.activation(cat):
+                    parent[root(owner)] = root(cat)
+        return {node: root(node) for node in parent}
+
+    def _wrap_weighted(self) -> None:
+        for node in self.nodes:
+            if node in self.integer and self.operations[node].kind in g.WEIGHTED:
+                layer = self.operations[node].module
+                wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target)
+                g.replace_module(self.traced, node.target, wrapped)
+
+    def report(self, prefix: str) -> PrepareReport:
+        rows = []
+        for node in self.nodes:
+            value, op = node.meta.get("value"), self.operations[node]
+            if node.op not in ("call_module", "call_function", "call_method") or value is None or value.kind == "other":
+                continue
+            if op is not None and op.kind == g.PASS:
+                continue
+            name = ".".join(p for p in (prefix, node.meta["path"]) if p)
+            kind = _called(node, self.modules) if op is None else op.kind
+            reason = "" if node in self.integer else self.reasons.get(node, "neither reads nor feeds an integer tensor")
+            rows.append(Decision(name, kind, node in self.integer, reason))
+        return PrepareReport(tuple(rows))
+
+
+def _called(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return type(modules[node.target]).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
+
+
+def unit_of(
+    node: fx.Node,
+    op: Operation,
+    inputs: tuple[QParams, ...],
+    output: QParams | None,
+    clamp=None,
+    stand_in: bool = False,
+) -> LoweringUnit:
+    """What `node` computes, as the lowering table wants it. `stand_in`: before there is a grid for the weight."""
+    options = dict(op.options)
+    shape = op.inputs[0].meta["value"].shape
+    if op.module is None or op.kind == "mean":
+        options["rank"] = len(shape)
+    if op.kind == "mean":
+        options.setdefault("dim", None)
+    if op.kind == "cat":
+        options["dim"] = options.get("dim", 0)
+    if op.kind not in g.WEIGHTED:
+        return LoweringUnit(op.kind, inputs, output, op.module, options, clamp=clamp)
+    layer = op.module
+    if stand_in:
+        weight, grid = layer.weight.detach()[:0], QParams.per_tensor(1.0, 0, -127, 127, torch.int8)
+    else:
+        weight, grid = layer.weight.detach(), layer.weight_qparams()
+    bias = None if layer.bias is None else layer.bias.detach()
+    return LoweringUnit(op.kind, inputs, output, layer, options, weight, bias, grid, clamp)
+
+
+# --- a model without a graph -----------------------------------------------------------------------------------------
+
+
+def _prepare_parts(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, reason: str) -> nn.Module:
+    """Prepares every part of `model` that has a graph, in place; the code between the parts stays as it is."""
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        calls = _first_calls(model, args, kwargs)
+    rows = [Decision("", type(model).__name__, False, f"has no graph: {reason}")]
+    done: dict[int, nn.Module] = {}
+
+    def visit(owner: nn.Module, path: str) -> None:
+        for name, child in list(owner.named_children()):
+            here = f"{path}.{name}" if path else name
+            if id(child) in done:
+                setattr(owner, name, done[id(child)])
+                continue
+            if not any(type(m) in PREPARED for m in child.modules()):
+                continue
+            why = None
+            if recipe.for_module(here, [type_name(type(child))]).skip:
+                why = "skipped by the recipe"
+            elif id(child) in calls:
+                try:
+                    prepared = prepare_graph(child, *calls[id(child)], recipe, here)
+                except Untraceable as error:
+                    why = f"has no graph: {error}"
+                else:
+                    prepared.adopt(g.plain_attributes(child))
+                    done[id(child)] = prepared
+                    setattr(owner, name, prepared)
+                    rows.extend(prepared.report)
+                    continue
+            elif type(child) in PREPARED:
+                why = "the example inputs do not reach it"
+            if why is not None:
+                rows.append(Decision(here, type(child).__name__, False, why))
+            if why != "skipped by the recipe":
+                visit(child, here)
+
+    visit(model, "")
+    model.report = PrepareReport(tuple(rows))
+    with torch.no_grad():
+        got = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    if not g.close(expected, got, 1e-3):
+        raise Unsupported(
+            f"prepare: {type(model).__name__} cannot be prepared part by part: with its parts replaced it gives other "
+            "outputs on the example inputs. Name the parts to leave alone in skip=[...]"
+        )
+    return model
+
+
+def _first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[tuple, dict]]:
+    """The arguments of the first call of every submodule, by the id of the module."""
+    calls: dict[int, tuple[tuple, dict]] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.setdefault(id(module), (copy.deepcopy(args), copy.deepcopy(kwargs)))
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if m is not model]
+    try:
+        model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def quantizers(model: nn.Module) -> Iterable[Quantizer]:
+    return (m for m in model.modules() if isinstance(m, Quantizer))
+
+
+def prepared_layers(model: nn.Module) -> Iterable[Prepared]:
+    return (m for m in model.modules() if isinstance(m, Prepared))
