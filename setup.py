@@ -189,7 +189,12 @@ def make_extension(cuda: Cuda | None) -> Extension:
     )
 
 
-cuda, reason = decide_cuda()
-print(f"qkernels: building {'with CUDA' if cuda else 'for the CPU only'} ({reason})", flush=True)
-BuildQKernels.cuda = cuda
-setup(ext_modules=[make_extension(cuda)], cmdclass={"build_ext": BuildQKernels})
+def main() -> None:
+    cuda, reason = decide_cuda()
+    print(f"qkernels: building {'with CUDA' if cuda else 'for the CPU only'} ({reason})", flush=True)
+    BuildQKernels.cuda = cuda
+    setup(ext_modules=[make_extension(cuda)], cmdclass={"build_ext": BuildQKernels})
+
+
+if __name__ == "__main__":
+    main()

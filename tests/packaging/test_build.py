@@ -1,0 +1,125 @@
+"""setup.py decides about CUDA as documented, and the build backend answers a missing tool with one line."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str, path: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def build(monkeypatch):
+    for name in ("FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return load("qkernels_setup", "setup.py")
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """What the build looks for in a CUDA toolkit, with an nvcc that answers as the real one does."""
+    home = tmp_path / "toolkit"
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    (home / "bin/nvcc").write_text(
+        "#!/bin/sh\n"
+        'case "$1" in --dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2;; *) echo "release 13.0, V13.0.88";; esac\n'
+    )
+    (home / "bin/nvcc").chmod(0o755)
+    return home
+
+
+def test_toolkit_is_found_behind_a_wrapper_script(build, toolkit, tmp_path, monkeypatch):
+    wrapper = tmp_path / "path/nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
+    assert build.find_toolkit() == toolkit.resolve()
+
+
+def test_cuda_home_without_headers_is_not_a_toolkit(build, toolkit, monkeypatch):
+    (toolkit / "include/cuda_runtime.h").unlink()
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert build.find_toolkit() != toolkit
+
+
+@pytest.mark.parametrize(
+    ("force", "torch_cuda", "has_toolkit", "builds_cuda"),
+    [
+        ("", "13.0", True, True),
+        ("", "13.0", False, False),
+        ("", None, True, False),
+        ("0", "13.0", True, False),
+        ("1", None, True, True),
+    ],
+)
+def test_decision(build, toolkit, monkeypatch, force, torch_cuda, has_toolkit, builds_cuda):
+    monkeypatch.setenv("FORCE_CUDA", force)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(build, "find_toolkit", lambda: toolkit if has_toolkit else None)
+    cuda, reason = build.decide_cuda()
+    assert (cuda is not None) == builds_cuda
+    assert reason
+
+
+def test_forced_cuda_without_a_toolkit_is_an_error(build, monkeypatch):
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setattr(build, "find_toolkit", lambda: None)
+    with pytest.raises(SystemExit, match="FORCE_CUDA=1, but no CUDA toolkit"):
+        build.decide_cuda()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("8.0;9.0+PTX", "sm_80 sm_90 compute_90"),
+        ("8.6 9.0a", "sm_86 sm_90a"),
+        ("12.0,", "sm_120"),
+    ],
+)
+def test_architecture_list(build, text, names):
+    flags, found = build.parse_archs(text)
+    assert found == names
+    assert len(flags) == len(names.split())
+
+
+@pytest.mark.parametrize("text", ["8", "sm_80", "8.0+ptx", "Hopper"])
+def test_bad_architecture_list_is_an_error(build, text):
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST must look like"):
+        build.parse_archs(text)
+
+
+def test_backend_without_torch_says_what_to_run(monkeypatch):
+    backend = load("qkernels_backend", "build_backend/qkernels_build.py")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"no torch in the build environment.*pip install --no-build-isolation \."):
+        backend.get_requires_for_build_wheel()
+
+
+def test_backend_with_an_old_setuptools_says_what_to_run(monkeypatch):
+    backend = load("qkernels_backend", "build_backend/qkernels_build.py")
+    monkeypatch.setattr(backend.metadata, "version", lambda name: "65.5.0")
+    with pytest.raises(SystemExit, match=r"needs setuptools >= 77, found 65\.5\.0"):
+        backend.build_wheel("dist")
+
+
+def test_both_builds_read_the_same_flags_and_sources(build):
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert "file(STRINGS csrc/cxx_flags.txt cxx_flags" in cmake
+    assert "file(GLOB_RECURSE sources CONFIGURE_DEPENDS csrc/*.cc)" in cmake
+    assert "-ffp-contract=off" in build.cxx_flags()
+    sources = build.make_extension(None).sources
+    assert {source for source in sources if source.startswith("csrc/")} == set(build.files("csrc/**/*.cc"))
