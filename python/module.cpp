@@ -9,6 +9,7 @@
 
 #include "csrc/base/cpu.h"
 #include "csrc/fake_quant/fake_quant.h"
+#include "csrc/gemm/igemm.h"
 #include "csrc/pointwise/pointwise.h"
 #include "csrc/pool/pool.h"
 #include "csrc/quantize/quantize.h"
@@ -28,6 +29,10 @@ KernelLists list_kernels() {
   lists["fake_quant"].emplace_back(#name, has_features(active, need));
 #include "csrc/fake_quant/kernels.inc"
 #undef QK_FAKE_QUANT_KERNEL
+#define QK_IGEMM_KERNEL(need, isa, name) \
+  lists["linear"].emplace_back(#name, has_features(active, need));
+#include "csrc/gemm/kernels.inc"
+#undef QK_IGEMM_KERNEL
 #define QK_QUANTIZE_KERNEL(need, type, name) \
   lists["quantize"].emplace_back(#name, has_features(active, need));
 #define QK_DEQUANTIZE_KERNEL(need, type, name) \
@@ -69,6 +74,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_features", [] { return qk::cpu_features_active(); });
   m.def("list_kernels", &list_kernels);
+  m.def("packed_linear_bytes", [](int64_t out_features, int64_t in_features) {
+    return qk::packed_igemm_bytes(out_features, 1, in_features, qk::isa_active());
+  });
 #if defined(QK_CUDA_ARCHS)
   m.attr("with_cuda") = true;
   m.attr("cuda_archs") = QK_CUDA_ARCHS;

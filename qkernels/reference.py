@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkernels.ops.epilogue import Epilogue
+
 
 def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """`values` shaped to broadcast over `x` along `axis`."""
@@ -191,3 +193,51 @@ def adaptive_avg_pool(
         inside = inside * torch.tensor(lengths, dtype=torch.float64).reshape(shape)
     sums = (_ADAPTIVE_AVG_POOLS[q.dim() - 2](q.double(), list(output_size)) * inside).round()
     return _mean(sums, inside, inside, q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype)
+
+
+# -- linear ------------------------------------------------------------------------------------------------------------
+
+
+def apply_epilogue(
+    sums: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: float,
+    epilogue: Epilogue,
+    residual: Tensor | None,
+    axis: int,
+) -> Tensor:
+    """Exact sums (float64 or int64, output channels along `axis`) -> the output that `epilogue` describes."""
+    if epilogue.dtype == torch.int32:
+        return sums.to(torch.int32)
+    scale = _f32(input_scale) * weight_scale.expand(sums.shape[axis])
+    shifted = sums.float()
+    if bias is not None:
+        shifted = shifted + _along(bias / scale, sums, axis)
+    if epilogue.dtype.is_floating_point:
+        return (shifted * _along(scale, sums, axis)).to(epilogue.dtype)
+    v = shifted * _along(scale / _f32(epilogue.scale), sums, axis)
+    q = _on_grid(v, epilogue.zero_point, epilogue.qmin, epilogue.qmax, epilogue.dtype)
+    if epilogue.table is not None:
+        q = lookup(q, epilogue.table)
+    if epilogue.residual is not None:
+        r = epilogue.residual
+        grids = (epilogue.scale, epilogue.zero_point, r.scale, r.zero_point, r.out_scale, r.out_zero_point)
+        q = add(q, residual, *grids, r.out_qmin, r.out_qmax, epilogue.dtype)
+    return q
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    input_scale: float,
+    input_zero_point: int,
+    epilogue: Epilogue,
+    residual: Tensor | None = None,
+) -> Tensor:
+    zero_points = torch.zeros(1) if weight_zero_point is None else weight_zero_point
+    sums = (input.double() - input_zero_point) @ (weight.double() - zero_points.double().reshape(-1, 1)).T
+    return apply_epilogue(sums, weight_scale, bias, input_scale, epilogue, residual, sums.dim() - 1)

@@ -299,7 +299,7 @@ class Worker {
         rows_(image_rows_ + run.plan.row_groups * 4),
         acc_(reinterpret_cast<int32_t*>(scratch + bytes.rows + bytes.strip)),
         kernel_(select_depthwise_kernel(packed_.isa)),
-        lookup_(part_.epilogue.has_table ? select_igemm_lookup() : nullptr) {
+        lookup_(part_.epilogue.has_table ? select_lookup_kernel() : nullptr) {
     strip_.scratch = scratch + bytes.rows;
     strip_.rows = rows_;
     strip_.multiplier = shape_.out_per_group();
@@ -424,7 +424,7 @@ class Worker {
       for (int64_t x = 0; x < runs; ++x) {
         uint8_t* q = out[p] + x * strip_.out_step;
         const uint8_t* residual = args_.residual + (pixel[p] + x * step) * channels;
-        if (e.has_table) lookup_(q, bytes, e.table);
+        if (e.has_table) lookup_({q, q, e.table, 1, bytes, 0, 0});
         for (int64_t i = 0; e.has_residual && i < bytes; ++i) {
           q[i] = residual_add(e.residual, byte_value(q[i], e.is_signed()),
                               byte_value(residual[i], args_.residual_signed));

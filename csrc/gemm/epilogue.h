@@ -32,6 +32,7 @@ struct ResidualAdd {
   float residual_scale, residual_offset;
   float inv_scale;
   int32_t zero_point, qmin, qmax;
+  int32_t residual_zero_point = 0;  // in residual_offset; kept for checks
 };
 
 struct Epilogue {
@@ -45,16 +46,14 @@ struct Epilogue {
   bool is_signed() const { return output == OutputType::kS8; }
 };
 
-// The columns' constants, and where a row of the result goes. `residual` is read as int8 if
-// residual_signed.
 QK_HD int32_t byte_value(uint8_t byte, bool is_signed) {
   return is_signed ? static_cast<int8_t>(byte) : byte;
 }
 
 QK_HD uint8_t residual_add(const ResidualAdd& add, int32_t q, int32_t r) {
-  const float v = dequantize_fma(q, add.scale, add.offset) +
-                  dequantize_fma(r, add.residual_scale, add.residual_offset);
-  return static_cast<uint8_t>(quantize(v, add.inv_scale, add.zero_point, add.qmin, add.qmax));
+  return static_cast<uint8_t>(add_codes(q, add.scale, add.offset, r, add.residual_scale,
+                                        add.residual_offset, add.inv_scale, add.zero_point,
+                                        add.qmin, add.qmax));
 }
 
 // One output element. `out` is the address of the element; `residual` that of the residual's byte.

@@ -22,18 +22,10 @@ IgemmKernel select_igemm_kernel(Isa isa) {
   return nullptr;
 }
 
-LookupKernel select_igemm_lookup(CpuFeatures features) {
-#define QK_IGEMM_LOOKUP(need, name) \
-  if (has_features(features, need)) return name;
-#include "csrc/gemm/kernels.inc"
-#undef QK_IGEMM_LOOKUP
-  return nullptr;
-}
-
 void igemm(const IgemmArgs& args) {
   const PackedHeader& header = *args.matrix.header;
   const IgemmKernel kernel = select_igemm_kernel(header.isa);
-  const LookupKernel lookup = header.epilogue.has_table ? select_igemm_lookup() : nullptr;
+  const LookupKernel lookup = header.epilogue.has_table ? select_lookup_kernel() : nullptr;
   const int64_t step = panels_in_block(header);
   for (int64_t panel = args.panel_begin; panel < args.panel_end; panel += step) {
     const int64_t end = args.panel_end - panel < step ? args.panel_end : panel + step;

@@ -22,6 +22,7 @@
 #include "csrc/base/cpu.h"
 #include "csrc/base/status.h"
 #include "csrc/gemm/epilogue.h"
+#include "csrc/pointwise/pointwise.h"
 
 namespace qk {
 
@@ -87,6 +88,8 @@ struct PackSource {
 };
 
 int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa);
+// kKTooLarge if the accumulator of taps * depth products could overflow int32. Reads no weight.
+Status check_accumulator(const PackSource& source);
 // Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned). kKTooLarge: the accumulator could
 // overflow int32. kBadScale: a product of the scales or a scaled bias leaves the float32 range.
 Status pack_igemm(const PackSource& source, Isa isa, void* dst);
@@ -112,24 +115,18 @@ struct IgemmArgs {
 
 void igemm(const IgemmArgs& args);
 
-// In-place q = table[q] on n bytes.
-using LookupKernel = void (*)(uint8_t* q, int64_t n, const uint8_t* table);
-
 struct IgemmBlock {
   const IgemmArgs& args;
   int64_t row_begin, row_end, panel_begin, panel_end;
-  LookupKernel lookup;
+  LookupKernel lookup;  // with a table
 };
 using IgemmKernel = void (*)(const IgemmBlock& block);
 
 #define QK_IGEMM_KERNEL(features, isa, name) void name(const IgemmBlock&);
-#define QK_IGEMM_LOOKUP(features, name) void name(uint8_t*, int64_t, const uint8_t*);
 #include "csrc/gemm/kernels.inc"
 #undef QK_IGEMM_KERNEL
-#undef QK_IGEMM_LOOKUP
 
 // The kernel that reads the layout of `isa`.
 IgemmKernel select_igemm_kernel(Isa isa);
-LookupKernel select_igemm_lookup(CpuFeatures features = cpu_features_active());
 
 }  // namespace qk

@@ -108,7 +108,12 @@ void write_ordered_panel(const PanelWriter& panel, int64_t taps, int64_t depth, 
   }
 }
 
-// The largest magnitudes that one product can have.
+}  // namespace
+
+int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa) {
+  return layout_of(n, taps, depth, isa).bytes;
+}
+
 Status check_accumulator(const PackSource& source) {
   const int64_t k = source.taps * source.depth;
   if (k > (source.input_signed ? kMaxKS8S8 : kMaxKU8S8)) return Status::kKTooLarge;
@@ -124,12 +129,6 @@ Status check_accumulator(const PackSource& source) {
     }
   }
   return k * a * w <= INT32_MAX ? Status::kOk : Status::kKTooLarge;
-}
-
-}  // namespace
-
-int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa) {
-  return layout_of(n, taps, depth, isa).bytes;
 }
 
 Status pack_igemm(const PackSource& source, Isa isa, void* dst) {

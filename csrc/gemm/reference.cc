@@ -64,8 +64,4 @@ void igemm_scalar(const IgemmBlock& block) {
   }
 }
 
-void igemm_lookup_scalar(uint8_t* q, int64_t n, const uint8_t* table) {
-  for (int64_t i = 0; i < n; ++i) q[i] = table[q[i]];
-}
-
 }  // namespace qk

@@ -19,6 +19,12 @@ namespace {
 #include "csrc/gemm/x86_avx2_epilogue.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
+// acc += pairwise sums of a * b in int16; one asm so that gcc neither reorders nor spills.
+QK_INLINE void add_products(__m256i& acc, __m256i a, __m256i b) {
+  __m256i products;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(a), "x"(b));
+}
+
 // `Flip`: A is int8.
 template <bool Flip>
 struct Avx2Multiply {
@@ -46,17 +52,18 @@ struct Avx2Multiply {
       const int32_t* at = order + 1;
       for (; at != safe_end; ++at, b += V) safe_quad<R, V>(acc, p, *at, b);
       for (; at != end; ++at, b += V) {
-        __m256i a[R];
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) a[i] = broadcast4(p[i] + *at);
-        wide_quad<R, V>(acc, a, b);
+        int64_t offset = *at;
+        const __m256i* quad = b;
+        wide_bytes<R, V, false>(acc, quad, [&](int i) { return broadcast4(p[i] + offset); });
+        // Loaded twice: gcc would keep the bytes for the other half, and spill accumulators.
+        __asm__("" : "+r"(offset), "+r"(quad));
+        wide_bytes<R, V, true>(acc, quad, [&](int i) { return broadcast4(p[i] + offset); });
       }
       order = end;
       if (tail != 0) {
-        __m256i a[R];
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) a[i] = broadcast_tail(p[i] + 4 * quads, tail);
-        wide_quad<R, V>(acc, a, b);
+        const auto load = [&](int i) { return broadcast_tail(p[i] + 4 * quads, tail); };
+        wide_bytes<R, V, false>(acc, b, load);
+        wide_bytes<R, V, true>(acc, b, load);
         b += V;
       }
     }
@@ -78,30 +85,29 @@ struct Avx2Multiply {
       const __m256i a = flipped(broadcast4(p[i] + offset));
 #pragma GCC unroll 2
       for (int j = 0; j < V; ++j) {
-        acc[i][j] =
-            _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(_mm256_maddubs_epi16(a, bv[j]), ones));
+        add_products(acc[i][j], _mm256_maddubs_epi16(a, bv[j]), ones);
       }
     }
   }
 
-  template <int R, int V>
-  QK_INLINE void wide_quad(__m256i (&acc)[R][V], const __m256i (&bytes)[R], const __m256i* b) {
-    __m256i even[V], odd[V];
+  // The even or the odd bytes of a quad, widened to int16. One after the other: together their
+  // operands do not fit the registers. `load(i)` gives the four bytes of row i.
+  template <int R, int V, bool Odd, typename Load>
+  QK_INLINE void wide_bytes(__m256i (&acc)[R][V], const __m256i* b, const Load& load) {
+    __m256i bv[V];
 #pragma GCC unroll 2
     for (int j = 0; j < V; ++j) {
-      const __m256i bv = _mm256_load_si256(b + j);
-      even[j] = _mm256_srai_epi16(_mm256_slli_epi16(bv, 8), 8);
-      odd[j] = _mm256_srai_epi16(bv, 8);
+      bv[j] = _mm256_load_si256(b + j);
+      bv[j] = _mm256_srai_epi16(Odd ? bv[j] : _mm256_slli_epi16(bv[j], 8), 8);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const __m256i a = flipped(bytes[i]);
-      const __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(0xff));
-      const __m256i a_odd = _mm256_srli_epi16(a, 8);
+      const __m256i bytes = flipped(load(i));
+      const __m256i a =
+          Odd ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, _mm256_set1_epi16(0xff));
 #pragma GCC unroll 2
       for (int j = 0; j < V; ++j) {
-        acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(a_even, even[j]));
-        acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(a_odd, odd[j]));
+        add_products(acc[i][j], a, bv[j]);
       }
     }
   }

@@ -4,11 +4,15 @@ This package is the only user of `torch.ops.qkernels`. `qkernels.reference` hold
 """
 
 from qkernels.ops.elementwise import add, cat, lookup, mul
+from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import fake_quant, fake_quant_out
+from qkernels.ops.linear import linear, linear_pack
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
 
 __all__ = [
+    "Epilogue",
+    "ResidualAdd",
     "adaptive_avg_pool",
     "add",
     "avg_pool",
@@ -17,6 +21,8 @@ __all__ = [
     "dequantize_out",
     "fake_quant",
     "fake_quant_out",
+    "linear",
+    "linear_pack",
     "lookup",
     "max_pool",
     "mul",

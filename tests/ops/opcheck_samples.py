@@ -79,3 +79,26 @@ SAMPLES["adaptive_avg_pool"] = [
     lambda: (codes(2, 3, 9, 8), [1, 1], 0.02, 7, *OUT_GRID),
     lambda: (codes(2, 3, 9, 8), [4, 3], 0.02, 7, *OUT_GRID),
 ]
+
+# ---- linear ----
+
+
+def weights(n: int, k: int) -> tuple:
+    """The arguments of linear_pack up to the input's dtype."""
+    return (codes(n, k, dtype=torch.int8), torch.full((n,), 0.02), None, torch.ones(n), 0.05, 3, torch.uint8)
+
+
+def packed_linear(n: int, k: int, epilogue: list[float], dtype: torch.dtype) -> torch.Tensor:
+    return torch.ops.qkernels.linear_pack(*weights(n, k), epilogue, dtype, None)
+
+
+RESIDUAL = [0.5, 7, 0, 255, 0.4, 5, 0.6, 2, 2, 255]
+SAMPLES["linear_pack"] = [
+    lambda: (*weights(5, 7), [0.5, 7, 0, 255], torch.uint8, codes(256)),
+    lambda: (*weights(70, 33), [1, 0, 0, 255], torch.float32, None),
+]
+SAMPLES["linear"] = [
+    lambda: (codes(3, 7), packed_linear(5, 7, [0.5, 7, 0, 255], torch.uint8), None, 5, torch.uint8),
+    lambda: (codes(2, 3, 14)[..., ::2], packed_linear(5, 7, RESIDUAL, torch.uint8), codes(2, 3, 5), 5, torch.uint8),
+    lambda: (codes(7), packed_linear(5, 7, [1, 0, 0, 255], torch.float32), None, 5, torch.float32),
+]

@@ -1,0 +1,79 @@
+#include "csrc/gemm/linear.h"
+
+namespace qk {
+namespace {
+
+// Rows are shared out in groups of this many, so that parts consist of full tiles.
+constexpr int64_t kRowGroup = 6;
+// A conservative rate: 64 multiply-adds or 16 bytes of weights a nanosecond.
+constexpr int64_t kMacsPerNs = 64, kBytesPerNs = 16;
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+struct Grid {
+  int64_t rows, panels;  // parts in each direction
+};
+
+// The grid of at most `threads` parts whose largest part is smallest; of equal ones that with the
+// most parts along the larger operand.
+Grid choose_grid(int64_t row_groups, int64_t panels, int64_t threads, bool weights_are_larger) {
+  Grid best{1, 1};
+  int64_t best_size = row_groups * panels;
+  for (int64_t i = 1; i <= threads; ++i) {
+    const int64_t rows = weights_are_larger ? i : threads / i;
+    const int64_t columns = weights_are_larger ? threads / i : i;
+    if (rows > row_groups || columns > panels || rows < 1 || columns < 1) continue;
+    const int64_t size = divide_up(row_groups, rows) * divide_up(panels, columns);
+    if (size < best_size) {
+      best_size = size;
+      best = {rows, columns};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args, const Parallel& parallel) {
+  const PackedHeader& header = *args.matrix.header;
+  if (args.rows == 0 || header.n == 0) return;
+  const int64_t panels = panel_count(header.n, header.isa);
+  const int64_t row_groups = divide_up(args.rows, kRowGroup);
+  const int64_t weights = header.n * header.depth;
+  const Grid grid =
+      choose_grid(row_groups, panels, parallel.threads, weights >= args.rows * header.depth);
+  const int64_t by_macs = args.rows * weights / kMacsPerNs, by_bytes = weights / kBytesPerNs;
+
+  IgemmArgs whole;
+  whole.matrix = args.matrix;
+  whole.a = args.input;
+  whole.a_row_stride = args.input_row_stride;
+  whole.out = args.out;
+  whole.out_row_stride = header.n * output_bytes(header.epilogue.output);
+  whole.residual = args.residual;
+  whole.residual_row_stride = args.residual_row_stride;
+  whole.residual_signed = args.residual_signed;
+  parallel.for_each_range(
+      grid.rows * grid.panels, by_macs > by_bytes ? by_macs : by_bytes,
+      [&](int64_t begin, int64_t end) {
+        if (end - begin == grid.rows * grid.panels) {  // one thread: nothing to share out
+          IgemmArgs all = whole;
+          all.row_end = args.rows;
+          all.panel_end = panels;
+          igemm(all);
+          return;
+        }
+        for (int64_t part = begin; part < end; ++part) {
+          const int64_t row = part / grid.panels, panel = part % grid.panels;
+          IgemmArgs block = whole;
+          block.row_begin = row_groups * row / grid.rows * kRowGroup;
+          const int64_t row_end = row_groups * (row + 1) / grid.rows * kRowGroup;
+          block.row_end = row_end < args.rows ? row_end : args.rows;
+          block.panel_begin = panels * panel / grid.panels;
+          block.panel_end = panels * (panel + 1) / grid.panels;
+          igemm(block);
+        }
+      });
+}
+
+}  // namespace qk

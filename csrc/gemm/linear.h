@@ -1,0 +1,27 @@
+// Linear layer on packed weights: out[r, n] = epilogue(sum over k of (a[r, k] - za)(w[n, k] -
+// zw[n])).
+//
+// Layout: input rows of `depth` bytes at any one row stride (0 repeats a row); out dense [rows, n].
+// Memory: owned by the caller. Numbers: those of igemm.h, for any number of threads.
+// Trick: threads share out rows x panels so that the largest part is as small as it can be; a GEMV
+//   is split over panels only, so that each thread streams its own weights.
+#pragma once
+
+#include "csrc/base/parallel.h"
+#include "csrc/gemm/igemm.h"
+
+namespace qk {
+
+struct LinearArgs {
+  PackedMatrix matrix;
+  const uint8_t* input;
+  int64_t rows, input_row_stride;
+  void* out;
+  const uint8_t* residual;
+  int64_t residual_row_stride;
+  bool residual_signed;
+};
+
+void linear(const LinearArgs& args, const Parallel& parallel);
+
+}  // namespace qk
