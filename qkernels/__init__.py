@@ -25,6 +25,7 @@ from qkernels.core.recipe import Recipe
 from qkernels.core.state import load, save
 from qkernels.core.verify import verify
 from qkernels.ops.machine import info
+from qkernels.report import compare
 
 __all__ = [
     "QParams",
@@ -32,6 +33,7 @@ __all__ = [
     "Recipe",
     "calibrate",
     "calibrating",
+    "compare",
     "convert",
     "exact",
     "info",

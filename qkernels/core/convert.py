@@ -20,6 +20,7 @@ from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import NetworkGraph, Operation
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import LoweringUnit, lower
+from qkernels.core.peephole import merge_layers
 from qkernels.core.prepare import PreparedModel, quantizers, unit_of
 from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer
@@ -84,8 +85,8 @@ class _Converter:
         self.graph.lint()
         converted = ConvertedModel(self.root, self.graph, type(self.prepared).__name__).eval()
         self._remove_unused(converted)
-        _fuse_tables(converted)
         converted.meta["sources"] = self.sources
+        merge_layers(converted)
         converted.meta["report"] = self.prepared.report
         converted.adopt(self.prepared.meta.get("attributes", {}))
         for path, module in converted.named_modules():
@@ -224,6 +225,7 @@ class _Converter:
         self.sources[path] = source.meta.get("origin", source.name)
         node = self.graph.call_module(path, args)
         node.meta["source"] = self.sources[path]
+        node.meta["value"] = source.meta["value"]
         return node
 
     def _remove_unused(self, converted: ConvertedModel) -> None:
@@ -238,29 +240,3 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         root = getattr(root, part)
     return root
-
-
-def _fuse_tables(converted: fx.GraphModule) -> None:
-    """A unary table right after a linear or convolution, as its only reader, moves into that layer's epilogue.
-
-    Both first round to the grid between them, so the codes are the same.
-    """
-    modules = g.modules_of(converted)
-    for node in list(converted.graph.nodes):
-        if node.op != "call_module" or getattr(modules[node.target], "kind", "") != "lookup":
-            continue
-        before, lookup = node.args[0], modules[node.target]
-        if before.op != "call_module" or len(before.users) != 1 or not _takes_table(modules[before.target], lookup):
-            continue
-        fused = modules[before.target].with_table(lookup.table, lookup.out_qparams)
-        g.replace_module(converted, before.target, fused)
-        modules[before.target] = fused
-        before.meta["source"] = node.meta["source"]
-        node.replace_all_uses_with(before)
-        converted.graph.erase_node(node)
-    converted.delete_all_unused_submodules()
-    converted.recompile()
-
-
-def _takes_table(layer: nn.Module, lookup: nn.Module) -> bool:
-    return hasattr(layer, "with_table") and layer.can_fuse() and layer.out_qparams.dtype == lookup.out_qparams.dtype

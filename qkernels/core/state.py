@@ -32,7 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qkernels.core.convert import ConvertedModel
+from qkernels.core.quantizer import Quantizer
 from qkernels.core.registry import is_layer, layer_class
+from qkernels.core.report import Decision, PrepareReport
 from qkernels.errors import CheckpointError, InvalidArgument, Unsupported
 
 
@@ -115,6 +118,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         Unsupported: the graph holds a function or a module that cannot be described in JSON; the message names it.
     """
+    if any(isinstance(module, Quantizer) for module in model.modules()):
+        raise InvalidArgument("save: the model is prepared, not converted: call qkernels.convert(prepared) first")
     tensors = {name: t.detach().contiguous().cpu().clone() for name, t in model.state_dict().items()}
     content = {
         "model": _describe(model, ""),
@@ -272,7 +277,15 @@ def _describe_graph(module: fx.GraphModule, path: str) -> dict[str, Any]:
                 f"save: module {_join(path, target)!r} is a {skeleton}, whose Python code a saved graph cannot hold. "
                 "Let the tracer enter it, or replace it with torch.nn modules"
             )
-    return {"graph": [_describe_node(node, path) for node in module.graph.nodes], "modules": modules}
+    spec = {"graph": [_describe_node(node, path) for node in module.graph.nodes], "modules": modules}
+    if isinstance(module, ConvertedModel):
+        spec["converted"] = {
+            "name": type(module).__name__,
+            "sources": module.meta["sources"],
+            "attributes": _encode(module.meta.get("attributes", {}), path),
+            "report": [[row.name, row.kind, row.integer, row.reason] for row in module.report],
+        }
+    return spec
 
 
 def _first_skeleton(spec: dict[str, Any]) -> str | None:
@@ -362,7 +375,14 @@ def _build_graph(spec: dict[str, Any], tensors: dict[str, Tensor], path: str) ->
         node = graph.create_node(op, target, args, kwargs, name=entry["name"])
         nodes[entry["name"]] = node
     graph.lint()
-    return fx.GraphModule(root, graph)
+    if "converted" not in spec:
+        return fx.GraphModule(root, graph)
+    converted = spec["converted"]
+    model = ConvertedModel(root, graph, converted["name"])
+    model.meta["sources"] = converted["sources"]
+    model.meta["report"] = PrepareReport(tuple(Decision(*row) for row in converted["report"]))
+    model.adopt(_decode(converted["attributes"], {}))
+    return model
 
 
 def _allowed_function(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:

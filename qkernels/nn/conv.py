@@ -1,5 +1,6 @@
 """Convolution and transposed convolution in one to three dimensions on integers."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,20 @@ class QConv(WeightedLayer):
             raise InvalidArgument(f"{self._where()}: input {list(x.shape)} is smaller than the kernel {list(kernel)}")
         return size
 
+    def with_padding(self, amounts: Any, value: Any) -> "QConv | None":
+        """This layer after `F.pad(x, amounts, value=value)`; None if it cannot take that over."""
+        o, dims = self.options, len(self.options["stride"])
+        numbers = isinstance(amounts, Sequence) and all(isinstance(a, int) and a >= 0 for a in amounts)
+        if not numbers or len(amounts) > 2 * dims or o["transposed"] or o["padding_mode"] != "zeros":
+            return None
+        if value != self._numbers("input")[1]:
+            return None
+        merged = copy.deepcopy(self)
+        pairs = [list(amounts[i : i + 2]) for i in range(0, len(amounts), 2)]  # the last dimension first
+        for pair, (before, after) in zip(reversed(merged.options["padding"]), pairs, strict=False):
+            pair[:] = [pair[0] + before, pair[1] + after]
+        return merged
+
     def extra_repr(self) -> str:
         shape = list(self._buffers["weight"].shape)
         return f"weight={shape}, bias={self._buffers['bias'] is not None}, {super().extra_repr()}"
@@ -99,6 +114,16 @@ def lower_conv(unit: LoweringUnit) -> QConv:
         "output_padding": per_dim(unit.option("output_padding", 0) if transposed else 0, dims),
         "padding_mode": unit.option("padding_mode", "zeros"),
     }
-    return QConv(
-        unit.inputs[0], quantized_weight(unit), unit.weight_qparams, unit.bias, unit.output, unit.clamp, options
-    )
+    grid = unit.weight_qparams
+    if transposed:
+        rows = outputs_first(unit.weight, options["groups"])
+        codes = outputs_first(quantized_weight(rows, grid), options["groups"])
+    else:
+        codes = quantized_weight(unit.weight, grid)
+    return QConv(unit.inputs[0], codes, grid, unit.bias, unit.output, unit.clamp, options)
+
+
+def outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight [in, out / groups, ...] as [out, in / groups, ...]; its own inverse."""
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return blocks.transpose(1, 2).flatten(0, 1)

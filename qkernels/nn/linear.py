@@ -37,4 +37,5 @@ class QLinear(WeightedLayer):
 
 @lowers("linear")
 def lower_linear(unit: LoweringUnit) -> QLinear:
-    return QLinear(unit.inputs[0], quantized_weight(unit), unit.weight_qparams, unit.bias, unit.output, unit.clamp)
+    codes = quantized_weight(unit.weight, unit.weight_qparams)
+    return QLinear(unit.inputs[0], codes, unit.weight_qparams, unit.bias, unit.output, unit.clamp)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.core.lowering import Clamp, LoweringUnit
+from qkernels.core.lowering import Clamp
 from qkernels.core.qspec import QParams
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported
 from qkernels.nn.base import QLayer
@@ -116,14 +116,8 @@ class WeightedLayer(QLayer):
             raise InvalidType(f"{self._where()}: expected {expected} operand, as converted")
 
 
-def quantized_weight(unit: LoweringUnit) -> Tensor:
-    """The int8 codes of the unit's weight. A transposed convolution has a block of grids for each group of inputs."""
-    grid, weight = unit.weight_qparams, unit.weight.detach().to(torch.float32)
-    blocks = int(unit.option("groups", 1)) if grid.axis == 1 else 1
-    codes = [
-        reference.quantize(w, scale, zero_point, grid.axis, grid.qmin, grid.qmax, grid.dtype)
-        for w, scale, zero_point in zip(
-            weight.chunk(blocks), grid.scale.chunk(blocks), grid.zero_point.chunk(blocks), strict=True
-        )
-    ]
-    return torch.cat(codes)
+def quantized_weight(weight: Tensor, grid: QParams) -> Tensor:
+    """The int8 codes of a weight whose output channels come first."""
+    axis = None if grid.scale.numel() == 1 else 0
+    arguments = (grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax, grid.dtype)
+    return reference.quantize(weight.detach().to(torch.float32), *arguments)

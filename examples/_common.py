@@ -1,0 +1,112 @@
+"""Shared by the examples: photographs that come with packages, and how an int8 network compares with its float one."""
+
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qkernels
+
+# Colour photographs inside the wheels of scikit-image and scikit-learn.
+PHOTOS = {
+    "skimage": "astronaut.png chelsea.png coffee.png rocket.jpg motorcycle_left.png motorcycle_right.png retina.jpg "
+    "hubble_deep_field.jpg ihc.png",
+    "sklearn": "china.jpg flower.jpg",
+}
+FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+
+
+def photos() -> list[Tensor]:
+    """The photographs as float [3, H, W] in [0, 255]."""
+    import numpy
+    from PIL import Image
+
+    found = []
+    for package, names in PHOTOS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            continue
+        folder = Path(spec.submodule_search_locations[0]) / FOLDERS[package]
+        for path in (folder / name for name in names.split()):
+            if path.is_file():
+                pixels = numpy.asarray(Image.open(path).convert("RGB"))
+                found.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).to(torch.float32))
+    if not found:
+        raise SystemExit("this example needs photographs: pip install scikit-image scikit-learn pillow")
+    return found
+
+
+def random_views(count: int, size: int, seed: int) -> Tensor:
+    """`count` random crops, flipped at random, resized to `size` x `size`: [count, 3, size, size] in [0, 255]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    images, views = photos(), []
+    for i in range(count):
+        image = images[i % len(images)]
+        side = int(min(image.shape[1:]) * uniform(0.4, 1.0))
+        top, left = (int(uniform(0, extent - side + 1)) for extent in image.shape[1:])
+        crop = image[:, top : top + side, left : left + side].unsqueeze(0)
+        view = F.interpolate(crop, (size, size), mode="bilinear", antialias=True).clamp(0, 255)
+        views.append(view.flip(3) if uniform(0, 1) < 0.5 else view)
+    return torch.cat(views)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--views", type=int, default=220, help="evaluated views (default: %(default)s)")
+    parser.add_argument("--calibration", type=int, default=96, help="calibration views (default: %(default)s)")
+    parser.add_argument("--observer", default="histogram", help="activation observer (default: %(default)s)")
+    parser.add_argument("--save", help="also write the int8 model there")
+    return parser
+
+
+def milliseconds(model: nn.Module, x: Tensor, calls: int = 15) -> float:
+    """The best time of a call."""
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(calls):
+            start = time.perf_counter()
+            model(x)
+            best = min(best, time.perf_counter() - start)
+    return 1e3 * best
+
+
+def quantize_and_compare(
+    model: nn.Module, calibration: Tensor, views: Tensor, options: argparse.Namespace
+) -> dict[str, float]:
+    """Calibrates and converts `model`, and prints how the result compares with it on `views`."""
+    model = model.eval()
+    prepared = qkernels.prepare(model, calibration[:1], recipe="int8", observer=options.observer)
+    with qkernels.calibrating(prepared), torch.no_grad():
+        for batch in calibration.split(16):
+            prepared(batch)
+    converted = qkernels.convert(prepared)
+    print(prepared.report)
+    report = qkernels.verify(prepared, converted, [views[:8]])
+    with torch.inference_mode():
+        expected = torch.cat([model(batch) for batch in views.split(16)])
+        got = torch.cat([converted(batch) for batch in views.split(16)])
+    noise = (got - expected).double().square().sum()
+    result = {
+        "views": len(views),
+        "top1_agreement": (got.argmax(1) == expected.argmax(1)).double().mean().item(),
+        "logits_sqnr_db": (10 * torch.log10(expected.double().square().sum() / noise)).item(),
+        "mismatches": report.total_mismatches,
+        "float_ms": milliseconds(model, views[:1]),
+        "int8_ms": milliseconds(converted, views[:1]),
+    }
+    print(f"top-1 agreement   {result['top1_agreement']:.1%} of {len(views)} views")
+    print(f"logits SQNR       {result['logits_sqnr_db']:.1f} dB")
+    print(f"simulation        {report.total_mismatches} codes differ from it")
+    print(f"latency, batch 1  {result['float_ms']:.2f} ms float, {result['int8_ms']:.2f} ms int8")
+    if options.save:
+        qkernels.save(converted, options.save)
+        print(f"saved             {options.save}")
+    return result

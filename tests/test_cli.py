@@ -1,0 +1,63 @@
+"""The command line does what it says, and its exit status tells the truth."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import qkernels
+from qkernels import selftest
+from qkernels.cli import main
+from qkernels.testing import isa_cap, supported_isas
+
+
+def test_info_json_is_one_object_with_the_facts(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["version"] == qkernels.__version__
+    assert facts["isa_supported"] == supported_isas()[-1]
+    assert facts["kernels"].keys() >= {"fake_quant", "quantize"}
+
+
+def test_info_shows_the_kernels_that_the_cap_leaves(capsys):
+    with isa_cap("scalar"):
+        assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "isa_active      scalar" in lines
+    kernels = [line.split()[1] for line in lines[lines.index("kernels") + 1 :]]
+    assert kernels
+    assert not any("avx" in kernel for kernel in kernels)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "qkernels", "info", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["version"] == qkernels.__version__
+
+
+def test_an_unknown_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["frobnicate"])
+    assert stop.value.code == 2
+
+
+def test_selftest_checks_every_operation_under_every_isa(capsys):
+    assert main(["selftest"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    checked = {tuple(line.split()[:2]) for line in lines[:-1]}
+    assert checked == {(name, isa) for name in selftest._CHECKS for isa in supported_isas()}
+    assert "all agree" in lines[-1]
+
+
+def test_selftest_fails_when_one_bit_differs(capsys, monkeypatch):
+    right = qkernels.reference.lookup
+
+    def wrong(q, table):
+        out = right(q, table).clone()
+        out[(0,) * out.dim()] ^= 1
+        return out
+
+    monkeypatch.setattr(qkernels.reference, "lookup", wrong)
+    assert main(["selftest"]) == 1
+    assert "8 DIFFER" in capsys.readouterr().out  # one in each of the eight lookups

@@ -1,0 +1,66 @@
+"""The data loaders read what is on the machine and say what to install for what is not."""
+
+import gzip
+import struct
+
+import pytest
+import torch
+
+from qkernels import data
+from qkernels.data import load_images, read_idx
+from qkernels.errors import InvalidArgument
+
+
+def write_idx(path, array):
+    body = b"\0\0\x08" + bytes([array.dim()]) + struct.pack(f">{array.dim()}I", *array.shape) + bytes(array.flatten())
+    path.write_bytes(gzip.compress(body) if path.suffix == ".gz" else body)
+
+
+@pytest.fixture(params=["", ".gz"])
+def fashion_root(request, tmp_path):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 30), ("t10k", 10)):
+        images = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+        write_idx(folder / f"{part}-images-idx3-ubyte{request.param}", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte{request.param}", torch.arange(count).remainder(10).byte())
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_from_a_torchvision_root(fashion_root):
+    images = load_images("fashion-mnist", fashion_root)
+    assert images.train_x.shape == (30, 1, 28, 28)
+    assert images.test_y.tolist() == list(range(10))
+    assert images.classes == 10
+    assert abs(float(images.train_x.mean())) < 1e-4
+    assert abs(float(images.train_x.std()) - 1) < 1e-4
+
+
+def test_the_richest_set_is_the_default(fashion_root, monkeypatch):
+    monkeypatch.setattr(data, "FASHION_MNIST_ROOTS", ())
+    assert load_images(None, fashion_root).name == "fashion-mnist"
+    pytest.importorskip("sklearn")
+    assert load_images(None).name == "digits"
+
+
+def test_digits_are_split_the_same_way_every_time():
+    pytest.importorskip("sklearn")
+    first, second = load_images("digits"), load_images("digits")
+    assert first.train_x.shape == (1347, 1, 8, 8)
+    assert torch.equal(first.test_x, second.test_x)
+
+
+def test_missing_data_says_how_to_get_it(tmp_path):
+    with pytest.raises(InvalidArgument, match="apt install dataset-fashion-mnist"):
+        load_images("fashion-mnist", tmp_path)
+    with pytest.raises(InvalidArgument, match=r"there are \['digits'"):
+        load_images("cifar")
+
+
+@pytest.mark.parametrize("cut", [0, 3, 9, 40])
+def test_a_truncated_idx_file_is_refused(tmp_path, cut):
+    write_idx(tmp_path / "x", torch.zeros(4, 3, 3, dtype=torch.uint8))
+    whole = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(whole[:cut])
+    with pytest.raises(InvalidArgument, match=r"truncated|not an idx file"):
+        read_idx(tmp_path / "x")
