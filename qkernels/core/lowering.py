@@ -28,7 +28,8 @@ class LoweringUnit:
     module: the float module, if the unit was one; its attributes are the options (stride, kernel_size, ...).
     options: the options of a functional call by their torch name; they win over the attributes of `module`.
     weight, bias: float32, batch normalization folded in. A transposed convolution keeps torch's weight layout.
-    weight_qparams: the grid of the weight.
+    weight_qparams: the grid of the weight, its axis in the layout of `weight`. A transposed convolution has one scale
+        an output channel: with groups, `axis` 1 of group g goes with the g-th block of the scales.
     clamp: the fused range-narrowing activation.
     inputs: the grids of the integer inputs, in call order.
     output: the grid of the output, or None for a float32 output (linear and conv only).

@@ -82,9 +82,12 @@ def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, p
     Raises:
         Untraceable: `model` has no faithful graph.
     """
-    if type(model) in g.MODULES:
+    is_leaf = type(model) in g.MODULES
+    if is_leaf:
         model = nn.Sequential(OrderedDict(layer=model))
     traced = g.trace(model, args, kwargs)
+    if is_leaf and prefix:
+        next(n for n in traced.graph.nodes if n.target == "layer").meta["path"] = ""
     with torch.no_grad():
         expected = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     g.simplify(traced)

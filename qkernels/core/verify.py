@@ -124,11 +124,12 @@ def _outputs(model: nn.Module, batch: Any) -> "OrderedDict[str, tuple[str, list[
 
 @contextmanager
 def _recording(model: nn.Module, found: OrderedDict) -> Iterator[None]:
+    wrapped = {id(m.layer) for m in model.modules() if isinstance(m, ReferenceLayer)}
     layers = {}
     for path, module in model.named_modules():
         if isinstance(module, ReferenceLayer):
             layers[path] = (module, module.layer.kind)
-        elif is_layer(module) and not path.endswith(".layer"):
+        elif is_layer(module) and id(module) not in wrapped:
             layers[path] = (module, module.kind)
     handles = []
     for path, (module, kind) in layers.items():
