@@ -23,12 +23,13 @@ class QLinear(WeightedLayer):
         self._check(x, "input")
         self._check_residual(residual)
         packed, out_features, dtype = self.derived()
-        return ops.linear(x, packed, residual, out_features, dtype)
+        return ops.linear(x, packed, out_features, dtype, residual)
 
     def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")
         self._check_residual(residual)
-        return reference.linear(x, *self._canonical(), residual)
+        *arguments, _, epilogue = self._canonical()
+        return reference.linear(x, *arguments, epilogue, residual)
 
     def extra_repr(self) -> str:
         out_features, in_features = self._buffers["weight"].shape
