@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
 # An operation's folder includes csrc/base, its own files, and the folders named here.
-FRIENDS = {"conv": {"gemm"}, "fake_quant": {"quantize"}}
+FRIENDS = {"conv": {"gemm", "pointwise"}, "fake_quant": {"quantize"}, "gemm": {"pointwise"}}
 
 # Threads, streams and exceptions belong to the caller.
 CSRC_FORBIDDEN_HEADERS = {
@@ -73,8 +73,8 @@ def isa_file_complaints(path: str, text: str) -> list[str]:
     begins, ends = code.count("QK_TARGET_BEGIN("), code.count("QK_TARGET_END")
     if path == "csrc/base/target.h":
         return []
-    if not re.search(r"/x86_[a-z0-9_]+\.(cc|h|inc)$", path):
-        return [f"{path} opens a target region or includes immintrin.h; its name must start with x86_"] * (
+    if not re.search(r"/(\w+_)?x86_[a-z0-9_]+\.(cc|h|inc)$", path):
+        return [f"{path} opens a target region or includes immintrin.h; its name must say x86_<isa>"] * (
             begins > 0 or "immintrin.h" in code
         )
     if not path.endswith(".cc"):
