@@ -61,7 +61,8 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
     for (int k = 0; k < 4; ++k) store(y + i + 8 * k, v[k]);
   }
   for (; i + 8 <= run.n; i += 8) store(y + i, value(i));
-  for (; i < run.n; ++i) scalar(i);
+  // The mask tells gcc that the tail is short, or it vectorizes it.
+  for (int64_t k = 0, tail = (run.n - i) & 7; k < tail; ++k) scalar(i + k);
 }
 
 template <typename T>

@@ -7,7 +7,7 @@ import pytest
 from binary import Function, Instruction
 
 DOT = re.compile(r"vpdpbusd|vpdpwssd|vpmaddubsw|vpmaddwd")
-STREAM = re.compile(r"vrndscaleps|vroundps")  # quantize, dequantize, fake_quant
+STREAM = re.compile(r"vrndscaleps|vroundps|vcvtps2dq")
 
 
 def hot_loops(pattern: re.Pattern, only: str = "") -> list[tuple[Function, list[Instruction]]]:
@@ -25,6 +25,7 @@ def hot_loops(pattern: re.Pattern, only: str = "") -> list[tuple[Function, list[
     [
         pytest.param(DOT, "", id="dot products"),
         pytest.param(STREAM, "fake_quant", id="fake_quant"),
+        pytest.param(STREAM, "quantize", id="quantize"),
     ],
 )
 def test_hot_loops_do_not_touch_the_stack(pattern, only):
