@@ -90,6 +90,12 @@ struct Avx2Multiply {
     }
   }
 
+  // Without a mask if there is a flip: both constants do not fit the registers.
+  QK_INLINE __m256i even_bytes(__m256i a) {
+    return Flip ? _mm256_srli_epi16(_mm256_slli_epi16(a, 8), 8)
+                : _mm256_and_si256(a, _mm256_set1_epi16(0xff));
+  }
+
   // The even or the odd bytes of a quad, widened to int16. One after the other: together their
   // operands do not fit the registers. `load(i)` gives the four bytes of row i.
   template <int R, int V, bool Odd, typename Load>
@@ -103,8 +109,7 @@ struct Avx2Multiply {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const __m256i bytes = flipped(load(i));
-      const __m256i a =
-          Odd ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, _mm256_set1_epi16(0xff));
+      const __m256i a = Odd ? _mm256_srli_epi16(bytes, 8) : even_bytes(bytes);
 #pragma GCC unroll 2
       for (int j = 0; j < V; ++j) {
         add_products(acc[i][j], a, bv[j]);

@@ -1,0 +1,181 @@
+// Fractions of this machine's own peak that igemm reaches, a line for each ISA and shape.
+//
+//   bench_gemm [isa]
+//
+// The peak of an ISA is a loop of its dot products on registers, 12 independent sums in one asm block, timed in this
+// process between the kernels. Times are the minimum of many runs; the operands are reused, so that weights up to the
+// size of L2 are read from there, as in a network that runs again and again.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "csrc/gemm/linear.h"
+
+using namespace qk;
+
+namespace {
+
+double now_ns() {
+  return static_cast<double>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                 std::chrono::steady_clock::now().time_since_epoch())
+                                 .count());
+}
+
+#define SUMS12(one) \
+  one(0) one(1) one(2) one(3) one(4) one(5) one(6) one(7) one(8) one(9) one(10) one(11)
+#define CLOBBERS                                                                              \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+      "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
+#define ZMM_DOT(n) "vpdpbusd %%zmm12, %%zmm12, %%zmm" #n "\n\t"
+#define YMM_DOT(n) "%{vex%} vpdpbusd %%ymm12, %%ymm12, %%ymm" #n "\n\t"
+#define YMM_MADDUBS(n)                             \
+  "vpmaddubsw %%ymm12, %%ymm12, %%ymm13\n\t"       \
+  "vpmaddwd %%ymm12, %%ymm13, %%ymm13\n\t"         \
+  "vpaddd %%ymm13, %%ymm" #n ", %%ymm" #n "\n\t"
+#define YMM_MADD(n)                          \
+  "vpmaddwd %%ymm12, %%ymm12, %%ymm13\n\t"   \
+  "vpaddd %%ymm13, %%ymm" #n ", %%ymm" #n "\n\t"
+#define TILE_DOTS                        \
+  "tdpbusd %%tmm4, %%tmm6, %%tmm0\n\t"   \
+  "tdpbusd %%tmm5, %%tmm6, %%tmm1\n\t"   \
+  "tdpbusd %%tmm4, %%tmm7, %%tmm2\n\t"   \
+  "tdpbusd %%tmm5, %%tmm7, %%tmm3\n\t"
+
+constexpr int kLoops = 2000;
+
+// Runs `one` on 12 accumulators kLoops times.
+#define PEAK_LOOP(one)                                                                            \
+  long n = kLoops;                                                                                \
+  __asm__ volatile("1:\n\t" SUMS12(one) "dec %0\n\tjne 1b\n\t" : "+r"(n)::CLOBBERS, "cc"); \
+  __asm__ volatile("vzeroupper" ::: CLOBBERS)
+
+void zmm_dots() { PEAK_LOOP(ZMM_DOT); }
+void ymm_dots() { PEAK_LOOP(YMM_DOT); }
+void ymm_maddubs() { PEAK_LOOP(YMM_MADDUBS); }
+void ymm_madds() { PEAK_LOOP(YMM_MADD); }
+
+void tile_dots() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  long n = kLoops;
+  __asm__ volatile("ldtilecfg %1\n\t1:\n\t" TILE_DOTS "dec %0\n\tjne 1b\n\ttilerelease"
+                   : "+r"(n)
+                   : "m"(config)
+                   : "cc");
+}
+
+template <typename F>
+double fastest_ns(const F& f, int runs) {
+  double best = 1e18;
+  for (int i = 0; i < runs; ++i) {
+    const double begin = now_ns();
+    f();
+    const double time = now_ns() - begin;
+    if (time < best) best = time;
+  }
+  return best;
+}
+
+// Multiply-adds a nanosecond.
+double peak(Isa isa, bool safe) {
+  switch (isa) {
+    case Isa::kAmx:
+      return kLoops * 4.0 * 16 * 16 * 64 / fastest_ns(tile_dots, 20);
+    case Isa::kAvx512Vnni:
+      return kLoops * 12.0 * 64 / fastest_ns(zmm_dots, 40);
+    case Isa::kAvxVnni:
+      return kLoops * 12.0 * 32 / fastest_ns(ymm_dots, 40);
+    case Isa::kAvx2:
+      return safe ? kLoops * 12.0 * 32 / fastest_ns(ymm_maddubs, 40)
+                  : kLoops * 12.0 * 16 / fastest_ns(ymm_madds, 40);
+    case Isa::kScalar:
+      break;
+  }
+  return 0;
+}
+
+struct Shape {
+  int64_t m, k, n;
+};
+constexpr Shape kShapes[] = {
+    {1, 1024, 1024}, {4, 1024, 1024}, {16, 1024, 1024}, {96, 512, 512},   {128, 768, 3072},
+    {256, 1024, 1024}, {512, 2048, 512}, {196, 256, 256}, {784, 64, 256},   {784, 256, 64},
+    {3136, 64, 64},  {3136, 24, 144}, {12544, 16, 96},
+};
+
+uint8_t* aligned(std::vector<uint8_t>& owner, int64_t bytes) {
+  owner.resize(static_cast<size_t>(bytes) + 64);
+  return owner.data() + (64 - reinterpret_cast<uintptr_t>(owner.data()) % 64) % 64;
+}
+
+// `spread`: weights are in [-spread, spread]; up to 64 they are safe for vpmaddubsw.
+void bench(const Shape& shape, Isa isa, bool input_signed, int spread) {
+  std::vector<int8_t> weight(static_cast<size_t>(shape.n * shape.k));
+  std::vector<uint8_t> a(static_cast<size_t>(shape.m * shape.k)),
+      out(static_cast<size_t>(shape.m * shape.n)), owner;
+  uint32_t state = 1;
+  const auto next = [&state] { return (state = state * 1664525u + 1013904223u) >> 16; };
+  for (int8_t& w : weight) {
+    w = static_cast<int8_t>(static_cast<int>(next() % (2 * spread + 1)) - spread);
+  }
+  for (uint8_t& v : a) v = static_cast<uint8_t>(next());
+  const float scale = 0.01f;
+  const PackSource source{.weight = weight.data(),
+                          .n = shape.n,
+                          .taps = 1,
+                          .depth = shape.k,
+                          .stride_n = shape.k,
+                          .stride_tap = 0,
+                          .stride_k = 1,
+                          .weight_scale = &scale,
+                          .weight_zero_point = nullptr,
+                          .per_tensor = true,
+                          .bias = nullptr,
+                          .input_scale = 0.01f,
+                          .input_zero_point = 3,
+                          .input_signed = input_signed,
+                          .output_scale = 0.5f,
+                          .epilogue = {}};
+  const int64_t bytes = packed_igemm_bytes(shape.n, 1, shape.k, isa);
+  uint8_t* packed = aligned(owner, bytes);
+  PackedMatrix matrix;
+  if (pack_igemm(source, isa, packed) != Status::kOk ||
+      view_packed(packed, bytes, &matrix) != Status::kOk) {
+    std::printf("packing failed\n");
+    std::exit(1);
+  }
+  const LinearArgs args{matrix, a.data(), shape.m, shape.k, out.data(), nullptr, 0, false};
+  const double macs = static_cast<double>(shape.m) * shape.k * shape.n;
+  const int runs = static_cast<int>(macs > 1e8 ? 12 : macs > 1e7 ? 40 : 300);
+  double best = fastest_ns([&] { linear(args, kSerial); }, runs);
+  const double limit = peak(isa, spread <= 64);
+  const double again = fastest_ns([&] { linear(args, kSerial); }, runs);
+  if (again < best) best = again;
+  std::printf("%-10s %s %-6s M=%-5lld K=%-5lld N=%-5lld %9.2f us %7.1f GMAC/s  %.3f of peak %6.1f  weights %5.1f GB/s\n",
+              isa_name(isa), input_signed ? "s8" : "u8", spread <= 64 ? "narrow" : "full",
+              static_cast<long long>(shape.m), static_cast<long long>(shape.k),
+              static_cast<long long>(shape.n), best / 1e3, macs / best, macs / best / limit, limit,
+              static_cast<double>(shape.k * shape.n) / best);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = kIsaCount - 1; i > 0; --i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (argc > 1 && std::strcmp(argv[1], isa_name(isa)) != 0) continue;
+    set_isa_cap(isa);
+    if (isa_active() != isa) continue;
+    for (const Shape& shape : kShapes) {
+      bench(shape, isa, false, 127);
+      if (isa == Isa::kAvx2) bench(shape, isa, false, 64);
+    }
+    for (const Shape& shape : {kShapes[0], kShapes[5], kShapes[10]}) bench(shape, isa, true, 127);
+  }
+  return 0;
+}
