@@ -53,11 +53,22 @@ struct StridedCursor {
   }
 };
 
+// Makes stores past the caches visible to other threads; once at the end of a thread's work.
+inline void stream_fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+struct NoFinish {
+  void operator()() const {}
+};
+
 // Calls f(cursor, first, n) for runs of at most `max_run` elements of the innermost dimension,
-// starting at element `first` of the cursor's row.
-template <int kOperands, typename F>
+// starting at element `first` of the cursor's row; `finish` at the end of each thread's share.
+template <int kOperands, typename F, typename Finish = NoFinish>
 void for_each_run(const StridedLayout<kOperands>& layout, const Parallel& parallel, int64_t max_run,
-                  int64_t work_ns, const F& f) {
+                  int64_t work_ns, const F& f, const Finish& finish = {}) {
   const int64_t inner = layout.inner(), pieces = (inner + max_run - 1) / max_run;
   parallel.for_each_range(layout.rows() * pieces, work_ns, [&](int64_t begin, int64_t end) {
     StridedCursor<kOperands> cursor(layout, begin / pieces);
@@ -70,6 +81,7 @@ void for_each_run(const StridedLayout<kOperands>& layout, const Parallel& parall
         cursor.next_row();
       }
     }
+    finish();
   });
 }
 

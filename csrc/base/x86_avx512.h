@@ -33,13 +33,14 @@ QK_INLINE __m512 load(const Float16* x, __mmask16 m) {
 }
 
 QK_INLINE void store(float* x, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(x, m, v); }
-// v is not NaN.
-QK_INLINE __m256i to_bfloat16(__m512 v) {
+// Rounded to bfloat16, in 32 bits. v is not NaN.
+QK_INLINE __m512i round_bfloat16(__m512 v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_srli_epi32(rounded, 16);
 }
+QK_INLINE __m256i to_bfloat16(__m512 v) { return _mm512_cvtepi32_epi16(round_bfloat16(v)); }
 QK_INLINE void store(BFloat16* x, __mmask16 m, __m512 v) {
   _mm256_mask_storeu_epi16(x, m, to_bfloat16(v));
 }
@@ -47,13 +48,27 @@ QK_INLINE void store(Float16* x, __mmask16 m, __m512 v) {
   _mm256_mask_storeu_epi16(x, m, _mm512_cvtps_ph(v, kNearestEven));
 }
 
-// Past the caches; x is aligned to 16 elements.
-QK_INLINE void stream(float* x, __m512 v) { _mm512_stream_ps(x, v); }
-QK_INLINE void stream(BFloat16* x, __m512 v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(x), to_bfloat16(v));
+// kStream: past the caches; x is then aligned to 64 bytes.
+template <bool kStream>
+QK_INLINE void store64_bytes(void* x, __m512i v) {
+  kStream ? _mm512_stream_si512(static_cast<__m512i*>(x), v) : _mm512_storeu_si512(x, v);
 }
-QK_INLINE void stream(Float16* x, __m512 v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, kNearestEven));
+// 32 values.
+template <bool kStream>
+QK_INLINE void store2(float* x, __m512 a, __m512 b) {
+  store64_bytes<kStream>(x, _mm512_castps_si512(a));
+  store64_bytes<kStream>(x + 16, _mm512_castps_si512(b));
+}
+template <bool kStream>
+QK_INLINE void store2(BFloat16* x, __m512 a, __m512 b) {
+  const __m512i pairs = _mm512_packus_epi32(round_bfloat16(a), round_bfloat16(b));
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  store64_bytes<kStream>(x, _mm512_permutexvar_epi64(order, pairs));
+}
+template <bool kStream>
+QK_INLINE void store2(Float16* x, __m512 a, __m512 b) {
+  const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(a, kNearestEven));
+  store64_bytes<kStream>(x, _mm512_inserti64x4(low, _mm512_cvtps_ph(b, kNearestEven), 1));
 }
 
 // RNE(v) as int32. Values above 2^30 saturate; NaN and values below -2^31 become INT_MIN.

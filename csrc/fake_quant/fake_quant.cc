@@ -23,16 +23,18 @@ void fake_quant(const FakeQuantArgs& args, const Parallel& parallel) {
   const int64_t bytes = float_bytes(args.type);
   const StridedLayout<2>& in = args.grid.strided;
   const bool stream = x != y && in.rows() * in.inner() * bytes >= kStreamBytes;
-  for_each_grid_run(args.grid, parallel,
-                    [&](int64_t y_offset, int64_t x_offset, int64_t n, const GridSpan& span) {
-                      kernel({.x = x + x_offset * bytes,
-                              .y = y + y_offset * bytes,
-                              .n = n,
-                              .grid = span,
-                              .qmin = args.qmin,
-                              .qmax = args.qmax,
-                              .stream = stream});
-                    });
+  for_each_grid_run(
+      args.grid, parallel,
+      [&](int64_t y_offset, int64_t x_offset, int64_t n, const GridSpan& span) {
+        kernel({.x = x + x_offset * bytes,
+                .y = y + y_offset * bytes,
+                .n = n,
+                .grid = span,
+                .qmin = args.qmin,
+                .qmax = args.qmax,
+                .stream = stream});
+      },
+      stream_fence);
 }
 
 }  // namespace qk

@@ -41,7 +41,7 @@ struct FakeQuantRun {
   GridSpan grid;
   int32_t qmin;
   int32_t qmax;
-  bool stream;  // store past the caches
+  bool stream;  // store past the caches; the caller fences
 };
 
 using FakeQuantKernel = void (*)(const FakeQuantRun&);

@@ -52,7 +52,6 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
     if (address % sizeof(T) == 0 && head < run.n) {
       for (; i < head; ++i) scalar(i);
       for (; i + 8 <= run.n; i += 8) stream(y + i, value(i));
-      _mm_sfence();
     }
   }
   for (; i + 32 <= run.n; i += 32) {

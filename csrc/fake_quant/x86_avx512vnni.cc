@@ -40,19 +40,21 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
   };
   int64_t i = 0;
   if (run.stream) {
-    // Elements before the first 16-element boundary.
+    // Elements before the first boundary of 64 bytes.
     const uintptr_t address = reinterpret_cast<uintptr_t>(y);
-    const int64_t head = static_cast<int64_t>(-address / sizeof(T) % 16);
+    const int64_t head = static_cast<int64_t>(-address % 64 / sizeof(T));
     if (address % sizeof(T) == 0 && head < run.n) {
-      store(y, lanes(head), value(0, lanes(head)));
-      for (i = head; i + 16 <= run.n; i += 16) stream(y + i, value(i, 0xffff));
-      _mm_sfence();
+      for (; i < head; i += 16) store(y + i, lanes(head - i), value(i, lanes(head - i)));
+      for (i = head; i + 32 <= run.n; i += 32) {
+        store2<true>(y + i, value(i, 0xffff), value(i + 16, 0xffff));
+      }
     }
   }
   for (; i + 64 <= run.n; i += 64) {
     __m512 v[4];
     for (int k = 0; k < 4; ++k) v[k] = value(i + 16 * k, 0xffff);
-    for (int k = 0; k < 4; ++k) store(y + i + 16 * k, 0xffff, v[k]);
+    store2<false>(y + i, v[0], v[1]);
+    store2<false>(y + i + 32, v[2], v[3]);
   }
   for (; i < run.n; i += 16) store(y + i, lanes(run.n - i), value(i, lanes(run.n - i)));
 }

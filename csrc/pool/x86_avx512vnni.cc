@@ -51,43 +51,78 @@ QK_INLINE void max_window(const PoolWindow& window) {
   }
 }
 
+// 64 sums: of 16 bits until they are flushed to 32 bits.
+struct Sums {
+  __m512i low, high, wide[4];
+
+  __attribute__((always_inline)) void add(__m512i q) {
+    low = _mm512_add_epi16(low, _mm512_unpacklo_epi8(q, _mm512_setzero_si512()));
+    high = _mm512_add_epi16(high, _mm512_unpackhi_epi8(q, _mm512_setzero_si512()));
+  }
+  __attribute__((always_inline)) void flush() {
+    const __m512i zero = _mm512_setzero_si512();
+    wide[0] = _mm512_add_epi32(wide[0], _mm512_unpacklo_epi16(low, zero));
+    wide[1] = _mm512_add_epi32(wide[1], _mm512_unpackhi_epi16(low, zero));
+    wide[2] = _mm512_add_epi32(wide[2], _mm512_unpacklo_epi16(high, zero));
+    wide[3] = _mm512_add_epi32(wide[3], _mm512_unpackhi_epi16(high, zero));
+    low = high = zero;
+  }
+};
+
+// The means of kVectors * 64 channels, the last vector under a mask, in one pass over the window.
 // An int8 code plus 128 is its byte with the top bit flipped: sums are unsigned either way.
-template <bool kOutSigned>
-QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
-  const __m512i zero = _mm512_setzero_si512();
+template <bool kOutSigned, int kVectors>
+QK_INLINE void mean_channels(const PoolWindow& window, int64_t c, const MeanGrid& grid) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(grid.q_signed ? 0x80 : 0));
   const int32_t zero_byte = grid.q_zero_point + (grid.q_signed ? 128 : 0);
   const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
   const __m512i start = _mm512_set1_epi32(-static_cast<int32_t>(taps) * zero_byte);
+  const __m512i zero = _mm512_setzero_si512();
+  const __mmask64 last = byte_lanes(window.channels - c - 64 * (kVectors - 1));
+  Sums sums[kVectors];
+  for (int k = 0; k < kVectors; ++k) sums[k] = {zero, zero, {start, start, start, start}};
+  int room = kFlush;
+  for_each_tap(window, window.base + c, [&](const uint8_t* tap) __attribute__((always_inline)) {
+    for (int k = 0; k < kVectors; ++k) {
+      const __m512i q = k + 1 < kVectors ? _mm512_loadu_si512(tap + 64 * k)
+                                         : _mm512_maskz_loadu_epi8(last, tap + 64 * k);
+      sums[k].add(_mm512_xor_si512(q, flip));
+    }
+    if (--room == 0) {
+      for (int k = 0; k < kVectors; ++k) sums[k].flush();
+      room = kFlush;
+    }
+  });
   const __m512 multiplier = _mm512_set1_ps(grid.scale_ratio / static_cast<float>(grid.divisor));
   const __m512i zp = _mm512_set1_epi32(grid.out_zero_point), zp16 = pack16(zp, zp);
   const CodeRange range = code_range(grid.qmin, grid.qmax);
-  for (int64_t c = 0; c < window.channels; c += 64) {
-    const __mmask64 m = byte_lanes(window.channels - c);
-    __m512i sum[4] = {start, start, start, start}, low = zero, high = zero;
-    int room = kFlush;
-    const auto flush = [&]() __attribute__((always_inline)) {
-      sum[0] = _mm512_add_epi32(sum[0], _mm512_unpacklo_epi16(low, zero));
-      sum[1] = _mm512_add_epi32(sum[1], _mm512_unpackhi_epi16(low, zero));
-      sum[2] = _mm512_add_epi32(sum[2], _mm512_unpacklo_epi16(high, zero));
-      sum[3] = _mm512_add_epi32(sum[3], _mm512_unpackhi_epi16(high, zero));
-      low = high = zero;
-      room = kFlush;
-    };
-    for_each_tap(window, window.base + c, [&](const uint8_t* tap) __attribute__((always_inline)) {
-      const __m512i q = _mm512_xor_si512(_mm512_maskz_loadu_epi8(m, tap), flip);
-      low = _mm512_add_epi16(low, _mm512_unpacklo_epi8(q, zero));
-      high = _mm512_add_epi16(high, _mm512_unpackhi_epi8(q, zero));
-      if (--room == 0) flush();
-    });
-    flush();
-    for (int k = 0; k < 4; ++k) {
-      sum[k] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[k]), multiplier));
+  for (int k = 0; k < kVectors; ++k) {
+    sums[k].flush();
+    __m512i v[4];
+    for (int j = 0; j < 4; ++j) {
+      v[j] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[k].wide[j]), multiplier));
     }
-    const __m512i q =
-        pack_codes<kOutSigned>(_mm512_adds_epi16(pack16(sum[0], sum[1]), zp16),
-                               _mm512_adds_epi16(pack16(sum[2], sum[3]), zp16), range);
-    _mm512_mask_storeu_epi8(window.out + c, m, q);
+    const __m512i q = pack_codes<kOutSigned>(_mm512_adds_epi16(pack16(v[0], v[1]), zp16),
+                                             _mm512_adds_epi16(pack16(v[2], v[3]), zp16), range);
+    const __mmask64 m = k + 1 < kVectors ? ~__mmask64{0} : last;
+    _mm512_mask_storeu_epi8(window.out + c + 64 * k, m, q);
+  }
+}
+
+template <bool kOutSigned>
+QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
+  int64_t c = 0;
+  for (; window.channels - c > 128; c += 256) {
+    if (window.channels - c > 192) {
+      mean_channels<kOutSigned, 4>(window, c, grid);
+    } else {
+      mean_channels<kOutSigned, 3>(window, c, grid);
+    }
+  }
+  if (window.channels - c > 64) {
+    mean_channels<kOutSigned, 2>(window, c, grid);
+  } else if (window.channels > c) {
+    mean_channels<kOutSigned, 1>(window, c, grid);
   }
 }
 

@@ -50,9 +50,9 @@ struct GridBlock {
 
 // Rows of one element a channel. Narrow dense rows are folded: k rows of C channels become one row
 // of k * C.
-template <typename F>
+template <typename F, typename Finish>
 void for_each_channel_row(const GridLayout& grid, const Parallel& parallel, int64_t work_ns,
-                          const F& f) {
+                          const F& f, const Finish& finish) {
   const StridedLayout<2>& in = grid.strided;
   const int64_t channels = in.inner(), rows = in.rows();
   const bool dense =
@@ -87,28 +87,31 @@ void for_each_channel_row(const GridLayout& grid, const Parallel& parallel, int6
         }
       }
     }
+    finish();
   });
 }
 
 }  // namespace detail
 
-// Calls f(output offset, input offset, n, span) on contiguous runs that cover the tensor.
-template <typename F>
-void for_each_grid_run(const GridLayout& grid, const Parallel& parallel, const F& f) {
+// Calls f(output offset, input offset, n, span) on contiguous runs that cover the tensor; `finish`
+// at the end of each thread's share.
+template <typename F, typename Finish = NoFinish>
+void for_each_grid_run(const GridLayout& grid, const Parallel& parallel, const F& f,
+                       const Finish& finish = {}) {
   const StridedLayout<2>& in = grid.strided;
   const int64_t elements = in.rows() * in.inner(), work_ns = elements / 8;
   if (elements == 0) return;
   if (grid.channel_dim == in.dims - 1) {
-    detail::for_each_channel_row(grid, parallel, work_ns, f);
+    detail::for_each_channel_row(grid, parallel, work_ns, f, finish);
     return;
   }
-  for_each_run(in, parallel, kGridRun, work_ns,
-               [&](const StridedCursor<2>& cursor, int64_t first, int64_t n) {
-                 const int64_t c = grid.channel_dim < 0 ? 0 : cursor.index[grid.channel_dim];
-                 const float inv_scale = 1.0f / grid.scale[c];
-                 const GridSpan span{grid.scale + c, &inv_scale, grid.zero_point + c, false};
-                 f(cursor.offset[0] + first, cursor.offset[1] + first, n, span);
-               });
+  const auto run = [&](const StridedCursor<2>& cursor, int64_t first, int64_t n) {
+    const int64_t c = grid.channel_dim < 0 ? 0 : cursor.index[grid.channel_dim];
+    const float inv_scale = 1.0f / grid.scale[c];
+    const GridSpan span{grid.scale + c, &inv_scale, grid.zero_point + c, false};
+    f(cursor.offset[0] + first, cursor.offset[1] + first, n, span);
+  };
+  for_each_run(in, parallel, kGridRun, work_ns, run, finish);
 }
 
 }  // namespace qk

@@ -52,15 +52,17 @@ void dequantize(const DequantizeArgs& args, const Parallel& parallel) {
   const int64_t bytes = float_bytes(args.x_type);
   const StridedLayout<2>& in = args.grid.strided;
   const bool stream = in.rows() * in.inner() * bytes >= kStreamBytes;
-  for_each_grid_run(args.grid, parallel,
-                    [&](int64_t x_offset, int64_t q_offset, int64_t n, const GridSpan& span) {
-                      kernel({.q = q + q_offset,
-                              .x = x + x_offset * bytes,
-                              .n = n,
-                              .grid = span,
-                              .q_signed = args.q_signed,
-                              .stream = stream});
-                    });
+  for_each_grid_run(
+      args.grid, parallel,
+      [&](int64_t x_offset, int64_t q_offset, int64_t n, const GridSpan& span) {
+        kernel({.q = q + q_offset,
+                .x = x + x_offset * bytes,
+                .n = n,
+                .grid = span,
+                .q_signed = args.q_signed,
+                .stream = stream});
+      },
+      stream_fence);
 }
 
 }  // namespace qk

@@ -59,7 +59,7 @@ struct DequantizeRun {
   int64_t n;
   GridSpan grid;
   bool q_signed;
-  bool stream;  // store past the caches
+  bool stream;  // store past the caches; the caller fences
 };
 
 using QuantizeKernel = void (*)(const QuantizeRun&);

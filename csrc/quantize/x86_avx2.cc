@@ -84,7 +84,6 @@ QK_INLINE void dequantize_run(const DequantizeRun& run) {
     if (address % sizeof(T) == 0 && head < run.n) {
       for (; i < head; ++i) scalar(i);
       for (; i + 8 <= run.n; i += 8) stream(x + i, value(i));
-      _mm_sfence();
     }
   }
   for (; i + 8 <= run.n; i += 8) store(x + i, value(i));

@@ -72,17 +72,21 @@ QK_INLINE void dequantize_run(const DequantizeRun& run) {
   };
   int64_t i = 0;
   if (run.stream) {
-    // Elements before the first 16-element boundary.
+    // Elements before the first boundary of 64 bytes.
     const uintptr_t address = reinterpret_cast<uintptr_t>(x);
-    const int64_t head = static_cast<int64_t>(-address / sizeof(T) % 16);
+    const int64_t head = static_cast<int64_t>(-address % 64 / sizeof(T));
     if (address % sizeof(T) == 0 && head < run.n) {
-      store(x, lanes(head), value(0, lanes(head)));
-      for (i = head; i + 16 <= run.n; i += 16) stream(x + i, value(i, 0xffff));
-      _mm_sfence();
+      for (; i < head; i += 16) store(x + i, lanes(head - i), value(i, lanes(head - i)));
+      for (i = head; i + 32 <= run.n; i += 32) {
+        store2<true>(x + i, value(i, 0xffff), value(i + 16, 0xffff));
+      }
     }
   }
   for (; i + 64 <= run.n; i += 64) {
-    for (int k = 0; k < 4; ++k) store(x + i + 16 * k, 0xffff, value(i + 16 * k, 0xffff));
+    __m512 v[4];
+    for (int k = 0; k < 4; ++k) v[k] = value(i + 16 * k, 0xffff);
+    store2<false>(x + i, v[0], v[1]);
+    store2<false>(x + i + 32, v[2], v[3]);
   }
   for (; i < run.n; i += 16) store(x + i, lanes(run.n - i), value(i, lanes(run.n - i)));
 }

@@ -88,8 +88,8 @@ def test_per_channel_equals_torch_fake_quantize(isa):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, -1])
-@pytest.mark.parametrize("channels", [1, 3, 16, 70])
-@pytest.mark.parametrize("float_dtype", FLOATS)
+@pytest.mark.parametrize("channels", [1, 3, 70])
+@pytest.mark.parametrize("float_dtype", FLOATS[:2])
 def test_every_layout_and_axis_equals_reference(isa, layout, axis, channels, float_dtype):
     generator = seeded(channels)
     x = LAYOUTS[layout](torch.randn(2, channels, 5, 7, generator=generator).to(float_dtype) * 4)

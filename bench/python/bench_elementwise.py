@@ -1,0 +1,107 @@
+"""Elementwise ops against a copy that moves the same bytes: median time ratios, one thread, memory reused.
+
+    python bench/python/bench_elementwise.py [--json FILE] [--sizes 4 200] [--repeats 15]
+
+A ratio of 1 is memory speed. The peer is torch's own copy_ of uint8 tensors with (bytes read + bytes written) / 2
+elements; both are timed in turns in one process, so that a busy machine slows both.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+import qkernels
+from qkernels import ops
+
+
+def seconds(call, inner: int) -> float:
+    start = time.perf_counter()
+    for _ in range(inner):
+        call()
+    return (time.perf_counter() - start) / inner
+
+
+def ratio(call, moved_bytes: int, repeats: int) -> dict:
+    source = torch.randint(0, 256, (moved_bytes // 2,), dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def copy():
+        target.copy_(source)
+
+    call(), copy()
+    inner = max(1, int(2e-3 / max(seconds(copy, 1), 1e-7)))
+    pairs = [(seconds(call, inner), seconds(copy, inner)) for _ in range(repeats)]
+    ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {
+        "us": ours * 1e6,
+        "copy_us": peer * 1e6,
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "gb_per_s": moved_bytes / ours / 1e9,
+    }
+
+
+def cases(megabytes: int):
+    """(name, call, bytes moved); `megabytes` is the size of the larger tensor."""
+    n = megabytes << 20
+    grid = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        size = dtype.itemsize
+        x = (torch.randn(n // size // 256, 256) * 2).to(dtype)
+        y, q = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+        yield (
+            f"quantize {name}",
+            lambda x=x, q=q: ops.quantize_out(x, *grid, None, -128, 127, q),
+            x.numel() * (size + 1),
+        )
+        yield f"dequantize {name}", lambda q=q, y=y: ops.dequantize_out(q, *grid, None, y), x.numel() * (size + 1)
+        yield f"fake_quant {name}", lambda x=x, y=y: ops.fake_quant_out(x, *grid, None, -128, 127, y), 2 * n
+        if dtype != torch.float32:
+            continue
+        scale, zero_point = torch.rand(256) * 0.1 + 0.01, torch.randint(-9, 9, (256,), dtype=torch.int32)
+        inner = scale, zero_point, 1
+        yield "quantize channels innermost", lambda: ops.quantize_out(x, *inner, -128, 127, q), x.numel() * 5
+        yield "dequantize channels innermost", lambda: ops.dequantize_out(q, *inner, y), x.numel() * 5
+        yield "fake_quant channels innermost", lambda: ops.fake_quant_out(x, *inner, -128, 127, y), 2 * n
+        rows = x.view(256, -1)
+        outer = scale, zero_point, 0
+        yield (
+            "quantize channels outermost",
+            lambda: ops.quantize_out(rows, *outer, -128, 127, q.view(256, -1)),
+            x.numel() * 5,
+        )
+    a, b = (torch.randint(0, 256, (1, 64, 64, n // 4096), dtype=torch.uint8).permute(0, 3, 1, 2) for _ in range(2))
+    gate = b[:, :, :1, :1].contiguous()
+    sum_grid = (0.02, 3, 0.03, 5, 0.04, 7, 0, 255, torch.uint8)
+    table = torch.randperm(256).to(torch.uint8)
+    yield "lookup (allocates)", lambda: ops.lookup(a, table), 2 * n
+    yield "add (allocates)", lambda: ops.add(a, b, *sum_grid), 3 * n
+    yield "mul gate (allocates)", lambda: ops.mul(a, gate, *sum_grid), 2 * n
+    yield "max_pool 3x3/2 (allocates)", lambda: ops.max_pool(a, [3, 3], [2, 2], [1, 1], [1, 1]), n * 5 // 4
+    yield "global mean", lambda: ops.adaptive_avg_pool(a, [1, 1], *sum_grid[2:]), n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 200], help="MiB of the larger tensor")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    print(f"{'op':32s} {'MiB':>5s} {'us':>10s} {'GB/s':>7s} {'x copy':>7s}   isa {qkernels._C.isa_active()}")
+    for megabytes in options.sizes:
+        for name, call, moved in cases(megabytes):
+            result = {"op": name, "mib": megabytes, **ratio(call, moved, options.repeats)}
+            results.append(result)
+            print(f"{name:32s} {megabytes:5d} {result['us']:10.1f} {result['gb_per_s']:7.1f} {result['ratio']:7.2f}")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"isa": qkernels._C.isa_active(), "torch": torch.__version__, "results": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

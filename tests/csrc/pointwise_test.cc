@@ -1,0 +1,254 @@
+// quantize, dequantize, fake_quant, lookup, add, mul and the pools: every kernel equals the scalar
+// one for every length around its vectors, with an unreadable page on either side of each buffer.
+#include "csrc/pointwise/pointwise.h"
+
+#include <cmath>
+#include <limits>
+
+#include "csrc/fake_quant/fake_quant.h"
+#include "csrc/pool/pool.h"
+#include "csrc/quantize/quantize.h"
+#include "tests/csrc/check.h"
+
+using namespace qk;
+using namespace qk::test;
+
+namespace {
+
+constexpr FloatType kFloatTypes[] = {FloatType::kFloat32, FloatType::kBFloat16,
+                                     FloatType::kFloat16};
+constexpr Touches kSides[] = {Touches::kEnd, Touches::kStart};
+
+// Random values of a float type: ties, NaN, infinities and extremes among them.
+void fill_floats(Guarded<uint8_t>& x, FloatType type, Rng& rng) {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < x.size() / float_bytes(type); ++i) {
+    const float v = rng.chance(0.2)   ? rng.pick({inf, -inf, std::nanf(""), 3e38f, -3e38f, -0.0f})
+                    : rng.chance(0.3) ? static_cast<float>(rng.integer(-300, 300)) * 0.25f + 0.125f
+                                      : rng.real(-40, 40);
+    uint8_t* p = x.data() + i * float_bytes(type);
+    if (type == FloatType::kFloat32) std::memcpy(p, &v, 4);
+    BFloat16 b;
+    from_float(v, &b);
+    if (type == FloatType::kBFloat16) std::memcpy(p, &b, 2);
+    Float16 h;
+    from_float(v, &h);
+    if (type == FloatType::kFloat16) std::memcpy(p, &h, 2);
+  }
+}
+
+struct Channels {
+  Guarded<float> scale, inv_scale;
+  Guarded<int32_t> zero_point;
+
+  Channels(int64_t n, Touches side, int32_t qmin, int32_t qmax, Rng& rng)
+      : scale(n, side), inv_scale(n, side), zero_point(n, side) {
+    for (int64_t i = 0; i < n; ++i) {
+      scale[i] = rng.chance(0.5) ? 0.25f : rng.real(0.01f, 0.5f);
+      inv_scale[i] = 1.0f / scale[i];
+      zero_point[i] = static_cast<int32_t>(rng.integer(qmin, qmax));
+    }
+  }
+};
+
+void grid_kernels_equal_scalar(Rng& rng) {
+  for (FloatType type : kFloatTypes) {
+    for (int64_t n = 1; n <= 150; ++n) {
+      const Touches side = kSides[rng.integer(0, 1)];
+      const bool is_signed = rng.chance(0.5), per_element = rng.chance(0.5);
+      const int32_t qmin = is_signed ? -128 : 0;
+      const int32_t qmax = qmin + (rng.chance(0.5) ? 255 : 15);
+      CONTEXT("type=", type, " n=", n, " signed=", is_signed, " per_element=", per_element);
+      const Channels channels(per_element ? n : 1, side, qmin, qmax, rng);
+      const GridSpan span{channels.scale.data(), channels.inv_scale.data(),
+                          channels.zero_point.data(), per_element};
+      Guarded<uint8_t> x(n * float_bytes(type), side), q(n, side), expected_q(n, side);
+      fill_floats(x, type, rng);
+      QuantizeRun quantize_run{x.data(), expected_q.data(), n, span, is_signed, qmin, qmax};
+      select_quantize_kernel(type, kCpuScalar)(quantize_run);
+      quantize_run.q = q.data();
+      select_quantize_kernel(type)(quantize_run);
+      CHECK(same_bytes(q.data(), expected_q.data(), n));
+
+      Guarded<uint8_t> y(x.size(), side), expected_y(x.size(), side);
+      rng.fill(q);
+      DequantizeRun dequantize_run{q.data(), expected_y.data(), n, span, is_signed, false};
+      select_dequantize_kernel(type, kCpuScalar)(dequantize_run);
+      dequantize_run.x = y.data();
+      dequantize_run.stream = rng.chance(0.5);
+      select_dequantize_kernel(type)(dequantize_run);
+      stream_fence();
+      CHECK(same_bytes(y.data(), expected_y.data(), y.size()));
+
+      FakeQuantRun fake_run{x.data(), expected_y.data(), n, span, qmin, qmax, false};
+      select_fake_quant_kernel(type, kCpuScalar)(fake_run);
+      fake_run.y = y.data();
+      fake_run.stream = rng.chance(0.5);
+      select_fake_quant_kernel(type)(fake_run);
+      stream_fence();
+      CHECK(same_bytes(y.data(), expected_y.data(), y.size()));
+    }
+  }
+}
+
+void lookup_equals_scalar(Rng& rng, LookupKernel kernel) {
+  Guarded<uint8_t> table(256);
+  for (int64_t n = 0; n <= 200; ++n) {
+    const Touches side = kSides[n % 2];
+    const int64_t rows = rng.integer(1, 3), out_stride = n + rng.integer(0, 5);
+    CONTEXT("n=", n, " rows=", rows);
+    Guarded<uint8_t> q(rows * n, side), out((rows - 1) * out_stride + n, side),
+        expected(out.size(), side);
+    rng.fill(q);
+    rng.fill(table);
+    LookupRows run{q.data(), expected.data(), table.data(), rows, n, n, out_stride};
+    lookup_scalar(run);
+    run.out = out.data();
+    kernel(run);
+    CHECK(same_bytes(out.data(), expected.data(), out.size()));
+  }
+}
+
+void binary_equals_scalar(Rng& rng) {
+  for (BinaryOp op : {BinaryOp::kAdd, BinaryOp::kMul}) {
+    for (int64_t n = 1; n <= 200; ++n) {
+      BinaryGrid grid{};
+      grid.a_signed = rng.chance(0.5);
+      grid.b_signed = rng.chance(0.5);
+      grid.out_signed = rng.chance(0.5);
+      grid.a_scale = rng.pick({0.25f, 0.031f, 1e-20f});
+      grid.b_scale = rng.pick({0.5f, 0.017f, 1e20f});
+      grid.out_scale = rng.pick({0.5f, 0.023f, 1e-30f});
+      const auto any = [&](bool is_signed) {
+        return static_cast<int32_t>(rng.integer(is_signed ? -128 : 0, is_signed ? 127 : 255));
+      };
+      grid.a_zero_point = any(grid.a_signed);
+      grid.b_zero_point = any(grid.b_signed);
+      grid.out_zero_point = any(grid.out_signed);
+      grid.qmin = rng.chance(0.5) ? grid.out_zero_point : grid.out_signed ? -128 : 0;
+      grid.qmax = grid.out_signed ? 127 : 255;
+      const bool a_repeats = rng.chance(0.2), b_repeats = !a_repeats && rng.chance(0.3);
+      const Touches side = kSides[n % 2];
+      CONTEXT("op=", op, " n=", n, " repeats=", a_repeats, b_repeats);
+      Guarded<uint8_t> a(a_repeats ? 1 : n, side), b(b_repeats ? 1 : n, side), out(n, side),
+          expected(n, side);
+      rng.fill(a);
+      rng.fill(b);
+      BinaryRun run{a.data(), b.data(), expected.data(), n, a_repeats, b_repeats, &grid};
+      select_binary_kernel(op, kCpuScalar)(run);
+      run.out = out.data();
+      select_binary_kernel(op)(run);
+      CHECK(same_bytes(out.data(), expected.data(), n));
+    }
+  }
+}
+
+void pools_equal_scalar(Rng& rng) {
+  for (int64_t channels = 1; channels <= 330; channels += channels < 70 ? 1 : 13) {
+    const int64_t taps[3] = {rng.integer(0, 2), rng.integer(1, 4), rng.integer(1, 5)};
+    const bool many = channels % 8 == 0;  // enough taps for the 16-bit sums to be flushed
+    const int64_t wide = many ? 300 : taps[2];
+    CONTEXT("channels=", channels, " taps=", taps[0], "x", taps[1], "x", wide);
+    const Touches side = kSides[channels % 2];
+    Guarded<uint8_t> q(taps[0] * taps[1] * wide * channels, side), out(channels, side),
+        expected(channels, side);
+    rng.fill(q);
+    PoolWindow window{.base = q.data(),
+                      .taps = {taps[0], taps[1], wide},
+                      .stride = {taps[1] * wide * channels, wide * channels, channels},
+                      .channels = channels,
+                      .out = expected.data()};
+    const bool is_signed = rng.chance(0.5);
+    max_pool_scalar(window, is_signed);
+    window.out = out.data();
+    select_max_pool_kernel()(window, is_signed);
+    CHECK(same_bytes(out.data(), expected.data(), channels));
+
+    const bool out_signed = rng.chance(0.5);
+    const int32_t qmin = out_signed ? -128 : 0;
+    const MeanGrid grid{.q_signed = is_signed,
+                        .out_signed = out_signed,
+                        .scale_ratio = rng.pick({0.5f, 1.3f, 40.0f}),
+                        .divisor = static_cast<int32_t>(rng.integer(1, 40)),
+                        .q_zero_point = is_signed ? -7 : 131,
+                        .out_zero_point = qmin + 100,
+                        .qmin = qmin,
+                        .qmax = qmin + 255};
+    window.out = expected.data();
+    avg_pool_scalar(window, grid);
+    window.out = out.data();
+    select_avg_pool_kernel()(window, grid);
+    CHECK(same_bytes(out.data(), expected.data(), channels));
+  }
+}
+
+// Windows at the border: no pool reads outside of its input.
+void pool_drivers_stay_inside(Rng& rng) {
+  for (int i = 0; i < 60; ++i) {
+    PoolGeometry g{};
+    g.batch = rng.integer(1, 2);
+    g.channels = rng.pick({1, 3, 40, 300});
+    int64_t inputs = g.batch * g.channels, outputs = inputs;
+    for (int d = 0; d < 3; ++d) {
+      g.kernel[d] = rng.integer(1, 3);
+      g.stride[d] = rng.integer(1, 3);
+      g.dilation[d] = rng.integer(1, 2);
+      g.padding[d] = rng.integer(0, g.kernel[d] / 2);
+      const int64_t extent = g.dilation[d] * (g.kernel[d] - 1) + 1;
+      g.in[d] = extent + rng.integer(0, 3);
+      g.out[d] = (g.in[d] + 2 * g.padding[d] - extent) / g.stride[d] + 1;
+      inputs *= g.in[d];
+      outputs *= g.out[d];
+    }
+    Guarded<uint8_t> q(inputs, kSides[i % 2]), serial(outputs), parallel(outputs, kSides[i % 2]);
+    rng.fill(q);
+    max_pool({q.data(), serial.data(), true, g}, kSerial);
+    max_pool({q.data(), parallel.data(), true, g}, threads(3));
+    CHECK(same_bytes(serial.data(), parallel.data(), outputs));
+  }
+}
+
+// to_float and from_float are inverse on every 16-bit code and round to nearest even between them.
+void sixteen_bit_floats_round_trip() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const Float16 h{static_cast<uint16_t>(bits)};
+    const BFloat16 b{static_cast<uint16_t>(bits)};
+    if (!std::isnan(to_float(h))) {
+      Float16 again;
+      from_float(to_float(h), &again);
+      CHECK_EQ(again.bits, h.bits);
+    }
+    if (!std::isnan(to_float(b))) {
+      BFloat16 again;
+      from_float(to_float(b), &again);
+      CHECK_EQ(again.bits, b.bits);
+    }
+    if ((bits & 0x7fff) >= 0x7bff) continue;  // the next code is not a number of the same sign
+    const Float16 next{static_cast<uint16_t>(bits + 1)};
+    Float16 middle;
+    from_float((to_float(h) + to_float(next)) * 0.5f, &middle);
+    CHECK_EQ(middle.bits, bits % 2 == 0 ? h.bits : next.bits);
+  }
+}
+
+}  // namespace
+
+int main() {
+  sixteen_bit_floats_round_trip();
+  for_each_isa([](Isa) {
+    Rng rng;
+    grid_kernels_equal_scalar(rng);
+    binary_equals_scalar(rng);
+    pools_equal_scalar(rng);
+    pool_drivers_stay_inside(rng);
+  });
+  // Every lookup kernel, also those that a better one hides.
+  const CpuFeatures features = cpu_features_supported();
+#define QK_BINARY_KERNEL(need, op, name)
+#define QK_LOOKUP_KERNEL(need, name)  \
+  if (has_features(features, need)) { \
+    Rng rng;                          \
+    lookup_equals_scalar(rng, name);  \
+  }
+#include "csrc/pointwise/kernels.inc"
+}
