@@ -167,37 +167,47 @@ void check_packing(const char* op, Status status, int64_t k, ScalarType input_dt
   STD_TORCH_CHECK(status == Status::kOk, op, ": packing failed");
 }
 
-PackedMatrix view_matrix(const char* op, const char* pack_op, const Tensor& packed,
-                         int64_t offset) {
-  PackedMatrix matrix;
-  const Status status = view_packed(static_cast<const uint8_t*>(packed.const_data_ptr()) + offset,
-                                    packed.numel() - offset, &matrix);
+void check_packed(const char* op, const char* pack_op, Status status) {
   STD_TORCH_CHECK(status != Status::kBadIsa, op, ": packed was made for another instruction set; ",
                   isa_name(isa_active()), " is active: call ", pack_op, " again");
   STD_TORCH_CHECK(status != Status::kBadVersion, op,
                   ": packed was made by another version of qkernels: call ", pack_op, " again");
   STD_TORCH_CHECK(status == Status::kOk, op, ": packed must be an unchanged result of ", pack_op,
                   ", got other or damaged bytes");
+}
+
+void check_packed_tensor(const char* op, const char* pack_op, const Tensor& packed) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte &&
+                      packed.dim() == 1 && (packed.numel() <= 1 || packed.stride(0) == 1),
+                  op, ": packed must be a dense uint8 vector on the CPU, made by ", pack_op,
+                  ", got ", dtype_text(packed.scalar_type()), " of shape ", shape_text(packed));
+}
+
+PackedMatrix view_matrix(const char* op, const char* pack_op, const Tensor& packed,
+                         int64_t offset) {
+  PackedMatrix matrix;
+  check_packed(op, pack_op,
+               view_packed(static_cast<const uint8_t*>(packed.const_data_ptr()) + offset,
+                           packed.numel() - offset, &matrix));
   return matrix;
 }
 
-void check_input_type(const char* op, const Tensor& input, const PackedHeader& header) {
-  const ScalarType expected = header.input_signed ? ScalarType::Char : ScalarType::Byte;
+void check_input_type(const char* op, const Tensor& input, bool packed_signed) {
+  const ScalarType expected = packed_signed ? ScalarType::Char : ScalarType::Byte;
   STD_TORCH_CHECK(input.scalar_type() == expected, op, ": input must be ", dtype_text(expected),
                   ", as it was when the weight was packed, got ", dtype_text(input.scalar_type()));
 }
 
-bool check_residual(const char* op, const OptionalTensor& residual, const PackedHeader& header,
+bool check_residual(const char* op, const OptionalTensor& residual, const Epilogue& epilogue,
                     const std::vector<int64_t>& output_sizes) {
-  STD_TORCH_CHECK(residual.has_value() == (header.epilogue.has_residual != 0), op,
-                  ": residual must ", residual.has_value() ? "not " : "",
-                  "be given: the weight was packed with", residual.has_value() ? "out" : "",
-                  " a residual in its epilogue");
+  STD_TORCH_CHECK(residual.has_value() == (epilogue.has_residual != 0), op, ": residual must ",
+                  residual.has_value() ? "not " : "", "be given: the weight was packed with",
+                  residual.has_value() ? "out" : "", " a residual in its epilogue");
   if (!residual.has_value()) return false;
   STD_TORCH_CHECK(residual->is_cpu(), op, ": residual must be on the CPU");
   const bool is_signed = check_code_type(op, "residual", residual->scalar_type());
   check_zero_point(op, "the residual's zero_point", residual->scalar_type(),
-                   header.epilogue.residual.residual_zero_point);
+                   epilogue.residual.residual_zero_point);
   STD_TORCH_CHECK(sizes_of(*residual) == output_sizes, op, ": residual must have shape ",
                   text_of(output_sizes), ", as the output, got ", shape_text(*residual));
   return is_signed;

@@ -46,13 +46,17 @@ OutputType check_output_type(const char* op, ScalarType dtype);
 // Turns the status of pack_igemm() into an error.
 void check_packing(const char* op, Status status, int64_t k, ScalarType input_dtype);
 
+// Turns the status of view_packed() and its like into an error that names `pack_op`.
+void check_packed(const char* op, const char* pack_op, Status status);
+// packed must be a dense uint8 vector on the CPU.
+void check_packed_tensor(const char* op, const char* pack_op, const Tensor& packed);
 // The matrix in `packed` from byte `offset` on, made by `pack_op`.
 PackedMatrix view_matrix(const char* op, const char* pack_op, const Tensor& packed, int64_t offset);
 
-// input and residual of a run op against the packed matrix; out_features and dtype are what the
-// caller declared. Returns whether the residual is int8.
-void check_input_type(const char* op, const Tensor& input, const PackedHeader& header);
-bool check_residual(const char* op, const OptionalTensor& residual, const PackedHeader& header,
+// input and residual of a run op against what the weight was packed with. check_residual returns
+// whether the residual is int8.
+void check_input_type(const char* op, const Tensor& input, bool packed_signed);
+bool check_residual(const char* op, const OptionalTensor& residual, const Epilogue& epilogue,
                     const std::vector<int64_t>& output_sizes);
 
 }  // namespace qk::seam

@@ -78,10 +78,7 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
   constexpr const char* op = "linear";
   STD_TORCH_CHECK(input.is_cpu() && packed.is_cpu(), op,
                   ": input and packed must both be on the CPU");
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
-                      (packed.numel() <= 1 || packed.stride(0) == 1),
-                  op, ": packed must be a dense uint8 vector made by linear_pack, got ",
-                  dtype_text(packed.scalar_type()), " of shape ", shape_text(packed));
+  check_packed_tensor(op, "linear_pack", packed);
   const PackedMatrix matrix = view_matrix(op, "linear_pack", packed, 0);
   const PackedHeader& header = *matrix.header;
   STD_TORCH_CHECK(header.taps == 1, op, ": packed must be made by linear_pack");
@@ -90,12 +87,12 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
   STD_TORCH_CHECK(header.epilogue.output == check_output_type(op, output_dtype), op,
                   ": output_dtype must be the one that the weight was packed with, got ",
                   dtype_text(output_dtype));
-  check_input_type(op, input, header);
+  check_input_type(op, input, header.input_signed);
   STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == header.depth, op,
                   ": input must have shape [..., ", header.depth, "], got ", shape_text(input));
   std::vector<int64_t> sizes = sizes_of(input);
   sizes.back() = header.n;
-  const bool residual_signed = check_residual(op, residual, header, sizes);
+  const bool residual_signed = check_residual(op, residual, header.epilogue, sizes);
 
   Tensor out = torch::stable::empty(sizes, output_dtype);
   int64_t rows = 1;

@@ -44,8 +44,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "int[] stride, int[] padding, int[] dilation, int groups, bool transposed, str padding_mode) "
       "-> Tensor");
   m.def(
-      "conv(Tensor input, Tensor packed, Tensor? residual, int[] output_size, ScalarType "
-      "output_dtype) -> Tensor");
+      "conv(Tensor input, Tensor packed, Tensor? residual, int out_channels, int[] output_size, "
+      "ScalarType output_dtype) -> Tensor");
 
   // Elementwise on integers. lookup is every unary op: out = table[q], table uint8/int8 [256]
   // indexed by the byte of q.

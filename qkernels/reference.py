@@ -241,3 +241,69 @@ def linear(
     zero_points = torch.zeros(1) if weight_zero_point is None else weight_zero_point
     sums = (input.double() - input_zero_point) @ (weight.double() - zero_points.double().reshape(-1, 1)).T
     return apply_epilogue(sums, weight_scale, bias, input_scale, epilogue, residual, sums.dim() - 1)
+
+
+# -- convolution -------------------------------------------------------------------------------------------------------
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED_CONVS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def _pad_spatial(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
+    """torch's padding, [before, after] for each spatial dimension; torch takes the last dimension first."""
+    pairs = [list(padding[i : i + 2]) for i in range(0, len(padding), 2)]
+    if mode == "zeros":
+        return F.pad(x, [side for pair in reversed(pairs) for side in pair])
+    return F.pad(x, [side for pair in reversed(pairs) for side in pair], mode=mode)
+
+
+def _transposed_sums(x: Tensor, w: Tensor, stride, padding, dilation, groups: int, output_size) -> Tensor:
+    """Scatters without padding, then cuts (or extends with zeros) to the output: exact in float64."""
+    full = _TRANSPOSED_CONVS[x.dim() - 2](x, w, None, stride, 0, 0, groups, dilation)
+    for d, out in enumerate(output_size):
+        low = padding[2 * d]
+        missing = low + out - full.shape[2 + d]
+        if missing > 0:
+            full = torch.cat(
+                [full, full.new_zeros([missing if i == 2 + d else n for i, n in enumerate(full.shape)])], 2 + d
+            )
+        full = full.narrow(2 + d, low, out)
+    return full
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    input_scale: float,
+    input_zero_point: int,
+    input_dtype: torch.dtype,
+    epilogue: Epilogue,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    padding_mode: str,
+    output_size: Sequence[int],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What `ops.conv_pack` and `ops.conv` compute; padding: [before, after] for each spatial dimension, flat."""
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    x = input.double() - input_zero_point
+    w = weight.double()
+    if weight_zero_point is not None:
+        zero = weight_zero_point.double().expand(channels)
+        if transposed:  # [I, O / groups, ...]: output channel = group * O / groups + column
+            zero = zero.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).flatten(0, 1)
+            w = w - zero.reshape(*zero.shape, *[1] * (w.dim() - 2))
+        else:
+            w = w - zero.reshape(-1, *[1] * (w.dim() - 1))
+    stride, dilation = list(stride), list(dilation)
+    if transposed:
+        acc = _transposed_sums(x, w, stride, padding, dilation, groups, output_size)
+    else:
+        acc = _CONVS[x.dim() - 2](_pad_spatial(x, padding, padding_mode), w, None, stride, 0, dilation, groups)
+    return apply_epilogue(acc, weight_scale, bias, input_scale, epilogue, residual, 1)

@@ -39,11 +39,10 @@ struct alignas(64) PackedConvHeader {
   ConvKind kind;
   int32_t input_zero_point;
   int32_t input_signed;
-  OutputType output;
-  int32_t has_residual;
   int32_t has_fill;
   int64_t phases, sets, groups_per_set;
   int64_t parts_offset, parts;
+  Epilogue epilogue;
 };
 
 struct ConvSource {

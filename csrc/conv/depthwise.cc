@@ -322,7 +322,7 @@ class Worker {
     const int64_t x0 = run_.count[2] * tile / run_.tiles;
     const int64_t x1 = run_.count[2] * (tile + 1) / run_.tiles;
     find_rows(n, z, row);
-    const int64_t element = output_bytes(packed_.output), channels = shape_.out_channels;
+    const int64_t element = output_bytes(packed_.epilogue.output), channels = shape_.out_channels;
     uint8_t* out[2] = {};
     int64_t pixel[2] = {};
     const int64_t left = run_.count[1] - row * run_.plan.rows_out;
@@ -397,7 +397,8 @@ class Worker {
   // Outputs that the fast epilogue does not write, from the accumulators of a block.
   void store_raw(int64_t first, int64_t rows, const int64_t pixel[2], uint8_t* const out[2]) const {
     const int64_t positions = strip_.vectors * layout_.lanes, channels = shape_.out_channels;
-    const int64_t element = output_bytes(packed_.output), step = run_.phase.dim[2].out_step;
+    const int64_t element = output_bytes(packed_.epilogue.output),
+                  step = run_.phase.dim[2].out_step;
     for (int64_t x = 0; x < strip_.outputs; ++x) {
       for (int64_t p = 0; p < rows; ++p) {
         const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * positions;

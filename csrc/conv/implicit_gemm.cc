@@ -153,7 +153,7 @@ class BlockRows {
 
   // The places of the block's pixels in an output with gaps.
   void find_outputs(int64_t begin, int64_t end) {
-    const int64_t element = output_bytes(args_.packed->output);
+    const int64_t element = output_bytes(args_.packed->epilogue.output);
     for_each_row_segment(
         run_, begin, end,
         [&](int64_t row, int64_t n, int64_t z, int64_t y, int64_t x0, int64_t x1) {
@@ -256,7 +256,7 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
                const Scratch& scratch) {
   const PackedConvHeader& packed = *args.packed;
   const ConvShape& shape = packed.shape;
-  const int64_t element = output_bytes(packed.output);
+  const int64_t element = output_bytes(packed.epilogue.output);
   const int64_t begin = block * run.block;
   const int64_t end = run.pixels < begin + run.block ? run.pixels : begin + run.block;
   const int64_t set_panels = panels_of_phase(packed) / packed.sets;
@@ -287,7 +287,7 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
       gemm.out_row_offset = scratch.out_offset;
       gemm.residual_row_offset = scratch.residual_offset;
     }
-    if (packed.has_residual) gemm.residual = args.residual + first + set * out_set;
+    if (packed.epilogue.has_residual) gemm.residual = args.residual + first + set * out_set;
     gemm.residual_signed = args.residual_signed;
     igemm(gemm);
   }
@@ -300,7 +300,8 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
   auto* padding = static_cast<uint8_t*>(args.workspace);
   std::memset(padding, packed.input_zero_point, kFillBytes);
   const int64_t pixels = args.extent.batch * args.extent.out_pixels();
-  const int64_t channels = packed.shape.out_channels, element = output_bytes(packed.output);
+  const int64_t channels = packed.shape.out_channels,
+                element = output_bytes(packed.epilogue.output);
   parallel.for_each_range(pixels, pixels * channels / 8, [&](int64_t begin, int64_t end) {
     IgemmArgs gemm;
     gemm.matrix = part(packed, packed.parts - 1);

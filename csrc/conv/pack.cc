@@ -109,8 +109,7 @@ PackedConvHeader plan_header(const ConvSource& source, Isa isa) {
   h.kind = is_depthwise(source) ? ConvKind::kDepthwise : ConvKind::kIgemm;
   h.input_zero_point = source.input_zero_point;
   h.input_signed = source.input_signed;
-  h.output = source.epilogue.output;
-  h.has_residual = source.epilogue.has_residual;
+  h.epilogue = source.epilogue;
   h.has_fill = !phases_cover_output(source.shape);
   h.phases = conv_phase_count(source.shape);
   h.groups_per_set =
@@ -178,7 +177,9 @@ int64_t packed_conv_bytes(const ConvSource& source, Isa isa) {
 }
 
 Status pack_conv(const ConvSource& source, Isa isa, void* dst) {
-  int64_t bytes = 0;
+  // Gaps between parts are zero: equal arguments give equal bytes.
+  int64_t bytes = packed_conv_bytes(source, isa);
+  std::memset(dst, 0, static_cast<size_t>(bytes));
   return layout(source, isa, static_cast<uint8_t*>(dst), &bytes);
 }
 

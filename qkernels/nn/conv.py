@@ -27,17 +27,20 @@ class QConv(WeightedLayer):
         return o["stride"], padding, o["dilation"], o["groups"], o["transposed"], o["padding_mode"]
 
     def _derive(self) -> tuple[Any, ...]:
-        return ops.conv_pack(*self._canonical(), *self._geometry()), self._epilogue().dtype, {}
+        channels = self._buffers["weight"].shape[1 if self.options["transposed"] else 0]
+        if self.options["transposed"]:
+            channels *= self.options["groups"]
+        return ops.conv_pack(*self._canonical(), *self._geometry()), channels, self._epilogue().dtype, {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")
         self._check_residual(residual)
-        packed, dtype, sizes = self.derived()
+        packed, channels, dtype, sizes = self.derived()
         spatial = x.shape[2:]
         size = sizes.get(spatial)
         if size is None:
             size = sizes[spatial] = self._output_size(x)
-        return ops.conv(x, packed, residual, size, dtype)
+        return ops.conv(x, packed, residual, channels, size, dtype)
 
     def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")

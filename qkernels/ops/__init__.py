@@ -3,6 +3,7 @@
 This package is the only user of `torch.ops.qkernels`. `qkernels.reference` holds the same operations in plain torch.
 """
 
+from qkernels.ops.conv import conv, conv_output_size, conv_pack, conv_padding
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import fake_quant, fake_quant_out
@@ -17,6 +18,10 @@ __all__ = [
     "add",
     "avg_pool",
     "cat",
+    "conv",
+    "conv_output_size",
+    "conv_pack",
+    "conv_padding",
     "dequantize",
     "dequantize_out",
     "fake_quant",

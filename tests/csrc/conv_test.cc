@@ -63,7 +63,8 @@ void random_epilogue(Rng& rng, Case* c) {
                 1.0f / rng.real(0.01f, 0.1f),
                 e.zero_point,
                 low,
-                low + 255};
+                low + 255,
+                3};
 }
 
 // Small images with every feature mixed, at most a few hundred thousand MACs.

@@ -102,3 +102,33 @@ SAMPLES["linear"] = [
     lambda: (codes(2, 3, 14)[..., ::2], packed_linear(5, 7, RESIDUAL, torch.uint8), codes(2, 3, 5), 5, torch.uint8),
     lambda: (codes(7), packed_linear(5, 7, [1, 0, 0, 255], torch.float32), None, 5, torch.float32),
 ]
+
+
+# ---- conv ----
+
+
+def _conv_pack_args(weight_shape: tuple[int, ...], groups: int, transposed: bool, output: torch.dtype) -> tuple:
+    dims = len(weight_shape) - 2
+    channels = weight_shape[1] * groups if transposed else weight_shape[0]
+    weight = torch.randint(-128, 128, weight_shape, dtype=torch.int8)
+    scale, bias = torch.full((channels,), 0.01), torch.randn(channels)
+    epilogue = [0.3, 10.0, 0.0, 127.0]
+    geometry = ([1] * dims, [1] * (2 * dims), [1] * dims, groups, transposed, "zeros")
+    return (weight, scale, None, bias, 0.05, 3, torch.uint8, epilogue, output, None, *geometry)
+
+
+def _conv_args(weight_shape: tuple[int, ...], groups: int, transposed: bool, output: torch.dtype) -> tuple:
+    packed = torch.ops.qkernels.conv_pack(*_conv_pack_args(weight_shape, groups, transposed, output))
+    channels = weight_shape[1] * groups
+    dims = len(weight_shape) - 2
+    x = torch.randint(0, 256, (2, weight_shape[0] if transposed else channels, *[5] * dims), dtype=torch.uint8)
+    return x, packed, None, channels if transposed else weight_shape[0], [5] * dims, output
+
+
+_CONVS = [
+    ((6, 4, 3, 3), 1, False, torch.uint8),
+    ((8, 1, 3), 8, False, torch.float32),
+    ((4, 3, 3, 3, 3), 1, True, torch.int8),
+]
+SAMPLES["conv_pack"] = [lambda c=c: _conv_pack_args(*c) for c in _CONVS]
+SAMPLES["conv"] = [lambda c=c: _conv_args(*c) for c in _CONVS]

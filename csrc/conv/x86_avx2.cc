@@ -11,8 +11,8 @@ QK_TARGET_BEGIN(QK_ISA_AVX2)
 namespace qk {
 namespace {
 
-#include "csrc/conv/depthwise_tile.h"
-#include "csrc/conv/depthwise_ymm.h"
+#include "csrc/conv/x86_depthwise_tile.h"
+#include "csrc/conv/x86_depthwise_ymm.h"
 
 struct Avx2 : Ymm {
   static constexpr int kWeightBytes = 64;

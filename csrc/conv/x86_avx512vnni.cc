@@ -10,7 +10,7 @@ QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
 namespace qk {
 namespace {
 
-#include "csrc/conv/depthwise_tile.h"
+#include "csrc/conv/x86_depthwise_tile.h"
 
 QK_INLINE __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 

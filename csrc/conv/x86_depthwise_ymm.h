@@ -1,4 +1,4 @@
-// What the two 256-bit depthwise kernels share. Include it after depthwise_tile.h, inside the
+// What the two 256-bit depthwise kernels share. Include it after x86_depthwise_tile.h, inside the
 // target region and the anonymous namespace of a kernel file.
 
 template <int V>
