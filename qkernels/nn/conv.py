@@ -11,6 +11,7 @@ from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.registry import layer
 from qkernels.errors import InvalidArgument
 from qkernels.nn.weighted import WeightedLayer, quantized_weight
+from qkernels.ops.conv import conv_output_size, conv_padding
 
 
 @layer("conv")
@@ -54,13 +55,8 @@ class QConv(WeightedLayer):
             raise InvalidArgument(
                 f"{self._where()}: input must be [N, C, {len(kernel)} spatial dims], got {list(x.shape)}"
             )
-        size = []
-        for i, (n, k) in enumerate(zip(x.shape[2:], kernel, strict=True)):
-            pad, reach = sum(o["padding"][i]), o["dilation"][i] * (k - 1)
-            if o["transposed"]:
-                size.append((n - 1) * o["stride"][i] - pad + reach + o["output_padding"][i] + 1)
-            else:
-                size.append((n + pad - reach - 1) // o["stride"][i] + 1)
+        geometry = self._geometry()
+        size = conv_output_size(x.shape[2:], kernel, *geometry[:3], o["transposed"], o["output_padding"])
         if min(size) < 1:
             raise InvalidArgument(f"{self._where()}: input {list(x.shape)} is smaller than the kernel {list(kernel)}")
         return size
@@ -90,27 +86,16 @@ def per_dim(value: int | Sequence[int], dims: int) -> list[int]:
     return [int(v) for v in (values * dims if len(values) == 1 else values)]
 
 
-def padding_pairs(
-    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> list[list[int]]:
-    """[before, after] for each spatial dimension. 'same' puts the odd element after, as torch does."""
-    if padding == "valid":
-        return [[0, 0] for _ in kernel]
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [[t // 2, t - t // 2] for t in total]
-    return [[p, p] for p in per_dim(padding, len(kernel))]
-
-
 @lowers("conv")
 def lower_conv(unit: LoweringUnit) -> QConv:
     kernel = unit.weight.shape[2:]
     dims = len(kernel)
     transposed = bool(unit.option("transposed", False))
     dilation = per_dim(unit.option("dilation", 1), dims)
+    padding = conv_padding(unit.option("padding", 0), kernel, dilation)
     options = {
         "stride": per_dim(unit.option("stride", 1), dims),
-        "padding": padding_pairs(unit.option("padding", 0), kernel, dilation),
+        "padding": [[before, after] for before, after in zip(padding[::2], padding[1::2], strict=True)],
         "dilation": dilation,
         "groups": int(unit.option("groups", 1)),
         "transposed": transposed,

@@ -55,6 +55,8 @@ class WeightedLayer(QLayer):
 
     def with_table(self, table: Tensor, output: QParams) -> "WeightedLayer":
         """This layer followed by a lookup: the same codes, one pass over memory less."""
+        if not table.dtype == output.dtype == self.out_qparams.dtype:
+            raise InvalidArgument(f"{self._where()}: a fused table must keep the dtype {self.out_qparams.dtype}")
         fused = self._fused(output)
         fused.register_buffer("table", table.clone())
         return fused

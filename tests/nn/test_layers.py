@@ -248,8 +248,10 @@ def test_many_threads_calling_a_fresh_layer_agree():
 
 def test_a_fused_table_gives_the_codes_of_the_separate_lookup():
     first, x = conv(), codes(2, 8, 9, 7)
-    second = QLookup(first.out_qparams, S8.narrowed(-100, 100), "hardswish")
+    second = QLookup(first.out_qparams, QParams.per_tensor(0.03, 9, 3, 250), "hardswish")
     assert torch.equal(first.with_table(second.table, second.out_qparams)(x), second(first(x)))
+    with pytest.raises(InvalidArgument, match=r"must keep the dtype torch\.uint8"):
+        first.with_table(QLookup(U8, S8, "hardswish").table, S8)
 
 
 def test_a_fused_residual_gives_the_codes_of_the_separate_addition():
@@ -258,6 +260,18 @@ def test_a_fused_residual_gives_the_codes_of_the_separate_addition():
     fused = first.with_residual(S8, second.out_qparams, [0.0, None])
     assert torch.equal(fused(x, r), second(first(x), r))
     assert fused.out_qparams == second.out_qparams
+
+
+def test_merged_padding_gives_the_codes_of_the_separate_padding():
+    layer, x = conv(stride=[2, 2], padding=[[0, 0], [1, 0]]), codes(2, 8, 9, 7)
+    zero = U8.item()[1]
+    amounts = (0, 1, 2, 3)  # as F.pad takes them, the last dimension first
+    merged = layer.with_padding(amounts, zero)
+    assert merged.options["padding"] == [[2, 3], [1, 1]]
+    assert torch.equal(merged(x), layer(F.pad(x, amounts, value=zero)))
+    assert layer.with_padding(amounts, zero + 1) is None
+    assert layer.with_padding((-1, 0), zero) is None
+    assert layer.with_padding((0, 0, 0, 0, 1, 0), zero) is None
 
 
 def test_only_one_thing_can_be_fused():
