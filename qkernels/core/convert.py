@@ -196,9 +196,16 @@ class _Converter:
                 layer = lower(LoweringUnit("requantize", (self.grids[source],), grid))
                 self.codes[node] = self._call(f"{node.name}_requantize", layer, (self.codes[source],), source)
             return
-        self.codes[node] = self._integer_layer(source, grid) or self._call(
-            f"{source.name}_quantize", layer_class("quantize")(grid), (self.float_of(source),), source
-        )
+        self.codes[node] = self._integer_layer(source, grid) or self._quantized(source, grid)
+
+    def _quantized(self, source: fx.Node, grid: QParams) -> fx.Node:
+        """A float tensor on its way onto a grid; one that belongs to the model is rounded now."""
+        if source.op != "get_attr":
+            layer = layer_class("quantize")(grid)
+            return self._call(f"{source.name}_quantize", layer, (self.float_of(source),), source)
+        name = f"{source.name}_codes"
+        self.root[name] = grid.quantize(_attribute(self.prepared, source.target).detach())
+        return self.graph.get_attr(name)
 
     def _integer_layer(self, node: fx.Node, output: QParams) -> fx.Node | None:
         """`node`, with a clamp that it is part of, as an integer layer; None if it reads float tensors."""

@@ -368,12 +368,20 @@ def modules_of(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
 
 def simplify(traced: fx.GraphModule) -> None:
     """Makes the graph plain: nothing in place, no dropout or identity, weights inside modules, one call a module."""
+    _positional_inputs(traced)
     _drop_in_place(traced)
     _drop_identities(traced)
     _modules_from_calls(traced)
     _one_call_a_module(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _positional_inputs(traced: fx.GraphModule) -> None:
+    """`layer(input=x)` becomes `layer(x)`."""
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
 
 
 def _drop_in_place(traced: fx.GraphModule) -> None:

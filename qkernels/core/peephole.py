@@ -92,6 +92,8 @@ class _Merger:
         dtypes = {grid.dtype for grid in (*addition.in_qparams, addition.out_qparams)}
         if not operands or None in shapes or len(shapes) != 1 or len(dtypes) != 1:
             return
+        if any(_is_constant(a) for a in node.args):
+            return  # the same shape on the example perhaps only because the example has one row
         last, other = max(operands, key=lambda pair: order[pair[0]])
         residual = addition.in_qparams[other]
         layer = self._layer(last).with_residual(residual, addition.out_qparams, addition.options["clamp"])
@@ -102,3 +104,10 @@ class _Merger:
         node.replace_all_uses_with(merged)
         self.graph.erase_node(node)
         self.graph.erase_node(last)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether the value comes from the model alone, not from its input."""
+    if node.op in ("placeholder", "get_attr"):
+        return node.op == "get_attr"
+    return bool(node.all_input_nodes) and all(_is_constant(n) for n in node.all_input_nodes)

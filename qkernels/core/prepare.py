@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from qkernels.core import graph as g
 from qkernels.core.fusion import fold_batch_norms, has_constant_clamp, is_fused
@@ -67,10 +68,25 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
     recipe = make_recipe(recipe, **options)
     args, kwargs = g.arguments(example_inputs)
     work = copy.deepcopy(model).eval()
+    _bake_parametrizations(work)
     try:
         return prepare_graph(work, args, kwargs, recipe)
     except Untraceable as error:
         return _prepare_parts(work, args, kwargs, recipe, str(error))
+
+
+def _bake_parametrizations(model: nn.Module) -> None:
+    """Weights given by a formula (weight normalization and the like) become plain Parameters.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` would also change the class, which the original shares.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
 
 
 # --- a model with a graph --------------------------------------------------------------------------------------------
@@ -352,7 +368,9 @@ class _Plan:
         rows = []
         for node in self.nodes:
             value, op = node.meta.get("value"), self.operations[node]
-            if node.op not in ("call_module", "call_function", "call_method") or value is None or value.kind == "other":
+            if node.op not in ("call_module", "call_function", "call_method") or value is None:
+                continue
+            if value.kind == "other" and node.op != "call_module":
                 continue
             if op is not None and op.kind == g.PASS:
                 continue

@@ -218,6 +218,31 @@ def test_functional_weights_become_layers():
     check_same(model, prepared, IMAGE)
 
 
+def test_parametrized_weights_and_keyword_calls():
+    conv = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
+    model = model_of(lambda self, x: self.fc(input=self.conv(x).flatten(1)), conv=conv, fc=nn.Linear(256, 2))
+    prepared = qkernels.prepare(model, IMAGE)
+    assert kinds_of(prepared) == ["conv", "linear"]
+    assert torch.nn.utils.parametrize.is_parametrized(model.conv)
+    check_same(model, prepared, IMAGE)
+
+
+def test_a_leaf_with_other_outputs_is_reported():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.attention(x, x, x, need_weights=False)[0])
+
+    prepared = qkernels.prepare(Model().eval(), torch.randn(2, 3, 4))
+    assert [(row.name, row.reason) for row in prepared.report.stayed_float] == [
+        ("attention", "no integer layer for MultiheadAttention")
+    ]
+    assert kinds_of(prepared) == ["linear"]
+
+
 def test_a_computed_weight_stays_float():
     model = model_of(lambda self, x: F.linear(x, self.w * 2.0), w=nn.Parameter(torch.randn(3, 5)))
     x = torch.randn(2, 5)
