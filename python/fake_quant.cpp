@@ -10,10 +10,8 @@ void fake_quant_out(Tensor x, const Tensor& scale, const Tensor& zero_point,
   const FloatType type = check_float_type("fake_quant", "x", x);
   axis = check_axis("fake_quant", x, axis);
   const GridView grid = check_grid("fake_quant", x, scale, zero_point, axis, qmin, qmax);
-  constexpr int64_t kLargest = int64_t{1}
-                               << 23;  // offsets from the zero point stay exact in float32
-  STD_TORCH_CHECK(qmin >= -kLargest && qmax <= kLargest,
-                  "fake_quant: qmin and qmax must be in [-2^23, 2^23], got qmin ", qmin,
+  STD_TORCH_CHECK(qmin >= -kFakeQuantLimit && qmax <= kFakeQuantLimit,
+                  "fake_quant: qmin and qmax must be in [-2^21, 2^21], got qmin ", qmin,
                   " and qmax ", qmax);
   check_out("fake_quant", x, out, x.scalar_type());
   const GridLayout layout = plan_grid(out, &x, axis, grid);

@@ -43,36 +43,29 @@ def ratio(call, moved_bytes: int, repeats: int) -> dict:
     }
 
 
-def cases(megabytes: int):
-    """(name, call, bytes moved); `megabytes` is the size of the larger tensor."""
-    n = megabytes << 20
-    grid = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        size = dtype.itemsize
-        x = (torch.randn(n // size // 256, 256) * 2).to(dtype)
-        y, q = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
-        yield (
-            f"quantize {name}",
-            lambda x=x, q=q: ops.quantize_out(x, *grid, None, -128, 127, q),
-            x.numel() * (size + 1),
-        )
-        yield f"dequantize {name}", lambda q=q, y=y: ops.dequantize_out(q, *grid, None, y), x.numel() * (size + 1)
-        yield f"fake_quant {name}", lambda x=x, y=y: ops.fake_quant_out(x, *grid, None, -128, 127, y), 2 * n
-        if dtype != torch.float32:
-            continue
-        scale, zero_point = torch.rand(256) * 0.1 + 0.01, torch.randint(-9, 9, (256,), dtype=torch.int32)
-        inner = scale, zero_point, 1
-        yield "quantize channels innermost", lambda: ops.quantize_out(x, *inner, -128, 127, q), x.numel() * 5
-        yield "dequantize channels innermost", lambda: ops.dequantize_out(q, *inner, y), x.numel() * 5
-        yield "fake_quant channels innermost", lambda: ops.fake_quant_out(x, *inner, -128, 127, y), 2 * n
-        rows = x.view(256, -1)
-        outer = scale, zero_point, 0
-        yield (
-            "quantize channels outermost",
-            lambda: ops.quantize_out(rows, *outer, -128, 127, q.view(256, -1)),
-            x.numel() * 5,
-        )
+def grid_cases(dtype: torch.dtype, n: int):
+    grid = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32), None
+    x = (torch.randn(n // dtype.itemsize // 256, 256) * 2).to(dtype)
+    y, q = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+    name, one_byte = str(dtype).removeprefix("torch."), x.numel() * (dtype.itemsize + 1)
+    yield f"quantize {name}", lambda: ops.quantize_out(x, *grid, -128, 127, q), one_byte
+    yield f"dequantize {name}", lambda: ops.dequantize_out(q, *grid, y), one_byte
+    yield f"fake_quant {name}", lambda: ops.fake_quant_out(x, *grid, -128, 127, y), 2 * n
+
+
+def channel_cases(n: int):
+    x = torch.randn(n // 1024, 256) * 2
+    y, q = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+    grid = torch.rand(256) * 0.1 + 0.01, torch.randint(-9, 9, (256,), dtype=torch.int32)
+    yield "quantize channels innermost", lambda: ops.quantize_out(x, *grid, 1, -128, 127, q), x.numel() * 5
+    yield "dequantize channels innermost", lambda: ops.dequantize_out(q, *grid, 1, y), x.numel() * 5
+    yield "fake_quant channels innermost", lambda: ops.fake_quant_out(x, *grid, 1, -128, 127, y), 2 * n
+    rows, out = x.view(256, -1), q.view(256, -1)
+    yield "quantize channels outermost", lambda: ops.quantize_out(rows, *grid, 0, -128, 127, out), x.numel() * 5
+
+
+def code_cases(n: int):
+    """These ops have no out= form: for large tensors the time is that of fresh pages."""
     a, b = (torch.randint(0, 256, (1, 64, 64, n // 4096), dtype=torch.uint8).permute(0, 3, 1, 2) for _ in range(2))
     gate = b[:, :, :1, :1].contiguous()
     sum_grid = (0.02, 3, 0.03, 5, 0.04, 7, 0, 255, torch.uint8)
@@ -82,6 +75,15 @@ def cases(megabytes: int):
     yield "mul gate (allocates)", lambda: ops.mul(a, gate, *sum_grid), 2 * n
     yield "max_pool 3x3/2 (allocates)", lambda: ops.max_pool(a, [3, 3], [2, 2], [1, 1], [1, 1]), n * 5 // 4
     yield "global mean", lambda: ops.adaptive_avg_pool(a, [1, 1], *sum_grid[2:]), n
+
+
+def cases(megabytes: int):
+    """(name, call, bytes moved); `megabytes` is the size of the larger tensor."""
+    n = megabytes << 20
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield from grid_cases(dtype, n)
+    yield from channel_cases(n)
+    yield from code_cases(n)
 
 
 def main() -> None:

@@ -7,10 +7,11 @@
 // once).
 // Memory: owned by the caller; y may alias x exactly, not partly.
 // Numbers: bit-equal on every ISA and for every thread count, and bit-equal to
-// torch.fake_quantize_per_tensor_affine on finite input. NaN gives qmin, +-Inf saturate. A result
-// of zero is +0 or -0 as the product gives it.
+// torch.fake_quantize_per_tensor_affine on finite input, signs of zero too. NaN gives qmin, +-Inf
+// saturate. qmin and qmax are in [-2^21, 2^21].
 // Trick: clamping before the zero point is added keeps everything in float (integers below 2^24 are
-// exact), so that no conversion to integer is needed.
+// exact). The clamp comes before the rounding, which is then a sum and a difference with
+// 1.5 * 2^23: cheaper than a rounding instruction, and it never gives -0.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,10 @@ struct FakeQuantRun {
   int32_t qmax;
   bool stream;  // store past the caches; the caller fences
 };
+
+// v + kRounder - kRounder is RNE(v), and +0 for zero, where |v| <= 2^22.
+inline constexpr float kRounder = 0x1.8p23f;
+inline constexpr int64_t kFakeQuantLimit = int64_t{1} << 21;
 
 using FakeQuantKernel = void (*)(const FakeQuantRun&);
 

@@ -28,15 +28,17 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
   const GridVector uniform =
       grid_vector(_mm256_set1_ps(span.scale[0]), _mm256_set1_ps(span.inv_scale[0]),
                   _mm256_set1_epi32(span.zero_point[0]), run.qmin, run.qmax);
+  const __m256 rounder = _mm256_set1_ps(kRounder);
   const auto value = [&](int64_t i) __attribute__((always_inline)) {
     const GridVector grid =
         kPerElement
             ? grid_vector(_mm256_loadu_ps(span.scale + i), _mm256_loadu_ps(span.inv_scale + i),
                           load256(span.zero_point + i), run.qmin, run.qmax)
             : uniform;
-    const __m256 v = _mm256_round_ps(_mm256_mul_ps(load(x + i), grid.inv_scale), kNearestEven);
-    const __m256 offset = _mm256_min_ps(_mm256_max_ps(v, grid.lo), grid.hi);
-    return _mm256_mul_ps(_mm256_add_ps(offset, _mm256_setzero_ps()), grid.scale);
+    const __m256 v = _mm256_mul_ps(load(x + i), grid.inv_scale);
+    const __m256 bounded = _mm256_min_ps(_mm256_max_ps(v, grid.lo), grid.hi);  // NaN: lo
+    const __m256 offset = _mm256_sub_ps(_mm256_add_ps(bounded, rounder), rounder);
+    return _mm256_mul_ps(offset, grid.scale);
   };
   const auto scalar = [&](int64_t i) __attribute__((always_inline)) {
     const int64_t c = kPerElement ? i : 0;

@@ -26,6 +26,7 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
   const GridVector uniform =
       grid_vector(_mm512_set1_ps(span.scale[0]), _mm512_set1_ps(span.inv_scale[0]),
                   _mm512_set1_epi32(span.zero_point[0]), run.qmin, run.qmax);
+  const __m512 rounder = _mm512_set1_ps(kRounder);
   const auto value = [&](int64_t i, __mmask16 m) __attribute__((always_inline)) {
     const GridVector grid =
         kPerElement
@@ -33,10 +34,10 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
                           _mm512_maskz_loadu_ps(m, span.inv_scale + i),
                           _mm512_maskz_loadu_epi32(m, span.zero_point + i), run.qmin, run.qmax)
             : uniform;
-    const __m512 v =
-        _mm512_roundscale_ps(_mm512_mul_ps(load(x + i, m), grid.inv_scale), kNearestEven);
-    const __m512 offset = _mm512_min_ps(_mm512_max_ps(v, grid.lo), grid.hi);
-    return _mm512_mul_ps(_mm512_add_ps(offset, _mm512_setzero_ps()), grid.scale);
+    const __m512 v = _mm512_mul_ps(load(x + i, m), grid.inv_scale);
+    const __m512 bounded = _mm512_min_ps(_mm512_max_ps(v, grid.lo), grid.hi);  // NaN: lo
+    const __m512 offset = _mm512_sub_ps(_mm512_add_ps(bounded, rounder), rounder);
+    return _mm512_mul_ps(offset, grid.scale);
   };
   int64_t i = 0;
   if (run.stream) {

@@ -1,4 +1,5 @@
-// add, mul: 64 codes a step, the tail 16 at a time under masks. lookup without VBMI: 16 byte
+// add: 64 codes a step, the tail 16 at a time under masks. mul: the same with exact 16-bit
+// differences and 32-bit products. lookup without VBMI: 16 byte
 // shuffles on differences of the table (see shuffle_table in x86_avx2.cc for the same idea).
 #include "csrc/base/numerics.h"
 #include "csrc/base/x86_avx512.h"
@@ -46,25 +47,10 @@ struct AddFormula {
   }
 };
 
-// The product of two differences of codes is exact in float32.
-struct MulFormula {
-  __m512 a_zero, b_zero, multiplier;
-
-  __attribute__((always_inline)) explicit MulFormula(const BinaryGrid& g)
-      : a_zero(_mm512_set1_ps(static_cast<float>(g.a_zero_point))),
-        b_zero(_mm512_set1_ps(static_cast<float>(g.b_zero_point))),
-        multiplier(_mm512_set1_ps((g.a_scale * g.b_scale) / g.out_scale)) {}
-  __attribute__((always_inline)) __m512i operator()(__m512 a, __m512 b) const {
-    const __m512 product = _mm512_mul_ps(_mm512_sub_ps(a, a_zero), _mm512_sub_ps(b, b_zero));
-    return round_to_int(_mm512_mul_ps(product, multiplier));
-  }
-};
-
-template <typename Formula, bool kASigned, bool kBSigned, bool kOutSigned, bool kARepeats,
-          bool kBRepeats>
-QK_INLINE void binary_run(const BinaryRun& run) {
+template <bool kASigned, bool kBSigned, bool kOutSigned, bool kARepeats, bool kBRepeats>
+QK_INLINE void add_run(const BinaryRun& run) {
   const BinaryGrid& g = *run.grid;
-  const Formula formula(g);
+  const AddFormula formula(g);
   const Operand<kASigned, kARepeats> a(run.a);
   const Operand<kBSigned, kBRepeats> b(run.b);
   const CodeRange range = code_range(g.qmin, g.qmax);
@@ -82,31 +68,98 @@ QK_INLINE void binary_run(const BinaryRun& run) {
   }
 }
 
-template <typename Formula, bool kASigned, bool kBSigned, bool kOutSigned>
-QK_INLINE void binary_repeats(const BinaryRun& run) {
+template <bool kASigned, bool kBSigned, bool kOutSigned>
+QK_INLINE void add_repeats(const BinaryRun& run) {
   if (run.a_repeats) {
-    binary_run<Formula, kASigned, kBSigned, kOutSigned, true, false>(run);
+    add_run<kASigned, kBSigned, kOutSigned, true, false>(run);
   } else if (run.b_repeats) {
-    binary_run<Formula, kASigned, kBSigned, kOutSigned, false, true>(run);
+    add_run<kASigned, kBSigned, kOutSigned, false, true>(run);
   } else {
-    binary_run<Formula, kASigned, kBSigned, kOutSigned, false, false>(run);
+    add_run<kASigned, kBSigned, kOutSigned, false, false>(run);
   }
 }
 
-template <typename Formula, bool kASigned, bool kBSigned>
-QK_INLINE void binary_out(const BinaryRun& run) {
-  run.grid->out_signed ? binary_repeats<Formula, kASigned, kBSigned, true>(run)
-                       : binary_repeats<Formula, kASigned, kBSigned, false>(run);
+template <bool kASigned, bool kBSigned>
+QK_INLINE void add_out(const BinaryRun& run) {
+  run.grid->out_signed ? add_repeats<kASigned, kBSigned, true>(run)
+                       : add_repeats<kASigned, kBSigned, false>(run);
 }
 
-template <typename Formula>
-QK_INLINE void binary_any(const BinaryRun& run) {
+QK_INLINE void add_any(const BinaryRun& run) {
   if (run.grid->a_signed) {
-    run.grid->b_signed ? binary_out<Formula, true, true>(run)
-                       : binary_out<Formula, true, false>(run);
+    run.grid->b_signed ? add_out<true, true>(run) : add_out<true, false>(run);
   } else {
-    run.grid->b_signed ? binary_out<Formula, false, true>(run)
-                       : binary_out<Formula, false, false>(run);
+    run.grid->b_signed ? add_out<false, true>(run) : add_out<false, false>(run);
+  }
+}
+
+// 64 codes minus their zero point in 16 bits: lane l of `low` and `high` holds the halves of lane l
+// of the codes. An int8 code plus 128 is its byte with the top bit flipped.
+struct Centered {
+  __m512i low, high;
+};
+
+template <bool kRepeats>
+struct CenteredOperand {
+  const uint8_t* q;
+  __m512i flip, zero_point;
+  Centered repeated;
+
+  __attribute__((always_inline)) CenteredOperand(const uint8_t* q, bool is_signed, int32_t zp)
+      : q(q),
+        flip(_mm512_set1_epi8(static_cast<char>(is_signed ? 0x80 : 0))),
+        zero_point(_mm512_set1_epi16(static_cast<short>(zp + (is_signed ? 128 : 0)))) {
+    repeated = center(kRepeats ? _mm512_set1_epi8(static_cast<char>(*q)) : flip);
+  }
+  __attribute__((always_inline)) Centered center(__m512i bytes) const {
+    const __m512i zero = _mm512_setzero_si512(), u = _mm512_xor_si512(bytes, flip);
+    return {_mm512_sub_epi16(_mm512_unpacklo_epi8(u, zero), zero_point),
+            _mm512_sub_epi16(_mm512_unpackhi_epi8(u, zero), zero_point)};
+  }
+  __attribute__((always_inline)) Centered at(int64_t i, __mmask64 m) const {
+    return kRepeats ? repeated : center(_mm512_maskz_loadu_epi8(m, q + i));
+  }
+};
+
+// 32 products, exact in 32 bits, scaled, rounded and back in 16 bits; all inside lanes of 16 bytes.
+QK_INLINE __m512i scaled_products(__m512i a, __m512i b, __m512 multiplier) {
+  const __m512i low = _mm512_mullo_epi16(a, b), high = _mm512_mulhi_epi16(a, b);
+  const __m512 first = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(low, high));
+  const __m512 second = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(low, high));
+  return pack16(round_to_int(_mm512_mul_ps(first, multiplier)),
+                round_to_int(_mm512_mul_ps(second, multiplier)));
+}
+
+template <bool kOutSigned, bool kARepeats, bool kBRepeats>
+QK_INLINE void mul_run(const BinaryRun& run) {
+  const BinaryGrid& g = *run.grid;
+  const CenteredOperand<kARepeats> a(run.a, g.a_signed, g.a_zero_point);
+  const CenteredOperand<kBRepeats> b(run.b, g.b_signed, g.b_zero_point);
+  const __m512 multiplier = _mm512_set1_ps((g.a_scale * g.b_scale) / g.out_scale);
+  const __m512i zp = _mm512_set1_epi16(static_cast<short>(g.out_zero_point));
+  const CodeRange range = code_range(g.qmin, g.qmax);
+  const auto codes = [&](int64_t i, __mmask64 m) __attribute__((always_inline)) {
+    const Centered x = a.at(i, m), y = b.at(i, m);
+    return pack_codes<kOutSigned>(
+        _mm512_adds_epi16(scaled_products(x.low, y.low, multiplier), zp),
+        _mm512_adds_epi16(scaled_products(x.high, y.high, multiplier), zp), range);
+  };
+  int64_t i = 0;
+  for (; i + 64 <= run.n; i += 64) _mm512_storeu_si512(run.out + i, codes(i, ~__mmask64{0}));
+  if (i < run.n) {
+    const __mmask64 m = byte_lanes(run.n - i);
+    _mm512_mask_storeu_epi8(run.out + i, m, codes(i, m));
+  }
+}
+
+template <bool kOutSigned>
+QK_INLINE void mul_repeats(const BinaryRun& run) {
+  if (run.a_repeats) {
+    mul_run<kOutSigned, true, false>(run);
+  } else if (run.b_repeats) {
+    mul_run<kOutSigned, false, true>(run);
+  } else {
+    mul_run<kOutSigned, false, false>(run);
   }
 }
 
@@ -145,8 +198,10 @@ QK_INLINE __m512i shuffle_lookup(const ShuffleTable& t, __m512i q) {
 
 }  // namespace
 
-void add_avx512vnni(const BinaryRun& run) { binary_any<AddFormula>(run); }
-void mul_avx512vnni(const BinaryRun& run) { binary_any<MulFormula>(run); }
+void add_avx512vnni(const BinaryRun& run) { add_any(run); }
+void mul_avx512vnni(const BinaryRun& run) {
+  run.grid->out_signed ? mul_repeats<true>(run) : mul_repeats<false>(run);
+}
 
 void lookup_avx512vnni(const LookupRows& run) {
   const ShuffleTable table = shuffle_table(run.table);
