@@ -128,10 +128,8 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
   }
 }
 
-template <int R, int V, bool Flip>
-__attribute__((noinline)) void run_tile_avx512(const IgemmTile& tile) {
-  __m512i acc[R][V];
-  multiply<R, V, Flip>(tile, acc);
+template <int R, int V>
+QK_INLINE void store_tile(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
   const PackedHeader& header = *tile.matrix.header;
   if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
     store_bytes<R, V>(tile, acc);
@@ -147,24 +145,36 @@ __attribute__((noinline)) void run_tile_avx512(const IgemmTile& tile) {
   if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx512(tile, R);
 }
 
+// `tiles` tiles of R rows, one below the other.
+template <int R, int V, bool Flip>
+__attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) {
+  for (; tiles > 0; --tiles) {
+    __m512i acc[R][V];
+    multiply<R, V, Flip>(tile, acc);
+    store_tile<R, V>(tile, acc);
+    tile.advance(R);
+  }
+}
+
 template <int V, bool Flip>
-QK_INLINE void run_rows(int64_t rows, const IgemmTile& tile) {
+QK_INLINE void run_rows(int64_t rows, int64_t tiles, IgemmTile& tile) {
   switch (rows) {
     case 1:
-      return run_tile_avx512<1, V, Flip>(tile);
+      return run_tiles_avx512<1, V, Flip>(tile, tiles);
     case 2:
-      return run_tile_avx512<2, V, Flip>(tile);
+      return run_tiles_avx512<2, V, Flip>(tile, tiles);
     case 3:
-      return run_tile_avx512<3, V, Flip>(tile);
+      return run_tiles_avx512<3, V, Flip>(tile, tiles);
     case 4:
-      return run_tile_avx512<4, V, Flip>(tile);
+      return run_tiles_avx512<4, V, Flip>(tile, tiles);
     case 5:
-      return run_tile_avx512<5, V, Flip>(tile);
+      return run_tiles_avx512<5, V, Flip>(tile, tiles);
     case 6:
-      return run_tile_avx512<6, V, Flip>(tile);
+      return run_tiles_avx512<6, V, Flip>(tile, tiles);
   }
   if constexpr (V < 4) {
-    return rows == 7 ? run_tile_avx512<7, V, Flip>(tile) : run_tile_avx512<8, V, Flip>(tile);
+    return rows == 7 ? run_tiles_avx512<7, V, Flip>(tile, tiles)
+                     : run_tiles_avx512<8, V, Flip>(tile, tiles);
   }
 }
 
@@ -172,16 +182,21 @@ template <bool Flip>
 struct Avx512VnniTile {
   static constexpr Isa kIsa = Isa::kAvx512Vnni;
   static constexpr int64_t max_rows(int64_t vectors) { return vectors == 4 ? 6 : 8; }
-  static void tile(int64_t rows, int64_t vectors, const IgemmTile& tile) {
+  static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
+    const EvenTiles even = even_tiles(rows, max_rows(vectors));
+    if (even.larger > 0) run(even.rows + 1, even.larger, vectors, tile);
+    run(even.rows, even.tiles - even.larger, vectors, tile);
+  }
+  static void run(int64_t rows, int64_t tiles, int64_t vectors, IgemmTile& tile) {
     switch (vectors) {
       case 1:
-        return run_rows<1, Flip>(rows, tile);
+        return run_rows<1, Flip>(rows, tiles, tile);
       case 2:
-        return run_rows<2, Flip>(rows, tile);
+        return run_rows<2, Flip>(rows, tiles, tile);
       case 3:
-        return run_rows<3, Flip>(rows, tile);
+        return run_rows<3, Flip>(rows, tiles, tile);
       default:
-        return run_rows<4, Flip>(rows, tile);
+        return run_rows<4, Flip>(rows, tiles, tile);
     }
   }
 };

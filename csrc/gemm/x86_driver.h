@@ -3,11 +3,13 @@
 // is compiled for that target.
 //
 // A Kernel has kIsa, max_rows(vectors): the most rows of a tile that is `vectors` wide, and
-//   void tile(int64_t rows, int64_t vectors, const IgemmTile&).
+//   void tile(int64_t rows, int64_t vectors, const IgemmTile&): all rows of a block, one panel.
 // It may have begin_rows(sources, rows, args), called before the panels of a block of rows, and
-//   next_rows(left, most): how many of the `left` rows the next block takes (else blocks are even).
+//   next_rows(left, most): how many of the `left` rows the next block takes. Without it a block is
+//   as many tiles as keep its rows of A in L1, so that short rows pay for the loops once.
 
-constexpr int64_t kMaxTileRows = 32;
+constexpr int64_t kMaxBlockRows = 96;
+constexpr int64_t kBlockBytes = 24 * 1024;
 
 struct IgemmTile {
   const uint8_t* const* rows;  // [tile row * taps + tap]
@@ -20,6 +22,14 @@ struct IgemmTile {
   const uint8_t* const* residual;
   bool residual_signed;
   LookupKernel lookup;
+
+  // On to the next rows of the block.
+  inline __attribute__((always_inline)) void advance(int64_t count) {
+    rows += count * matrix.header->taps;
+    row_sums += count;
+    out += count;
+    residual += count;
+  }
 };
 
 // Sum of the bytes of a row as the kernel sees them (int8 flipped to uint8).
@@ -33,10 +43,24 @@ QK_INLINE uint32_t igemm_row_sum(const uint8_t* const* taps, const PackedHeader&
   return sum;
 }
 
-// Even blocks: 8 rows are 4 + 4, not 6 + 2.
-QK_INLINE int64_t even_rows(int64_t left, int64_t most) {
-  const int64_t blocks = (left + most - 1) / most;
-  return (left + blocks - 1) / blocks;
+// Rows in tiles of nearly the same size: 8 rows are 4 + 4, not 6 + 2. The first `larger` tiles have
+// one row more than the others.
+struct EvenTiles {
+  int64_t tiles, rows, larger;
+};
+QK_INLINE EvenTiles even_tiles(int64_t rows, int64_t most) {
+  const int64_t tiles = (rows + most - 1) / most;
+  return {tiles, rows / tiles, rows % tiles};
+}
+
+// How many of the `left` rows of `row_bytes` fill a block: the first tiles of an even split.
+QK_INLINE int64_t block_rows(int64_t left, int64_t most, int64_t row_bytes) {
+  const EvenTiles even = even_tiles(left, most);
+  int64_t tiles = row_bytes == 0 ? kMaxBlockRows : kBlockBytes / (row_bytes * most);
+  if (tiles > kMaxBlockRows / most) tiles = kMaxBlockRows / most;
+  if (tiles < 1) tiles = 1;
+  if (tiles >= even.tiles) return left;
+  return tiles * even.rows + (tiles < even.larger ? tiles : even.larger);
 }
 
 template <typename Kernel>
@@ -53,17 +77,17 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel kernel = {}) {
       Kernel::max_rows(widest >= shape.columns ? shape.columns / shape.lanes
                                                : (widest + shape.lanes - 1) / shape.lanes);
 
-  const uint8_t* strided[kMaxTileRows];
-  const uint8_t* residual[kMaxTileRows] = {};
-  uint8_t* out[kMaxTileRows];
-  uint32_t row_sums[kMaxTileRows];
+  const uint8_t* strided[kMaxBlockRows];
+  const uint8_t* residual[kMaxBlockRows] = {};
+  uint8_t* out[kMaxBlockRows];
+  uint32_t row_sums[kMaxBlockRows];
   int64_t row = block.row_begin;
   while (row < block.row_end) {
     int64_t count;
     if constexpr (requires { kernel.next_rows(1, 1); }) {
       count = kernel.next_rows(block.row_end - row, tile_rows);
     } else {
-      count = even_rows(block.row_end - row, tile_rows);
+      count = block_rows(block.row_end - row, tile_rows, header.taps * header.depth);
     }
     const uint8_t* const* sources = strided;
     if (args.pointers != nullptr) {

@@ -79,10 +79,8 @@ __attribute__((noinline)) void finish_bytes_avx2(const IgemmTile& tile, int64_t 
   }
 }
 
-template <typename Multiply, int R, int V>
-__attribute__((noinline)) void run_tile(const IgemmTile& tile) {
-  __m256i acc[R][V];
-  Multiply::template run<R, V>(tile, acc);
+template <int R, int V>
+QK_INLINE void store_tile(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
   const PackedHeader& header = *tile.matrix.header;
   if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
     store_bytes<R, V>(tile, acc);
@@ -100,34 +98,52 @@ __attribute__((noinline)) void run_tile(const IgemmTile& tile) {
   if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx2(tile, R);
 }
 
+// `tiles` tiles of R rows, one below the other.
+template <typename Multiply, int R, int V>
+__attribute__((noinline)) void run_tiles(IgemmTile& tile, int64_t tiles) {
+  for (; tiles > 0; --tiles) {
+    __m256i acc[R][V];
+    Multiply::template run<R, V>(tile, acc);
+    store_tile<R, V>(tile, acc);
+    tile.advance(R);
+  }
+}
+
 template <typename Multiply, Isa kLayout>
 struct YmmTile {
   static constexpr Isa kIsa = kLayout;
   static constexpr int64_t max_rows(int64_t vectors) {
     return vectors == 2 ? Multiply::kWideRows : 8;
   }
+  static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
+    const EvenTiles even = even_tiles(rows, max_rows(vectors));
+    if (even.larger > 0) run(even.rows + 1, even.larger, vectors, tile);
+    run(even.rows, even.tiles - even.larger, vectors, tile);
+  }
+  static void run(int64_t rows, int64_t tiles, int64_t vectors, IgemmTile& tile) {
+    return vectors == 2 ? run_rows<2>(rows, tiles, tile) : run_rows<1>(rows, tiles, tile);
+  }
   template <int V>
-  QK_INLINE void run(int64_t rows, const IgemmTile& tile) {
+  QK_INLINE void run_rows(int64_t rows, int64_t tiles, IgemmTile& tile) {
     switch (rows) {
       case 1:
-        return run_tile<Multiply, 1, V>(tile);
+        return run_tiles<Multiply, 1, V>(tile, tiles);
       case 2:
-        return run_tile<Multiply, 2, V>(tile);
+        return run_tiles<Multiply, 2, V>(tile, tiles);
       case 3:
-        return run_tile<Multiply, 3, V>(tile);
+        return run_tiles<Multiply, 3, V>(tile, tiles);
       case 4:
-        return run_tile<Multiply, 4, V>(tile);
+        return run_tiles<Multiply, 4, V>(tile, tiles);
     }
     if constexpr (max_rows(V) >= 6) {
       if (rows <= 6) {
-        return rows == 5 ? run_tile<Multiply, 5, V>(tile) : run_tile<Multiply, 6, V>(tile);
+        return rows == 5 ? run_tiles<Multiply, 5, V>(tile, tiles)
+                         : run_tiles<Multiply, 6, V>(tile, tiles);
       }
     }
     if constexpr (max_rows(V) >= 8) {
-      return rows == 7 ? run_tile<Multiply, 7, V>(tile) : run_tile<Multiply, 8, V>(tile);
+      return rows == 7 ? run_tiles<Multiply, 7, V>(tile, tiles)
+                       : run_tiles<Multiply, 8, V>(tile, tiles);
     }
-  }
-  static void tile(int64_t rows, int64_t vectors, const IgemmTile& tile) {
-    return vectors == 2 ? run<2>(rows, tile) : run<1>(rows, tile);
   }
 };

@@ -209,7 +209,7 @@ void random_problems_equal_the_formula() {
   Rng rng(2);
   for (int i = 0; i < 2000; ++i) {
     Case c{};
-    c.m = rng.integer(0, 20);
+    c.m = rng.chance(0.2) ? rng.integer(20, 230) : rng.integer(0, 20);
     c.n = rng.integer(0, 200);
     c.taps = rng.chance(0.5) ? 1 : rng.integer(1, 9);
     c.depth = rng.integer(0, 70);
