@@ -33,14 +33,17 @@ QK_INLINE __m512 load(const Float16* x, __mmask16 m) {
 }
 
 QK_INLINE void store(float* x, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(x, m, v); }
-// Rounded to bfloat16, in 32 bits. v is not NaN.
+// Rounded to bfloat16, in the high halves; the low halves are left over. v is not NaN.
 QK_INLINE __m512i round_bfloat16(__m512 v) {
   const __m512i u = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_srli_epi32(rounded, 16);
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i half =
+      _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
+  return _mm512_add_epi32(u, half);
 }
-QK_INLINE __m256i to_bfloat16(__m512 v) { return _mm512_cvtepi32_epi16(round_bfloat16(v)); }
+QK_INLINE __m256i to_bfloat16(__m512 v) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bfloat16(v), 16));
+}
 QK_INLINE void store(BFloat16* x, __mmask16 m, __m512 v) {
   _mm256_mask_storeu_epi16(x, m, to_bfloat16(v));
 }
@@ -61,7 +64,8 @@ QK_INLINE void store2(float* x, __m512 a, __m512 b) {
 }
 template <bool kStream>
 QK_INLINE void store2(BFloat16* x, __m512 a, __m512 b) {
-  const __m512i pairs = _mm512_packus_epi32(round_bfloat16(a), round_bfloat16(b));
+  const __m512i pairs = _mm512_packus_epi32(_mm512_srli_epi32(round_bfloat16(a), 16),
+                                            _mm512_srli_epi32(round_bfloat16(b), 16));
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
   store64_bytes<kStream>(x, _mm512_permutexvar_epi64(order, pairs));
 }
@@ -69,6 +73,22 @@ template <bool kStream>
 QK_INLINE void store2(Float16* x, __m512 a, __m512 b) {
   const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(a, kNearestEven));
   store64_bytes<kStream>(x, _mm512_inserti64x4(low, _mm512_cvtps_ph(b, kNearestEven), 1));
+}
+
+// 32 bfloat16 as the 16 of even and the 16 of odd index, and back: cheaper than in order.
+struct BFloat16Pairs {
+  __m512 even, odd;
+};
+QK_INLINE BFloat16Pairs load_pairs(const BFloat16* x) {
+  const __m512i v = _mm512_loadu_si512(x);
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(v, high))};
+}
+template <bool kStream>
+QK_INLINE void store_pairs(BFloat16* x, const BFloat16Pairs& v) {
+  const __m512i even = _mm512_srli_epi32(round_bfloat16(v.even), 16);
+  store64_bytes<kStream>(x, _mm512_mask_blend_epi16(0xaaaaaaaau, even, round_bfloat16(v.odd)));
 }
 
 // RNE(v) as int32. Values above 2^30 saturate; NaN and values below -2^31 become INT_MIN.

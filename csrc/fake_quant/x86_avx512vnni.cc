@@ -1,4 +1,6 @@
 // 16 elements a vector; head and tail under masks.
+#include <type_traits>
+
 #include "csrc/base/x86_avx512.h"
 #include "csrc/fake_quant/fake_quant.h"
 
@@ -18,6 +20,12 @@ QK_INLINE GridVector grid_vector(__m512 scale, __m512 inv_scale, __m512i zp, int
           _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(qmax), zp))};
 }
 
+QK_INLINE __m512 apply(__m512 x, const GridVector& grid) {
+  const __m512 rounder = _mm512_set1_ps(kRounder), v = _mm512_mul_ps(x, grid.inv_scale);
+  const __m512 bounded = _mm512_min_ps(_mm512_max_ps(v, grid.lo), grid.hi);  // NaN: lo
+  return _mm512_mul_ps(_mm512_sub_ps(_mm512_add_ps(bounded, rounder), rounder), grid.scale);
+}
+
 template <typename T, bool kPerElement>
 QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
   const T* x = static_cast<const T*>(run.x);
@@ -26,7 +34,6 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
   const GridVector uniform =
       grid_vector(_mm512_set1_ps(span.scale[0]), _mm512_set1_ps(span.inv_scale[0]),
                   _mm512_set1_epi32(span.zero_point[0]), run.qmin, run.qmax);
-  const __m512 rounder = _mm512_set1_ps(kRounder);
   const auto value = [&](int64_t i, __mmask16 m) __attribute__((always_inline)) {
     const GridVector grid =
         kPerElement
@@ -34,10 +41,15 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
                           _mm512_maskz_loadu_ps(m, span.inv_scale + i),
                           _mm512_maskz_loadu_epi32(m, span.zero_point + i), run.qmin, run.qmax)
             : uniform;
-    const __m512 v = _mm512_mul_ps(load(x + i, m), grid.inv_scale);
-    const __m512 bounded = _mm512_min_ps(_mm512_max_ps(v, grid.lo), grid.hi);  // NaN: lo
-    const __m512 offset = _mm512_sub_ps(_mm512_add_ps(bounded, rounder), rounder);
-    return _mm512_mul_ps(offset, grid.scale);
+    return apply(load(x + i, m), grid);
+  };
+  const auto store_32 = [&](int64_t i, auto streams) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<T, BFloat16> && !kPerElement) {
+      const BFloat16Pairs v = load_pairs(x + i);
+      store_pairs<streams()>(y + i, {apply(v.even, uniform), apply(v.odd, uniform)});
+    } else {
+      store2<streams()>(y + i, value(i, 0xffff), value(i + 16, 0xffff));
+    }
   };
   int64_t i = 0;
   if (run.stream) {
@@ -46,16 +58,12 @@ QK_INLINE void fake_quant_run(const FakeQuantRun& run) {
     const int64_t head = static_cast<int64_t>(-address % 64 / sizeof(T));
     if (address % sizeof(T) == 0 && head < run.n) {
       for (; i < head; i += 16) store(y + i, lanes(head - i), value(i, lanes(head - i)));
-      for (i = head; i + 32 <= run.n; i += 32) {
-        store2<true>(y + i, value(i, 0xffff), value(i + 16, 0xffff));
-      }
+      for (i = head; i + 32 <= run.n; i += 32) store_32(i, std::true_type{});
     }
   }
   for (; i + 64 <= run.n; i += 64) {
-    __m512 v[4];
-    for (int k = 0; k < 4; ++k) v[k] = value(i + 16 * k, 0xffff);
-    store2<false>(y + i, v[0], v[1]);
-    store2<false>(y + i + 32, v[2], v[3]);
+    store_32(i, std::false_type{});
+    store_32(i + 32, std::false_type{});
   }
   for (; i < run.n; i += 16) store(y + i, lanes(run.n - i), value(i, lanes(run.n - i)));
 }

@@ -4,7 +4,7 @@ namespace qk {
 namespace {
 
 // Output bytes above which dequantize stores past the caches.
-constexpr int64_t kStreamBytes = int64_t{64} << 20;
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 }  // namespace
 

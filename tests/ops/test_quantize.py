@@ -135,7 +135,7 @@ def test_unaligned_slices_equal_reference(isa, offset):
 
 @pytest.mark.parametrize("float_dtype", FLOATS)
 def test_results_large_enough_to_bypass_the_cache(isa, float_dtype):
-    n = (64 << 20) // torch.empty(0, dtype=float_dtype).element_size() + 37
+    n = (32 << 20) // torch.empty(0, dtype=float_dtype).element_size() + 37
     x = (torch.arange(n + 5, dtype=torch.int64) % 1999 - 999).to(float_dtype)[5:]
     grid = per_tensor(7.3, 4)
     q = ops.quantize(x, *grid, None, -128, 127, torch.int8)
