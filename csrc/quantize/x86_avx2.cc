@@ -87,7 +87,8 @@ QK_INLINE void dequantize_run(const DequantizeRun& run) {
     }
   }
   for (; i + 8 <= run.n; i += 8) store(x + i, value(i));
-  for (; i < run.n; ++i) scalar(i);
+  // The mask tells gcc that the tail is short, or it vectorizes it.
+  for (int64_t k = 0, tail = (run.n - i) & 7; k < tail; ++k) scalar(i + k);
 }
 
 template <typename T>

@@ -7,7 +7,7 @@ import pytest
 from binary import Function, Instruction
 
 DOT = re.compile(r"vpdpbusd|vpdpwssd|vpmaddubsw|vpmaddwd")
-STREAM = re.compile(r"vrndscaleps|vroundps|vcvtps2dq")
+STREAM = re.compile(r"v(mul|max|min)ps")
 
 
 def hot_loops(pattern: re.Pattern, only: str = "") -> list[tuple[Function, list[Instruction]]]:
