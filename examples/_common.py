@@ -63,6 +63,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--views", type=int, default=220, help="evaluated views (default: %(default)s)")
     parser.add_argument("--calibration", type=int, default=96, help="calibration views (default: %(default)s)")
     parser.add_argument("--observer", default="histogram", help="activation observer (default: %(default)s)")
+    parser.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save", help="also write the int8 model there")
     return parser
 
@@ -87,6 +88,8 @@ def quantize_and_compare(
     with qkernels.calibrating(prepared), torch.no_grad():
         for batch in calibration.split(16):
             prepared(batch)
+    if options.bias_correction:
+        qkernels.correct_bias(prepared, calibration[:64])
     converted = qkernels.convert(prepared)
     print(prepared.report)
     report = qkernels.verify(prepared, converted, [views[:8]])

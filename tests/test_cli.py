@@ -61,3 +61,20 @@ def test_selftest_fails_when_one_bit_differs(capsys, monkeypatch):
     monkeypatch.setattr(qkernels.reference, "lookup", wrong)
     assert main(["selftest"]) == 1
     assert "8 DIFFER" in capsys.readouterr().out  # one in each of the eight lookups
+
+
+def test_the_demo_runs_end_to_end_on_digits(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    numbers, picture = tmp_path / "demo.json", tmp_path / "demo.png"
+    arguments = ["demo", "--data", "digits", "--epochs", "1", "--out", str(picture), "--json", str(numbers)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for word in ("accuracy", "float32", "torch.ao int8", "qkernels int8", "SQNR"):
+        assert word in out
+    facts = json.loads(numbers.read_text())
+    assert facts["mismatches"] == 0
+    ours, float32 = facts["rows"][2], facts["rows"][0]
+    assert ours["bytes"] < float32["bytes"] / 3
+    assert abs(ours["accuracy"] - float32["accuracy"]) < 0.03
+    assert picture.read_bytes().startswith(b"\x89PNG")
