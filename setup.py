@@ -120,7 +120,8 @@ def decide_cuda() -> tuple[Cuda | None, str]:
 def compile_cuda(cuda: Cuda, build_dir: Path, jobs: int) -> list[str]:
     """Compiles csrc/**/*.cu that are older than their source or any header; returns the object files."""
     flags = [
-        *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]),
+        # A kernel that spills is a mistake: ptxas warns, and `make build` fails on warnings.
+        *(["-O0", "-g", "-G"] if DEBUG else ["-O3", "-Xptxas=-warn-spills,-warn-lmem-usage"]),
         *("-std=c++20", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
         *(f"-I{ROOT}", *cuda.gencode),
     ]
