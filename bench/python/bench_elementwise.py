@@ -2,8 +2,9 @@
 
     python bench/python/bench_elementwise.py [--json FILE] [--sizes 4 200] [--repeats 15]
 
-A ratio of 1 is memory speed; "best" is the ratio of the shortest times, for busy machines. The peer is torch's own copy_ of uint8 tensors with (bytes read + bytes written) / 2
-elements; both are timed in turns in one process, so that a busy machine slows both.
+A ratio of 1 is memory speed; "best" is the ratio of the shortest times, for busy machines. The peer is torch's own
+copy_ of uint8 tensors with (bytes read + bytes written) / 2 elements; both are timed in turns in one process, so that a
+busy machine slows both.
 """
 
 import argparse
@@ -103,7 +104,8 @@ def main() -> None:
             result = {"op": name, "mib": megabytes, **ratio(call, moved, options.repeats)}
             results.append(result)
             print(
-                f"{name:32s} {megabytes:5d} {result['us']:10.1f} {result['gb_per_s']:7.1f} {result['ratio']:7.2f} {result['best_ratio']:6.2f}"
+                f"{name:32s} {megabytes:5d} {result['us']:10.1f} {result['gb_per_s']:7.1f} "
+                f"{result['ratio']:7.2f} {result['best_ratio']:6.2f}"
             )
     if options.json:
         with open(options.json, "w") as file:
