@@ -5,8 +5,12 @@ namespace {
 
 // Rows are shared out in groups of this many, so that parts consist of full tiles.
 constexpr int64_t kRowGroup = 6;
-// A conservative rate: 64 multiply-adds or 16 bytes of weights a nanosecond.
-constexpr int64_t kMacsPerNs = 64, kBytesPerNs = 16;
+// About what one core does in a nanosecond: weights from L3, and multiply-adds.
+constexpr int64_t kBytesPerNs = 48;
+constexpr int64_t macs_per_ns(Isa isa) {
+  constexpr int64_t kRates[kIsaCount] = {1, 64, 192, 384, 1024};
+  return kRates[static_cast<int>(isa)];
+}
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -42,7 +46,8 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
   const int64_t weights = header.n * header.depth;
   const Grid grid =
       choose_grid(row_groups, panels, parallel.threads, weights >= args.rows * header.depth);
-  const int64_t by_macs = args.rows * weights / kMacsPerNs, by_bytes = weights / kBytesPerNs;
+  const int64_t by_macs = args.rows * weights / macs_per_ns(header.isa),
+                by_bytes = weights / kBytesPerNs;
 
   IgemmArgs whole;
   whole.matrix = args.matrix;
