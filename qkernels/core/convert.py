@@ -10,6 +10,7 @@ Node names: the layers keep the path of the float module they come from, or the 
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class _Converter:
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
+        self.stayed_float: dict[str, str] = {}
         self.floats: dict[fx.Node, fx.Node] = {}
         self.codes: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, QParams] = {}
@@ -87,12 +89,22 @@ class _Converter:
         self._remove_unused(converted)
         converted.meta["sources"] = self.sources
         merge_layers(converted)
-        converted.meta["report"] = self.prepared.report
+        converted.meta["report"] = self._report()
         converted.adopt(self.prepared.meta.get("attributes", {}))
         for path, module in converted.named_modules():
             if hasattr(module, "reference_forward"):
                 module.name = ".".join(p for p in (self.prefix, path) if p)
         return converted
+
+    def _report(self) -> PrepareReport:
+        """What `prepare` reported, and what turned out float for the grids that were chosen."""
+        late = {".".join(p for p in (self.prefix, path) if p): why for path, why in self.stayed_float.items()}
+        return PrepareReport(
+            tuple(
+                replace(row, integer=False, reason=late[row.name]) if row.name in late else row
+                for row in self.prepared.report
+            )
+        )
 
     # -- the two forms of a value
 
@@ -217,7 +229,13 @@ class _Converter:
                 clamp, node, op = clamp_of(op), before, producer
         if op is None or op.kind in (g.PASS, g.PAD, "identity") or not all(n in self.codes for n in op.inputs):
             return None
-        layer = lower(unit_of(node, op, tuple(self.grids[n] for n in op.inputs), output, clamp))
+        try:
+            layer = lower(unit_of(node, op, tuple(self.grids[n] for n in op.inputs), output, clamp))
+        except NotImplementedError as error:
+            if op.kind in g.WEIGHTED:
+                raise
+            self.stayed_float[node.meta["path"]] = str(error)  # such as a square root where the grid has negative codes
+            return None
         return self._call(self._path(node), layer, tuple(self.codes[n] for n in op.inputs), source)
 
     # -- the new graph

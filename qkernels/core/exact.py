@@ -2,7 +2,7 @@
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 
 from qkernels.core.convert import convert
 from qkernels.core.registry import is_layer
@@ -19,7 +19,14 @@ class ReferenceLayer(nn.Module):
         self.layer = layer
 
     def forward(self, *args, **kwargs):
-        return self.layer.reference_forward(*args, **kwargs)
+        y = self.layer.reference_forward(*args, **kwargs)
+        # The memory order of the kernels: a float operation after the layer may sum in memory order.
+        return channels_last(y) if self.layer.channels_last and y.dim() > 2 else y
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same [N, C, *spatial] tensor stored as N, *spatial, C."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def exact(prepared: nn.Module, engine: str = "reference") -> nn.Module:

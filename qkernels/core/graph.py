@@ -126,6 +126,9 @@ def _table() -> tuple[dict[Any, tuple[str, str]], dict[str, tuple[str, str]], di
     row("softshrink", "input lambd", nn.Softshrink, F.softshrink)
     for name in ("exp", "sqrt", "rsqrt", "abs", "neg", "square"):
         row(name, "input", getattr(torch, name), name)
+    row("neg", "input", operator.neg)
+    row("abs", "input", operator.abs)
+    row("pow", "input exponent", operator.pow, torch.pow, "pow")
 
     row(PASS, "input", nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
     row(PASS, "input", torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze)
@@ -334,6 +337,9 @@ def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:
         return Operation(kind, tuple(tensors), bound)
     if kind in ("add", "sub", "mul", "div"):
         return _arithmetic(node, kind, bound)
+    exponent = bound.get("exponent")
+    if kind == "pow" and not (isinstance(exponent, int) and exponent > 0):
+        return None  # not defined everywhere
     first = bound.pop("input", None)
     bound.pop("inplace", None)
     return Operation(kind, (first,), bound) if isinstance(first, fx.Node) else None
@@ -354,6 +360,8 @@ def _arithmetic(node: fx.Node, kind: str, bound: dict) -> Operation | None:
     number, tensor_first = float(numbers[0]), a is tensors[0]
     if kind == "add" or (kind == "sub" and tensor_first):
         return Operation("add_scalar", tensors, {"other": number if kind == "add" else -number})
+    if kind == "sub":
+        return Operation("rsub_scalar", tensors, {"other": number})
     if kind == "mul" or (kind == "div" and tensor_first and number != 0.0):
         return Operation("mul_scalar", tensors, {"other": number if kind == "mul" else 1.0 / number})
     return None

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.report import PrepareReport
 from qkernels.errors import InvalidArgument
 
 
@@ -29,8 +30,8 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
     watched = [q for q in quantizers(prepared) if q.state is not State.FROZEN]
     layers = [layer for layer in prepared_layers(prepared) if layer.quantizers["weight"] in set(watched)]
     weights = {layer.quantizers["weight"] for layer in layers}
-    if not watched:
-        raise InvalidArgument("calibrating: the model has no Quantizer to calibrate; it must come from `prepare`")
+    if not isinstance(getattr(prepared, "report", None), PrepareReport):
+        raise InvalidArgument("calibrating: the model must come from `prepare`")
     before = [_snapshot(q) for q in watched]
     try:
         for quantizer in watched:

@@ -12,6 +12,7 @@ that keep its grid, to the next Quantizer or the next float operation. Where Qua
 
 import copy
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -70,9 +71,12 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
     work = copy.deepcopy(model).eval()
     _bake_parametrizations(work)
     try:
-        return prepare_graph(work, args, kwargs, recipe)
+        prepared: nn.Module = prepare_graph(work, args, kwargs, recipe)
     except Untraceable as error:
-        return _prepare_parts(work, args, kwargs, recipe, str(error))
+        prepared = _prepare_parts(work, args, kwargs, recipe, str(error))
+    if not prepared.report.integer:
+        warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=2)
+    return prepared
 
 
 def _bake_parametrizations(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ class QLayer(nn.Module):
     """
 
     kind: ClassVar[str]
+    channels_last: ClassVar[bool] = False  # whether the output is stored so, whatever the input
 
     def __init__(
         self, inputs: Sequence[QParams], output: QParams | None, options: dict[str, Any] | None = None

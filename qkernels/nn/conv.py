@@ -22,6 +22,8 @@ class QConv(WeightedLayer):
     groups; transposed; padding_mode.
     """
 
+    channels_last = True
+
     def _geometry(self) -> tuple[Any, ...]:
         o = self.options
         padding = [side for pair in o["padding"] for side in pair]

@@ -31,6 +31,8 @@ class _SameGrid(QLayer):
 class QMaxPool(_SameGrid):
     """Maximum over windows; padding never wins."""
 
+    channels_last = True
+
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x, ops.max_pool)
 
@@ -60,6 +62,8 @@ class QInterpolate(_SameGrid):
 
 
 class _Averaging(QLayer):
+    channels_last = True
+
     def __init__(self, input: QParams, output: QParams, options: dict[str, Any]) -> None:
         super().__init__([input], output, options)
 

@@ -243,10 +243,22 @@ def test_a_leaf_with_other_outputs_is_reported():
     assert kinds_of(prepared) == ["linear"]
 
 
+def test_arithmetic_with_numbers_is_a_table():
+    def forward(self, x):
+        x = (1.0 - self.conv(x)) * 2 / 3 - 0.5
+        return self.last(-x + 2.0 * x**2)
+
+    model = model_of(forward, conv=nn.Conv2d(4, 4, 1), last=nn.Conv2d(4, 2, 1))
+    prepared = qkernels.prepare(model, IMAGE)
+    assert not prepared.report.stayed_float
+    check_same(model, prepared, IMAGE)
+
+
 def test_a_computed_weight_stays_float():
     model = model_of(lambda self, x: F.linear(x, self.w * 2.0), w=nn.Parameter(torch.randn(3, 5)))
     x = torch.randn(2, 5)
-    prepared = qkernels.prepare(model, x)
+    with pytest.warns(UserWarning, match="stays float"):
+        prepared = qkernels.prepare(model, x)
     assert not prepared.report.integer
     check_same(model, prepared, x)
 
@@ -419,5 +431,5 @@ def test_misuse_is_explained():
         qkernels.convert(linear)
     with pytest.raises(ValueError, match="no data"), qkernels.calibrating(prepared):
         pass
-    with pytest.raises(InvalidArgument, match="Quantizer"), qkernels.calibrating(linear):
+    with pytest.raises(InvalidArgument, match="prepare"), qkernels.calibrating(linear):
         pass

@@ -262,6 +262,22 @@ def test_a_network_without_a_graph_is_quantized_in_parts(tmp_path):
     assert all(torch.equal(loaded(x)[name], out) for name, out in converted(x).items())
 
 
+def test_a_function_not_defined_on_the_chosen_grid_stays_float():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(torch.sqrt(F.relu(self.first(x))))
+
+    for symmetric in (False, True):  # a symmetric grid has codes for negative numbers
+        prepared, converted = quantized(Model().eval(), (5, 4), symmetric_activations=symmetric)
+        assert not prepared.report.stayed_float
+        assert [row.name for row in converted.report.stayed_float] == (["sqrt"] if symmetric else [])
+        assert qkernels.verify(prepared, converted, batches(1, 5, 4)).total_mismatches == 0
+
+
 class Attention(nn.Module):
     """A transformer layer: matmul, softmax and layer norm stay float, projections and the MLP are integer."""
 
@@ -326,5 +342,8 @@ def test_shared_modules_tied_weights_and_nested_outputs():
 def test_a_network_with_nothing_to_quantize_stays_as_it_is():
     model = nn.Sequential(nn.LayerNorm(4), nn.Softmax(-1)).eval()
     x = torch.randn(2, 4)
-    converted = qkernels.convert(qkernels.prepare(model, x))
+    with pytest.warns(UserWarning, match="stays float"):
+        prepared = qkernels.prepare(model, x)
+    qkernels.calibrate(prepared, [x])
+    converted = qkernels.convert(prepared)
     assert torch.equal(converted(x), model(x))
