@@ -93,31 +93,39 @@ QK_INLINE void add_any(const BinaryRun& run) {
   }
 }
 
-// 64 codes minus their zero point in 16 bits: lane l of `low` and `high` holds the halves of lane l
-// of the codes. An int8 code plus 128 is its byte with the top bit flipped.
-struct Centered {
-  __m512i low, high;
-};
-
+// 64 codes of one operand. An int8 code plus 128 is its byte with the top bit flipped; a repeated
+// operand is read once, before the loop.
 template <bool kRepeats>
 struct CenteredOperand {
   const uint8_t* q;
-  __m512i flip, zero_point;
-  Centered repeated;
+  __m512i flip, zero_point, repeated;
 
   __attribute__((always_inline)) CenteredOperand(const uint8_t* q, bool is_signed, int32_t zp)
       : q(q),
         flip(_mm512_set1_epi8(static_cast<char>(is_signed ? 0x80 : 0))),
         zero_point(_mm512_set1_epi16(static_cast<short>(zp + (is_signed ? 128 : 0)))) {
-    repeated = center(kRepeats ? _mm512_set1_epi8(static_cast<char>(*q)) : flip);
+    repeated = kRepeats ? low(_mm512_set1_epi8(static_cast<char>(*q))) : flip;
   }
-  __attribute__((always_inline)) Centered center(__m512i bytes) const {
-    const __m512i zero = _mm512_setzero_si512(), u = _mm512_xor_si512(bytes, flip);
-    return {_mm512_sub_epi16(_mm512_unpacklo_epi8(u, zero), zero_point),
-            _mm512_sub_epi16(_mm512_unpackhi_epi8(u, zero), zero_point)};
+  __attribute__((always_inline)) __m512i bytes(int64_t i, __mmask64 m) const {
+    if constexpr (kRepeats) return repeated;
+    return _mm512_maskz_loadu_epi8(m, q + i);
   }
-  __attribute__((always_inline)) Centered at(int64_t i, __mmask64 m) const {
-    return kRepeats ? repeated : center(_mm512_maskz_loadu_epi8(m, q + i));
+  // The low and high half of each lane of `bytes`, minus the zero point, in 16 bits.
+  __attribute__((always_inline)) __m512i low(__m512i bytes) const {
+    const __m512i u = _mm512_xor_si512(bytes, flip);
+    return _mm512_sub_epi16(_mm512_unpacklo_epi8(u, _mm512_setzero_si512()), zero_point);
+  }
+  __attribute__((always_inline)) __m512i high(__m512i bytes) const {
+    const __m512i u = _mm512_xor_si512(bytes, flip);
+    return _mm512_sub_epi16(_mm512_unpackhi_epi8(u, _mm512_setzero_si512()), zero_point);
+  }
+  __attribute__((always_inline)) __m512i low_at(__m512i bytes) const {
+    if constexpr (kRepeats) return repeated;
+    return low(bytes);
+  }
+  __attribute__((always_inline)) __m512i high_at(__m512i bytes) const {
+    if constexpr (kRepeats) return repeated;
+    return high(bytes);
   }
 };
 
@@ -139,10 +147,10 @@ QK_INLINE void mul_run(const BinaryRun& run) {
   const __m512i zp = _mm512_set1_epi16(static_cast<short>(g.out_zero_point));
   const CodeRange range = code_range(g.qmin, g.qmax);
   const auto codes = [&](int64_t i, __mmask64 m) __attribute__((always_inline)) {
-    const Centered x = a.at(i, m), y = b.at(i, m);
+    const __m512i x = a.bytes(i, m), y = b.bytes(i, m);
     return pack_codes<kOutSigned>(
-        _mm512_adds_epi16(scaled_products(x.low, y.low, multiplier), zp),
-        _mm512_adds_epi16(scaled_products(x.high, y.high, multiplier), zp), range);
+        _mm512_adds_epi16(scaled_products(a.low_at(x), b.low_at(y), multiplier), zp),
+        _mm512_adds_epi16(scaled_products(a.high_at(x), b.high_at(y), multiplier), zp), range);
   };
   int64_t i = 0;
   for (; i + 64 <= run.n; i += 64) _mm512_storeu_si512(run.out + i, codes(i, ~__mmask64{0}));
@@ -170,6 +178,7 @@ struct ShuffleTable {
 
 QK_INLINE ShuffleTable shuffle_table(const uint8_t* table) {
   ShuffleTable t;
+#pragma GCC unroll 16
   for (int k = 0; k < 16; ++k) {
     __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * k));
     if (k % 8 != 0) {
@@ -187,11 +196,13 @@ QK_INLINE __m512i shuffle_lookup(const ShuffleTable& t, __m512i q) {
   const __m512i step = _mm512_set1_epi8(16);
   __m512i low = q, high = _mm512_xor_si512(q, _mm512_set1_epi8(static_cast<char>(0x80)));
   __m512i a = _mm512_shuffle_epi8(t.part[0], low), b = _mm512_shuffle_epi8(t.part[8], high);
+#pragma GCC unroll 8
   for (int k = 1; k < 8; ++k) {
     low = _mm512_subs_epi8(low, step);
     high = _mm512_subs_epi8(high, step);
     a = _mm512_xor_si512(a, _mm512_shuffle_epi8(t.part[k], low));
     b = _mm512_xor_si512(b, _mm512_shuffle_epi8(t.part[8 + k], high));
+    __asm__("" : "+v"(a), "+v"(b));  // keeps gcc from delaying the sums, which spills the table
   }
   return _mm512_xor_si512(a, b);
 }
@@ -208,11 +219,7 @@ void lookup_avx512vnni(const LookupRows& run) {
   for (int64_t row = 0; row < run.rows; ++row) {
     const uint8_t* q = run.q + row * run.q_stride;
     uint8_t* out = run.out + row * run.out_stride;
-    int64_t i = 0;
-    for (; i + 64 <= run.n; i += 64) {
-      _mm512_storeu_si512(out + i, shuffle_lookup(table, _mm512_loadu_si512(q + i)));
-    }
-    if (i < run.n) {
+    for (int64_t i = 0; i < run.n; i += 64) {
       const __mmask64 m = byte_lanes(run.n - i);
       _mm512_mask_storeu_epi8(out + i, m, shuffle_lookup(table, _mm512_maskz_loadu_epi8(m, q + i)));
     }

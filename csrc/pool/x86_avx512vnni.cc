@@ -51,23 +51,34 @@ QK_INLINE void max_window(const PoolWindow& window) {
   }
 }
 
-// 64 sums: of 16 bits until they are flushed to 32 bits.
-struct Sums {
-  __m512i low, high, wide[4];
+// Moves 64 sums from 16 to 32 bits; all inside lanes of 16 bytes.
+QK_INLINE void flush(__m512i& low, __m512i& high, __m512i wide[4]) {
+  const __m512i zero = _mm512_setzero_si512();
+  wide[0] = _mm512_add_epi32(wide[0], _mm512_unpacklo_epi16(low, zero));
+  wide[1] = _mm512_add_epi32(wide[1], _mm512_unpackhi_epi16(low, zero));
+  wide[2] = _mm512_add_epi32(wide[2], _mm512_unpacklo_epi16(high, zero));
+  wide[3] = _mm512_add_epi32(wide[3], _mm512_unpackhi_epi16(high, zero));
+  low = high = zero;
+}
 
-  __attribute__((always_inline)) void add(__m512i q) {
-    low = _mm512_add_epi16(low, _mm512_unpacklo_epi8(q, _mm512_setzero_si512()));
-    high = _mm512_add_epi16(high, _mm512_unpackhi_epi8(q, _mm512_setzero_si512()));
+// Adds the codes of `taps` taps to 16-bit sums of kVectors * 64 channels.
+template <int kVectors>
+QK_INLINE void add_taps(const uint8_t* tap, int64_t taps, int64_t stride, __m512i flip,
+                        __mmask64 last, __m512i low[kVectors], __m512i high[kVectors]) {
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i l[kVectors], h[kVectors];
+  for (int k = 0; k < kVectors; ++k) l[k] = low[k], h[k] = high[k];
+  for (; taps > 0; --taps, tap += stride) {
+    for (int k = 0; k < kVectors; ++k) {
+      const __m512i bytes = k + 1 < kVectors ? _mm512_loadu_si512(tap + 64 * k)
+                                             : _mm512_maskz_loadu_epi8(last, tap + 64 * k);
+      const __m512i q = _mm512_xor_si512(bytes, flip);
+      l[k] = _mm512_add_epi16(l[k], _mm512_unpacklo_epi8(q, zero));
+      h[k] = _mm512_add_epi16(h[k], _mm512_unpackhi_epi8(q, zero));
+    }
   }
-  __attribute__((always_inline)) void flush() {
-    const __m512i zero = _mm512_setzero_si512();
-    wide[0] = _mm512_add_epi32(wide[0], _mm512_unpacklo_epi16(low, zero));
-    wide[1] = _mm512_add_epi32(wide[1], _mm512_unpackhi_epi16(low, zero));
-    wide[2] = _mm512_add_epi32(wide[2], _mm512_unpacklo_epi16(high, zero));
-    wide[3] = _mm512_add_epi32(wide[3], _mm512_unpackhi_epi16(high, zero));
-    low = high = zero;
-  }
-};
+  for (int k = 0; k < kVectors; ++k) low[k] = l[k], high[k] = h[k];
+}
 
 // The means of kVectors * 64 channels, the last vector under a mask, in one pass over the window.
 // An int8 code plus 128 is its byte with the top bit flipped: sums are unsigned either way.
@@ -77,30 +88,36 @@ QK_INLINE void mean_channels(const PoolWindow& window, int64_t c, const MeanGrid
   const int32_t zero_byte = grid.q_zero_point + (grid.q_signed ? 128 : 0);
   const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
   const __m512i start = _mm512_set1_epi32(-static_cast<int32_t>(taps) * zero_byte);
-  const __m512i zero = _mm512_setzero_si512();
   const __mmask64 last = byte_lanes(window.channels - c - 64 * (kVectors - 1));
-  Sums sums[kVectors];
-  for (int k = 0; k < kVectors; ++k) sums[k] = {zero, zero, {start, start, start, start}};
-  int room = kFlush;
-  for_each_tap(window, window.base + c, [&](const uint8_t* tap) __attribute__((always_inline)) {
-    for (int k = 0; k < kVectors; ++k) {
-      const __m512i q = k + 1 < kVectors ? _mm512_loadu_si512(tap + 64 * k)
-                                         : _mm512_maskz_loadu_epi8(last, tap + 64 * k);
-      sums[k].add(_mm512_xor_si512(q, flip));
+  __m512i low[kVectors], high[kVectors], wide[kVectors][4];
+  for (int k = 0; k < kVectors; ++k) {
+    low[k] = high[k] = _mm512_setzero_si512();
+    for (int j = 0; j < 4; ++j) wide[k][j] = start;
+  }
+  int64_t room = kFlush;
+  for (int64_t row = 0; row < window.taps[0] * window.taps[1]; ++row) {
+    const uint8_t* tap = window.base + c + row / window.taps[1] * window.stride[0] +
+                         row % window.taps[1] * window.stride[1];
+    for (int64_t left = window.taps[2]; left > 0;) {
+      const int64_t n = left < room ? left : room;
+      add_taps<kVectors>(tap, n, window.stride[2], flip, last, low, high);
+      tap += n * window.stride[2];
+      left -= n;
+      room -= n;
+      if (room == 0) {
+        for (int k = 0; k < kVectors; ++k) flush(low[k], high[k], wide[k]);
+        room = kFlush;
+      }
     }
-    if (--room == 0) {
-      for (int k = 0; k < kVectors; ++k) sums[k].flush();
-      room = kFlush;
-    }
-  });
+  }
   const __m512 multiplier = _mm512_set1_ps(grid.scale_ratio / static_cast<float>(grid.divisor));
   const __m512i zp = _mm512_set1_epi32(grid.out_zero_point), zp16 = pack16(zp, zp);
   const CodeRange range = code_range(grid.qmin, grid.qmax);
   for (int k = 0; k < kVectors; ++k) {
-    sums[k].flush();
+    flush(low[k], high[k], wide[k]);
     __m512i v[4];
     for (int j = 0; j < 4; ++j) {
-      v[j] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[k].wide[j]), multiplier));
+      v[j] = round_to_int(_mm512_mul_ps(_mm512_cvtepi32_ps(wide[k][j]), multiplier));
     }
     const __m512i q = pack_codes<kOutSigned>(_mm512_adds_epi16(pack16(v[0], v[1]), zp16),
                                              _mm512_adds_epi16(pack16(v[2], v[3]), zp16), range);

@@ -8,6 +8,8 @@ from binary import Function, Instruction
 
 DOT = re.compile(r"vpdpbusd|vpdpwssd|vpmaddubsw|vpmaddwd")
 STREAM = re.compile(r"v(mul|max|min)ps")
+LOOKUP = re.compile(r"vpermi2b|vpermt2b|vpshufb")
+POOL = re.compile(r"vpmax[us]b|vpunpck[lh]bw")
 
 
 def hot_loops(pattern: re.Pattern, only: str = "") -> list[tuple[Function, list[Instruction]]]:
@@ -26,6 +28,11 @@ def hot_loops(pattern: re.Pattern, only: str = "") -> list[tuple[Function, list[
         pytest.param(DOT, "", id="dot products"),
         pytest.param(STREAM, "fake_quant", id="fake_quant"),
         pytest.param(STREAM, "quantize", id="quantize"),
+        pytest.param(STREAM, "add_avx", id="add"),
+        pytest.param(STREAM, "mul_avx", id="mul"),
+        pytest.param(LOOKUP, "lookup_avx512", id="lookup"),
+        pytest.param(POOL, "max_pool_avx512", id="max_pool"),
+        pytest.param(POOL, "avg_pool_avx512", id="avg_pool"),
     ],
 )
 def test_hot_loops_do_not_touch_the_stack(pattern, only):
