@@ -116,10 +116,8 @@ def train(model: nn.Module, images: Images, epochs: int) -> None:
             optimizer.step()
             schedule.step()
     model.eval()
-    threads = torch.get_num_threads()
-    print(
-        f"train       {epochs} epochs in {time.perf_counter() - start:.1f} s on {threads} threads, last loss {loss.item():.3f}"
-    )
+    seconds, threads = time.perf_counter() - start, torch.get_num_threads()
+    print(f"train       {epochs} epochs in {seconds:.1f} s on {threads} threads, last loss {loss.item():.3f}")
 
 
 def _use_the_faster_thread_count(model: nn.Module, x: Tensor) -> None:
