@@ -117,14 +117,15 @@ uint8_t* aligned(std::vector<uint8_t>& owner, int64_t bytes) {
 // `spread`: weights are in [-spread, spread]; up to 64 they are safe for vpmaddubsw.
 void bench(const Shape& shape, Isa isa, bool input_signed, int spread) {
   std::vector<int8_t> weight(static_cast<size_t>(shape.n * shape.k));
-  std::vector<uint8_t> a(static_cast<size_t>(shape.m * shape.k)),
-      out(static_cast<size_t>(shape.m * shape.n)), owner;
+  std::vector<uint8_t> owner, a_owner, out_owner;
+  uint8_t* a = aligned(a_owner, shape.m * shape.k);
+  uint8_t* out = aligned(out_owner, shape.m * shape.n);
   uint32_t state = 1;
   const auto next = [&state] { return (state = state * 1664525u + 1013904223u) >> 16; };
   for (int8_t& w : weight) {
     w = static_cast<int8_t>(static_cast<int>(next() % (2 * spread + 1)) - spread);
   }
-  for (uint8_t& v : a) v = static_cast<uint8_t>(next());
+  for (int64_t i = 0; i < shape.m * shape.k; ++i) a[i] = static_cast<uint8_t>(next());
   const float scale = 0.01f;
   const PackSource source{.weight = weight.data(),
                           .n = shape.n,
@@ -150,7 +151,7 @@ void bench(const Shape& shape, Isa isa, bool input_signed, int spread) {
     std::printf("packing failed\n");
     std::exit(1);
   }
-  const LinearArgs args{matrix, a.data(), shape.m, shape.k, out.data(), nullptr, 0, false};
+  const LinearArgs args{matrix, a, shape.m, shape.k, out, nullptr, 0, false};
   const double macs = static_cast<double>(shape.m) * shape.k * shape.n;
   const int runs = static_cast<int>(macs > 1e8 ? 2 : macs > 1e7 ? 5 : 30);
   double best = 1e18, limit = 0;
