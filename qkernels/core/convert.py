@@ -17,10 +17,12 @@ import torch
 from torch import fx, nn
 
 from qkernels.core import graph as g
+from qkernels.core import operations as o
 from qkernels.core.fusion import clamp_of, is_fused
-from qkernels.core.graph import NetworkGraph, Operation
+from qkernels.core.graph import NetworkGraph
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import LoweringUnit, lower
+from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
 from qkernels.core.prepare import PreparedModel, quantizers, unit_of
 from qkernels.core.qspec import QParams
@@ -121,7 +123,7 @@ class _Converter:
     def _float_output_layer(self, node: fx.Node) -> fx.Node | None:
         """A linear or convolution on codes that stores float32, where only float operations read it."""
         op = self._integer_operation(node)
-        if op is None or op.kind not in g.WEIGHTED or op.inputs[0] not in self.codes:
+        if op is None or op.kind not in o.WEIGHTED or op.inputs[0] not in self.codes:
             return None
         layer = lower(unit_of(node, op, (self.grids[op.inputs[0]],), None))
         return self._call(node.target, layer, (self.codes[op.inputs[0]],), node)
@@ -148,7 +150,7 @@ class _Converter:
 
     def _integer_operation(self, node: fx.Node) -> Operation | None:
         """What the node computes, if `prepare` made it integer."""
-        return g.operation(node, self.modules) if node.meta.get("integer", False) else None
+        return o.operation(node, self.modules) if node.meta.get("integer", False) else None
 
     def _quantizer(self, node: fx.Node) -> Quantizer | None:
         module = self.modules.get(node.target) if node.op == "call_module" else None
@@ -157,21 +159,21 @@ class _Converter:
     def _keeps_grid(self, node: fx.Node) -> bool:
         """Whether this is an operation that keeps the grid, and its inputs are codes on one and the same grid."""
         op = self._integer_operation(node)
-        if op is None or op.kind not in g.SAME_GRID | {g.PASS, g.PAD, "cat"}:
+        if op is None or op.kind not in o.SAME_GRID | {o.PASS, o.PAD, "cat"}:
             return False
         grids = [self.grids.get(n) for n in op.inputs]
         return grids[0] is not None and all(grid == grids[0] for grid in grids)
 
     def _on_codes(self, node: fx.Node) -> None:
-        op = g.operation(node, self.modules)
+        op = o.operation(node, self.modules)
         grid = self.grids[node] = self.grids[op.inputs[0]]
         inputs = tuple(self.codes[n] for n in op.inputs)
         if op.kind == "cat":
             layer = lower(unit_of(node, op, (grid,) * len(inputs), grid))
             self.codes[node] = self._call(self._path(node), layer, (list(inputs),), node)
-        elif op.kind == g.PAD:
+        elif op.kind == o.PAD:
             self.codes[node] = self._pad(node, op, grid)
-        elif op.kind in g.SAME_GRID and not any(isinstance(v, fx.Node) for v in op.options.values()):
+        elif op.kind in o.SAME_GRID and not any(isinstance(v, fx.Node) for v in op.options.values()):
             layer = lower(unit_of(node, op, (grid,), grid))
             self.codes[node] = self._call(self._path(node), layer, inputs, node)
         else:
@@ -222,17 +224,17 @@ class _Converter:
     def _integer_layer(self, node: fx.Node, output: QParams) -> fx.Node | None:
         """`node`, with a clamp that it is part of, as an integer layer; None if it reads float tensors."""
         op, clamp, source = self._integer_operation(node), None, node
-        if op is not None and op.kind in g.CLAMPS:
+        if op is not None and op.kind in o.CLAMPS:
             before = op.inputs[0]
             producer = self._integer_operation(before)
             if producer is not None and before not in self.codes and is_fused(producer.kind, op.kind):
                 clamp, node, op = clamp_of(op), before, producer
-        if op is None or op.kind in (g.PASS, g.PAD, "identity") or not all(n in self.codes for n in op.inputs):
+        if op is None or op.kind in (o.PASS, o.PAD, "identity") or not all(n in self.codes for n in op.inputs):
             return None
         try:
             layer = lower(unit_of(node, op, tuple(self.grids[n] for n in op.inputs), output, clamp))
         except NotImplementedError as error:
-            if op.kind in g.WEIGHTED:
+            if op.kind in o.WEIGHTED:
                 raise
             self.stayed_float[node.meta["path"]] = str(error)  # such as a square root where the grid has negative codes
             return None

@@ -7,8 +7,9 @@ layer: no grid between them.
 import torch
 from torch import Tensor, fx, nn
 
-from qkernels.core.graph import BATCH_NORMS, CLAMPS, Operation, modules_of, operation, replace_module, share
+from qkernels.core.graph import modules_of, replace_module, share
 from qkernels.core.lowering import Clamp
+from qkernels.core.operations import BATCH_NORMS, CLAMPS, Operation, operation
 
 FUSED: frozenset[tuple[str, str]] = frozenset(
     (first, second) for first in ("linear", "conv", "add", "mul") for second in CLAMPS

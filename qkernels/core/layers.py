@@ -26,7 +26,9 @@ class Prepared:
         for table in ("_parameters", "_buffers", "_modules"):
             prepared.__dict__[table] = dict(layer.__dict__[table])
         channels = prepared.rows(layer.weight).shape[0]
-        prepared.quantizers = nn.ModuleDict({"weight": Quantizer(recipe, f"{path}.weight", channels)})
+        prepared.quantizers = nn.ModuleDict(
+            {"weight": Quantizer(recipe, f"{path}.weight", channels).to(layer.weight.device)}
+        )
         return prepared
 
     def rows(self, weight: Tensor) -> Tensor:

@@ -179,8 +179,11 @@ class Histogram(Observer):
         pieces = self.bins * self.REFINEMENT
         mass = self.histogram.repeat_interleave(self.REFINEMENT) / self.REFINEMENT
         old_low, old_high, new_low, new_high = (v.reshape(()) for v in (self.low, self.high, low, high))
-        centers = torch.linspace(old_low, old_high, pieces + 1)[:-1] + 0.5 * ((old_high - old_low) / pieces)
-        edges = torch.linspace(new_low, new_high, self.bins + 1)
+        device = self.histogram.device
+        centers = torch.linspace(old_low, old_high, pieces + 1, device=device)[:-1] + 0.5 * (
+            (old_high - old_low) / pieces
+        )
+        edges = torch.linspace(new_low, new_high, self.bins + 1, device=device)
         bin_of = (torch.bucketize(centers, edges, right=True) - 1).clamp(0, self.bins - 1)
         return torch.bincount(bin_of, weights=mass, minlength=self.bins)
 

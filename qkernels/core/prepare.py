@@ -22,10 +22,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from qkernels.core import graph as g
+from qkernels.core import operations as o
 from qkernels.core.fusion import fold_batch_norms, has_constant_clamp, is_fused
-from qkernels.core.graph import NetworkGraph, Operation, Untraceable
+from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.lowering import LoweringUnit, lower, lowerable_kinds
+from qkernels.core.operations import Operation
 from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Override, Recipe, TensorRecipe, make_recipe, type_name
@@ -102,7 +104,7 @@ def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, p
     Raises:
         Untraceable: `model` has no faithful graph.
     """
-    is_leaf = type(model) in g.MODULES
+    is_leaf = type(model) in o.MODULES
     if is_leaf:
         model = nn.Sequential(OrderedDict(layer=model))
     traced = g.trace(model, args, kwargs)
@@ -135,7 +137,7 @@ class _Plan:
         self.modules = g.modules_of(traced)
         self.nodes = list(traced.graph.nodes)
         self.readers = {node: list(node.users) for node in self.nodes}  # before any Quantizer
-        self.operations = {node: g.operation(node, self.modules) for node in self.nodes}
+        self.operations = {node: o.operation(node, self.modules) for node in self.nodes}
         self.reasons: dict[fx.Node, str] = {}
         for node in self.nodes:
             reason = self._why_float(node)
@@ -157,11 +159,11 @@ class _Plan:
             return "skipped by the recipe"
         if not value.is_float or not all(n.meta["value"].is_float for n in op.inputs):
             return "does not compute float32 tensors"
-        if op.kind == g.PASS:
+        if op.kind == o.PASS:
             return None
-        if op.kind == g.PAD:
+        if op.kind == o.PAD:
             return self._why_float_pad(op)
-        if op.kind in g.WEIGHTED:
+        if op.kind in o.WEIGHTED:
             return self._why_float_weighted(node, op)
         if op.kind == "interpolate" and any(isinstance(v, fx.Node) for v in op.options.values()):
             return self._why_float_interpolate(node, op)
@@ -169,7 +171,7 @@ class _Plan:
             return f"an argument of {op.kind} is computed at run time"
         if op.kind not in lowerable_kinds():
             return f"no integer layer for {op.kind}"
-        if op.kind in g.CLAMPS and not has_constant_clamp(op):
+        if op.kind in o.CLAMPS and not has_constant_clamp(op):
             return "its limits are not numbers"
         return self._why_not_lowered(node, op)
 
@@ -207,7 +209,7 @@ class _Plan:
             r"([123])d", getattr(node.target, "__name__", "") if op.module is None else type(op.module).__name__
         )
         rank = len(op.inputs[0].meta["value"].shape)
-        if dims is not None and op.kind not in g.WEIGHTED and rank != int(dims[1]) + 2:
+        if dims is not None and op.kind not in o.WEIGHTED and rank != int(dims[1]) + 2:
             return "its input has no batch dimension"
         spec = self.rule(node).activation.spec
         grid = QParams.per_tensor(1.0, spec.qmin, spec.qmin, spec.qmax, spec.dtype)
@@ -227,18 +229,18 @@ class _Plan:
                 continue
             op = self.operations[node]
             from_integer = any(n in integer for n in op.inputs)
-            starts = op.kind in g.ARITHMETIC | g.SAME_GRID and any(n.op == "placeholder" for n in op.inputs)
-            if op.kind in g.WEIGHTED or from_integer or starts:
+            starts = op.kind in o.ARITHMETIC | o.SAME_GRID and any(n.op == "placeholder" for n in op.inputs)
+            if op.kind in o.WEIGHTED or from_integer or starts:
                 integer.add(node)
         return integer
 
     def _prune(self) -> None:
         """Leaves out what only rearranges or transforms values on their way to float readers."""
         for node in reversed(self.nodes):
-            if node not in self.integer or self.operations[node].kind in g.WEIGHTED | g.ARITHMETIC:
+            if node not in self.integer or self.operations[node].kind in o.WEIGHTED | o.ARITHMETIC:
                 continue
             layer = self._fused_into(node)
-            if layer is not None and self.operations[layer].kind in g.ARITHMETIC:
+            if layer is not None and self.operations[layer].kind in o.ARITHMETIC:
                 continue
             if not any(reader in self.integer for reader in self.readers[node]):
                 self.integer.discard(node)
@@ -247,7 +249,7 @@ class _Plan:
     def _fused_into(self, node: fx.Node) -> fx.Node | None:
         """The layer that `node`, a clamp, is part of."""
         op = self.operations[node]
-        if node not in self.integer or op.kind not in g.CLAMPS:
+        if node not in self.integer or op.kind not in o.CLAMPS:
             return None
         before = op.inputs[0]
         if before not in self.integer or len(self.readers[before]) != 1:
@@ -259,12 +261,12 @@ class _Plan:
     def owns_grid(self, node: fx.Node) -> bool:
         """Whether the output of this integer node goes onto a grid of its own."""
         kind = self.operations[node].kind
-        if kind in g.SAME_GRID or kind in (g.PASS, g.PAD, "cat"):
+        if kind in o.SAME_GRID or kind in (o.PASS, o.PAD, "cat"):
             return False
         readers = self.readers[node]
         if len(readers) == 1 and self._is_fused_clamp(readers[0]):
             return False
-        return kind not in g.WEIGHTED or any(reader in self.integer for reader in readers)
+        return kind not in o.WEIGHTED or any(reader in self.integer for reader in readers)
 
     def _is_fused_clamp(self, node: fx.Node) -> bool:
         return node in self.integer and self._fused_into(node) is not None
@@ -276,6 +278,7 @@ class _Plan:
         self._wrap_weighted()
         owners = self._share_over_cats()
         quantizers: dict[fx.Node, str] = {}
+        device = next((p.device for p in self.traced.parameters()), None)
         last_input = [n for n in self.nodes if n.op == "placeholder"][-1]
 
         def call(value: fx.Node, owner: fx.Node) -> fx.Node:
@@ -283,7 +286,7 @@ class _Plan:
             if owner not in quantizers:
                 path = f"{QUANTIZERS}.{owner.name}"
                 source = owner.meta.get("path", owner.name)
-                self.traced.add_submodule(path, Quantizer(self.activation(owner), source))
+                self.traced.add_submodule(path, Quantizer(self.activation(owner), source).to(device))
                 quantizers[owner] = path
             with self.traced.graph.inserting_after(last_input if value.op == "placeholder" else value):
                 node = self.traced.graph.call_module(quantizers[owner], (value,))
@@ -323,7 +326,7 @@ class _Plan:
         if node not in self.integer:
             return False
         kind = self.operations[node].kind
-        if kind in g.WEIGHTED:
+        if kind in o.WEIGHTED:
             return self.owns_grid(node) or any(self._is_fused_clamp(reader) for reader in self.readers[node])
         return True
 
@@ -333,7 +336,7 @@ class _Plan:
             kind = self.operations[node].kind
             if kind == "cat" or self.owns_grid(node):
                 return owners.get(node, node)
-            if kind in g.SAME_GRID or kind in (g.PASS, g.PAD):
+            if kind in o.SAME_GRID or kind in (o.PASS, o.PAD):
                 above = self.operations[node].inputs[0]
                 if not self._is_integer_value(above):
                     return above
@@ -363,7 +366,7 @@ class _Plan:
 
     def _wrap_weighted(self) -> None:
         for node in self.nodes:
-            if node in self.integer and self.operations[node].kind in g.WEIGHTED:
+            if node in self.integer and self.operations[node].kind in o.WEIGHTED:
                 layer = self.operations[node].module
                 wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target)
                 g.replace_module(self.traced, node.target, wrapped)
@@ -376,7 +379,7 @@ class _Plan:
                 continue
             if value.kind == "other" and node.op != "call_module":
                 continue
-            if op is not None and op.kind == g.PASS:
+            if op is not None and op.kind == o.PASS:
                 continue
             name = ".".join(p for p in (prefix, node.meta["path"]) if p)
             kind = _called(node, self.modules) if op is None else op.kind
@@ -408,7 +411,7 @@ def unit_of(
         options.setdefault("dim", None)
     if op.kind == "cat":
         options["dim"] = options.get("dim", 0)
-    if op.kind not in g.WEIGHTED:
+    if op.kind not in o.WEIGHTED:
         return LoweringUnit(op.kind, inputs, output, op.module, options, clamp=clamp)
     layer = op.module
     if stand_in:

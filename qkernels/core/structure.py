@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qkernels.core import graph as g
+from qkernels.core import operations as o
 from qkernels.core.convert import ConvertedModel
 from qkernels.core.registry import is_layer, layer_class
 from qkernels.core.report import Decision, PrepareReport
@@ -47,10 +47,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{prefix}.{name}": function
     for prefix, (module, names) in _MORE.items()
     for name, function in vars(module).items()
-    if name in names.split() or (not name.startswith("_") and callable(function) and function in g.FUNCTIONS)
+    if name in names.split() or (not name.startswith("_") and callable(function) and function in o.FUNCTIONS)
 }
 _FUNCTION_OF: dict[Callable[..., Any], str] = {function: name for name, function in reversed(_FUNCTIONS.items())}
-_METHODS = frozenset(g.METHODS) | frozenset(
+_METHODS = frozenset(o.METHODS) | frozenset(
     _words("bmm dim div float masked_fill matmul max min amax pow repeat size softmax sub sum to type_as")
 )
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})  # that the graph may read by getattr
