@@ -135,7 +135,7 @@ def test_every_truncation_is_refused(blob, tmp_path):
 
 def test_every_flipped_bit_is_refused(blob, tmp_path):
     chooser = random.Random(0)
-    bits = [*range(0, 1024), *(chooser.randrange(8 * len(blob)) for _ in range(3000))]
+    bits = [*range(0, 512), *(chooser.randrange(8 * len(blob)) for _ in range(2000))]
     for bit in bits:
         damaged = bytearray(blob)
         damaged[bit // 8] ^= 1 << bit % 8

@@ -1,0 +1,104 @@
+"""A network converted here runs there: another process, another instruction set, the same bits."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qkernels
+from qkernels.errors import InvalidArgument
+from qkernels.testing import supported_isas
+
+
+class Everything(nn.Module):
+    """Each kind of integer layer, and a float part in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish())
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.up = nn.ConvTranspose2d(16, 16, 2, stride=2)
+        self.gate = nn.Conv2d(16, 16, 1)
+        self.norm = nn.GroupNorm(4, 32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + F.relu6(self.depthwise(x))
+        y = F.max_pool2d(self.up(x), 2)
+        y = y * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(y, 1)))
+        z = torch.cat([x, F.avg_pool2d(F.interpolate(y, scale_factor=2), 2)], 1)
+        z = self.norm(z)  # stays float
+        return self.head(F.relu(z).mean((2, 3)))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = Everything(), nn.Linear(10, 3)
+
+    def forward(self, x):
+        y = self.features(x)
+        return self.head(y) if y.sum() > -1e9 else y
+
+
+def converted(model, x):
+    prepared = qkernels.prepare(model, x[:1])
+    with qkernels.calibrating(prepared):
+        prepared(x)
+    return qkernels.convert(prepared)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 3, 20, 16)
+
+
+def test_a_loaded_model_is_the_saved_one(x, tmp_path):
+    model = converted(Everything().eval(), x)
+    qkernels.save(model, tmp_path / "model.qk")
+    again = qkernels.load(tmp_path / "model.qk")
+    assert torch.equal(again(x), model(x))
+    assert str(again.report) == str(model.report)
+    assert again.meta["sources"] == model.meta["sources"]
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+PROGRAM = """
+import sys, torch, qkernels
+model = qkernels.load(sys.argv[1])
+torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_another_process_with_another_instruction_set_gives_the_same_bits(x, tmp_path, isa):
+    model = converted(Everything().eval(), x)
+    qkernels.save(model, tmp_path / "model.qk")
+    torch.save(x, tmp_path / "x.pt")
+    paths = [str(tmp_path / name) for name in ("model.qk", "x.pt", "y.pt")]
+    environment = {**os.environ, "QKERNELS_ISA": isa, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PROGRAM, *paths], check=True, env=environment)
+    assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
+
+
+def test_a_model_converted_in_parts_is_saved_and_loaded_onto_its_code(x, tmp_path):
+    float_model = Branching().eval()
+    model = converted(float_model, x)
+    qkernels.save(model, tmp_path / "model.qk")
+    with pytest.raises(InvalidArgument, match="skeleton=model"):
+        qkernels.load(tmp_path / "model.qk")
+    again = qkernels.load(tmp_path / "model.qk", skeleton=Branching())
+    assert torch.equal(again(x), model(x))
+    comparison = qkernels.compare(float_model, again, [x])
+    assert comparison.output_sqnr_db > 15
+
+
+def test_a_prepared_model_is_refused(x, tmp_path):
+    with pytest.raises(InvalidArgument, match=r"call qkernels\.convert"):
+        qkernels.save(qkernels.prepare(Everything(), x), tmp_path / "model.qk")
