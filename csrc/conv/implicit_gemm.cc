@@ -99,7 +99,8 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
   return bytes;
 }
 
-// A row of the matrix that is all padding, at the start of the workspace.
+// A row of the matrix that is all padding, at the start of the workspace: as long as a run of taps,
+// and as a pixel, because pointers to it move along with the groups.
 int64_t padding_bytes(const ConvShape& shape) {
   const int64_t run = shape.kernel[2] * shape.in_channels;
   return align_up(most(run, kFillBytes));
@@ -149,6 +150,12 @@ class BlockRows {
             }
           }
         });
+  }
+
+  // Moves the pointers to the channels `bytes` further on.
+  void move(int64_t begin, int64_t end, int64_t bytes) {
+    const int64_t pointers = (end - begin) * run_.plan.taps;
+    for (int64_t i = 0; i < pointers; ++i) scratch_.pointers[i] += bytes;
   }
 
   // The places of the block's pixels in an output with gaps.
@@ -265,7 +272,8 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
   BlockRows rows(args, run, padding, scratch);
   const bool dense = run.phase.dense_output();
   if (!dense) rows.find_outputs(begin, end);
-  for (int64_t set = panel_begin / set_panels; set * set_panels < panel_end; ++set) {
+  const int64_t first_set = panel_begin / set_panels;
+  for (int64_t set = first_set; set * set_panels < panel_end; ++set) {
     IgemmArgs gemm;
     gemm.matrix = part(packed, phase * packed.sets + set);
     gemm.row_end = end - begin;
@@ -276,7 +284,11 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
       gemm.a = args.input + begin * shape.in_channels + set * in_set;
       gemm.a_row_stride = shape.in_channels;
     } else {
-      rows.find(begin, end, set * in_set);
+      if (set == first_set) {
+        rows.find(begin, end, set * in_set);
+      } else {
+        rows.move(begin, end, in_set);
+      }
       gemm.pointers = scratch.pointers;
     }
     const int64_t first = dense ? begin * shape.out_channels : 0;

@@ -21,8 +21,10 @@ template <>
 struct Row512<4> {
   using Type = __m512i;
   QK_INLINE Type fill(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+  template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    return _mm512_xor_si512(_mm512_maskz_loadu_epi8(first_bytes(n), p), flip);
+    const Type v = _mm512_maskz_loadu_epi8(first_bytes(n), p);
+    return Flip ? _mm512_xor_si512(v, flip) : v;
   }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm512_unpacklo_epi8(r[0], r[1]), ab1 = _mm512_unpackhi_epi8(r[0], r[1]);
@@ -39,9 +41,10 @@ template <>
 struct Row512<2> {
   using Type = __m256i;
   QK_INLINE Type fill(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+  template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    return _mm256_xor_si256(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(n)), p),
-                            flip);
+    const Type v = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(n)), p);
+    return Flip ? _mm256_xor_si256(v, flip) : v;
   }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm256_unpacklo_epi8(r[0], r[1]), ab1 = _mm256_unpackhi_epi8(r[0], r[1]);
@@ -58,8 +61,10 @@ template <>
 struct Row512<1> {
   using Type = __m128i;
   QK_INLINE Type fill(uint8_t byte) { return _mm_set1_epi8(static_cast<char>(byte)); }
+  template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    return _mm_xor_si128(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first_bytes(n)), p), flip);
+    const Type v = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_bytes(n)), p);
+    return Flip ? _mm_xor_si128(v, flip) : v;
   }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm_unpacklo_epi8(r[0], r[1]), ab1 = _mm_unpackhi_epi8(r[0], r[1]);
@@ -95,16 +100,18 @@ struct Avx512 {
   }
   QK_INLINE __m512i pack(__m512i a, __m512i b) { return _mm512_packs_epi32(a, b); }
 
-  template <int V>
+  template <int V, bool Plain>
   QK_INLINE void store_bytes(const __m512i (&pairs)[(V + 1) / 2], const DepthwiseStrip& s,
                              uint8_t* out) {
     const __m512i zero_point = _mm512_set1_epi16(s.zero_point);
     const __m512i low = _mm512_adds_epi16(pairs[0], zero_point);
     const __m512i high = V == 4 ? _mm512_adds_epi16(pairs[V / 4], zero_point) : low;
     __m512i q = _mm512_packus_epi16(low, high);
-    q = _mm512_max_epu8(q, _mm512_set1_epi8(static_cast<char>(s.qmin)));
-    q = _mm512_min_epu8(q, _mm512_set1_epi8(static_cast<char>(s.qmax)));
-    q = _mm512_xor_si512(q, _mm512_set1_epi8(static_cast<char>(s.output_flip)));
+    if (!Plain) {
+      q = _mm512_max_epu8(q, _mm512_set1_epi8(static_cast<char>(s.qmin)));
+      q = _mm512_min_epu8(q, _mm512_set1_epi8(static_cast<char>(s.qmax)));
+      q = _mm512_xor_si512(q, _mm512_set1_epi8(static_cast<char>(s.output_flip)));
+    }
     const __mmask64 mask = first_bytes(s.channels);
     if constexpr (V == 4) {
       _mm512_mask_storeu_epi8(out, mask, q);

@@ -34,10 +34,10 @@ QK_INLINE void copy_bytes(uint8_t* dst, const uint8_t* src, int64_t n) {
 }
 
 // The strip's input, interleaved: [strip_columns][row_groups][channels of the block][4 rows].
-template <typename Kernel, int V>
+template <typename Kernel, bool Flip, int V>
 QK_INLINE void interleave_strip(const DepthwiseStrip& s) {
   using Row = typename Kernel::template Row<V>;
-  const auto padding = Row::fill(s.padding ^ s.input_flip), flip = Row::fill(s.input_flip);
+  const auto padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding), flip = Row::fill(0x80);
   alignas(64) uint8_t expanded[V * Kernel::kLanes];
   uint8_t* dst = s.scratch;
   for (int64_t column = 0; column < s.strip_columns; ++column) {
@@ -50,11 +50,11 @@ QK_INLINE void interleave_strip(const DepthwiseStrip& s) {
         if (offset < 0 || rows[r] == nullptr) {
           bytes[r] = padding;
         } else if (s.multiplier == 1) {
-          bytes[r] = Row::load(rows[r] + offset, s.channels, flip);
+          bytes[r] = Row::template load<Flip>(rows[r] + offset, s.channels, flip);
         } else {
           expand_channels<V * Kernel::kLanes>(rows[r] + offset, s.channel_phase, s.multiplier,
                                               s.channels, expanded);
-          bytes[r] = Row::load(expanded, s.channels, flip);
+          bytes[r] = Row::template load<Flip>(expanded, s.channels, flip);
         }
       }
       Row::interleave(bytes, dst);
@@ -111,7 +111,8 @@ QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&
 }
 
 // T columns x P rows x the whole block.
-template <typename Kernel, int V, int T, int P>
+// `Plain`: the output is uint8 without a narrower clamp.
+template <typename Kernel, bool Plain, int V, int T, int P>
 QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
   using Vector = typename Kernel::Vector;
   if (s.acc != nullptr) {
@@ -152,26 +153,31 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
       if (s.out[p] == nullptr) continue;
-      Kernel::template store_bytes<V>(pairs[t][p], s, s.out[p] + (x + t) * s.out_step);
+      Kernel::template store_bytes<V, Plain>(pairs[t][p], s, s.out[p] + (x + t) * s.out_step);
     }
   }
 }
 
-template <typename Kernel, int V, int P>
-QK_INLINE void rows(const DepthwiseStrip& s) {
-  interleave_strip<Kernel, V>(s);
+template <typename Kernel, bool Plain, int V, int P>
+QK_INLINE void all_columns(const DepthwiseStrip& s) {
   int64_t x = 0;
   for (; x + Kernel::kColumns <= s.outputs; x += Kernel::kColumns) {
-    columns<Kernel, V, Kernel::kColumns, P>(s, x);
+    columns<Kernel, Plain, V, Kernel::kColumns, P>(s, x);
   }
-  for (; x < s.outputs; ++x) columns<Kernel, V, 1, P>(s, x);
+  for (; x < s.outputs; ++x) columns<Kernel, Plain, V, 1, P>(s, x);
 }
 
 template <typename Kernel, int V>
 QK_INLINE void block(const DepthwiseStrip& s) {
-  if (s.rows_out == 2) {
-    rows<Kernel, V, 2>(s);
+  if (s.input_flip == 0) {
+    interleave_strip<Kernel, false, V>(s);
   } else {
-    rows<Kernel, V, 1>(s);
+    interleave_strip<Kernel, true, V>(s);
+  }
+  const bool plain = s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
+  if (s.rows_out == 2) {
+    plain ? all_columns<Kernel, true, V, 2>(s) : all_columns<Kernel, false, V, 2>(s);
+  } else {
+    plain ? all_columns<Kernel, true, V, 1>(s) : all_columns<Kernel, false, V, 1>(s);
   }
 }

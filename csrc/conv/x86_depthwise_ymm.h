@@ -8,13 +8,15 @@ template <>
 struct Row256<4> {
   using Type = __m256i;
   QK_INLINE Type fill(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+  template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
     alignas(32) uint8_t bytes[32];
     if (n < 32) {
       copy_bytes(bytes, p, n);
       p = bytes;
     }
-    return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), flip);
+    const Type v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return Flip ? _mm256_xor_si256(v, flip) : v;
   }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm256_unpacklo_epi8(r[0], r[1]), ab1 = _mm256_unpackhi_epi8(r[0], r[1]);
@@ -31,13 +33,15 @@ template <>
 struct Row256<2> {
   using Type = __m128i;
   QK_INLINE Type fill(uint8_t byte) { return _mm_set1_epi8(static_cast<char>(byte)); }
+  template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
     alignas(16) uint8_t bytes[16];
     if (n < 16) {
       copy_bytes(bytes, p, n);
       p = bytes;
     }
-    return _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), flip);
+    const Type v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return Flip ? _mm_xor_si128(v, flip) : v;
   }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm_unpacklo_epi8(r[0], r[1]), ab1 = _mm_unpackhi_epi8(r[0], r[1]);
@@ -71,15 +75,17 @@ struct Ymm {
   }
   QK_INLINE __m256i pack(__m256i a, __m256i b) { return _mm256_packs_epi32(a, b); }
 
-  template <int V>
+  template <int V, bool Plain>
   QK_INLINE void store_bytes(const __m256i (&pairs)[V / 2], const DepthwiseStrip& s, uint8_t* out) {
     const __m256i zero_point = _mm256_set1_epi16(s.zero_point);
     const __m256i low = _mm256_adds_epi16(pairs[0], zero_point);
     const __m256i high = V == 4 ? _mm256_adds_epi16(pairs[V / 4], zero_point) : low;
     __m256i q = _mm256_packus_epi16(low, high);
-    q = _mm256_max_epu8(q, _mm256_set1_epi8(static_cast<char>(s.qmin)));
-    q = _mm256_min_epu8(q, _mm256_set1_epi8(static_cast<char>(s.qmax)));
-    q = _mm256_xor_si256(q, _mm256_set1_epi8(static_cast<char>(s.output_flip)));
+    if (!Plain) {
+      q = _mm256_max_epu8(q, _mm256_set1_epi8(static_cast<char>(s.qmin)));
+      q = _mm256_min_epu8(q, _mm256_set1_epi8(static_cast<char>(s.qmax)));
+      q = _mm256_xor_si256(q, _mm256_set1_epi8(static_cast<char>(s.output_flip)));
+    }
     if constexpr (V == 2) {
       q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0));
     }

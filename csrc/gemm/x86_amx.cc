@@ -26,7 +26,8 @@ namespace {
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kBlockRows = 32;
 // With fewer rows or fewer weights in a panel a tile is mostly empty, and its store costs more than
 // the sums: measured break-even against AVX512-VNNI.
-constexpr int64_t kMinRows = 5, kMinPanelWeights = 2048;
+// In a single column of tiles, as grouped convolutions have them, the copies of A cost more.
+constexpr int64_t kMinRows = 5, kMinPanelWeights = 2048, kNarrow = 16;
 // Longest row that the stack buffer takes: 32 rows of it are 288 KiB.
 constexpr int64_t kMaxRowBytes = 9 * 1024;
 
@@ -174,7 +175,7 @@ void igemm_amx(const IgemmBlock& block) {
   const PackedHeader& header = *block.args.matrix.header;
   const int64_t row_bytes = header.taps * round_up(header.depth, 4);
   const int64_t columns = header.n - 64 * block.panel_begin;
-  const bool mostly_empty = block.row_end - block.row_begin < kMinRows ||
+  const bool mostly_empty = block.row_end - block.row_begin < kMinRows || columns <= kNarrow ||
                             row_bytes * (columns < 64 ? columns : 64) < kMinPanelWeights;
   if (mostly_empty || row_bytes > kMaxRowBytes) {
     igemm_avx512vnni(block);
