@@ -65,23 +65,33 @@ int64_t weights_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan, 
   return plan.columns * plan.row_groups * vectors * plan.rows_out * layout.weight_bytes;
 }
 
-int64_t block_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan) {
-  return align_up(3 * layout.block_channels() * 4) +
-         align_up(weights_bytes(layout, plan, layout.most_vectors));
+// init, addend, mult and order.
+int64_t parameter_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan) {
+  return align_up((3 + plan.quads) * layout.block_channels() * 4);
 }
 
-// The weight at row `row` of the window of depth tap `kd`, for output row `p`; 0 where output row p
-// does not read that row.
-int8_t window_weight(const ConvSource& source, const ConvPhase& phase, const DepthwisePlan& plan,
-                     int64_t o, int64_t kd, int64_t row, int64_t p, int64_t kx) {
+int64_t block_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan) {
+  return parameter_bytes(layout, plan) + align_up(weights_bytes(layout, plan, layout.most_vectors));
+}
+
+// Byte `r` of the dword `group` of output channel o, for horizontal tap kx and output row p: row 4
+// * group + r of the window (0 where output row p does not read that row), or channel r of a quad.
+int8_t dword_weight(const ConvSource& source, const ConvPhase& phase, const DepthwisePlan& plan,
+                    int64_t o, int64_t group, int64_t r, int64_t p, int64_t kx) {
   const ConvShape& s = source.shape;
-  const DimPhase& h = phase.dim[1];
-  const int64_t ky = plan.rows_out == 1 ? row : row - p * h.in_stride;
-  if (ky < 0 || ky >= h.taps) return 0;
-  const int64_t z = phase.dim[0].kernel_first + kd * phase.dim[0].kernel_step;
-  const int64_t y = h.kernel_first + ky * h.kernel_step;
-  const int64_t x = phase.dim[2].kernel_first + kx * phase.dim[2].kernel_step;
-  return source.weight[o * s.kernel_size() + (z * s.kernel[1] + y) * s.kernel[2] + x];
+  const DimPhase* dim = phase.dim;
+  const int64_t row = plan.quads ? group / plan.quads : group * 4 + r;
+  const int64_t tap_rows = plan.rows / dim[0].taps, kd = row / tap_rows;
+  const int64_t ky = plan.rows_out == 1 ? row % tap_rows : row % tap_rows - p * dim[1].in_stride;
+  if (ky < 0 || ky >= dim[1].taps) return 0;
+  const int64_t z = dim[0].kernel_first + kd * dim[0].kernel_step;
+  const int64_t y = dim[1].kernel_first + ky * dim[1].kernel_step;
+  const int64_t x = dim[2].kernel_first + kx * dim[2].kernel_step;
+  const int64_t c = plan.quads ? group % plan.quads * 4 + r : 0;
+  const int64_t out_group = s.out_per_group(), in_group = s.in_per_group();
+  const int64_t filter =
+      s.transposed ? (o / out_group * in_group + c) * out_group + o % out_group : o * in_group + c;
+  return source.weight[filter * s.kernel_size() + (z * s.kernel[1] + y) * s.kernel[2] + x];
 }
 
 // One dword of weights (rows 4 g .. 4 g + 3) in the place of `position`.
@@ -97,22 +107,34 @@ void put_weights(const DepthwiseLayout& layout, const int8_t w[4], int64_t lane,
 
 }  // namespace
 
-DepthwisePlan depthwise_plan(const ConvPhase& phase) {
+DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase) {
   const DimPhase& h = phase.dim[1];
+  DepthwisePlan plan;
+  plan.columns = phase.dim[2].taps;
+  if (shape.in_per_group() > 1) {
+    plan.quads = shape.in_per_group() / 4;
+    plan.rows_out = 1;
+    plan.window = h.taps;
+    plan.rows = phase.dim[0].taps * plan.window;
+    plan.row_groups = plan.rows * plan.quads;
+    return plan;
+  }
   const int64_t pair = h.taps + h.in_stride;
   const bool share =
       (h.in_dilation == 1 || h.taps == 1) && ceil_div(pair, 4) == ceil_div(h.taps, 4);
-  DepthwisePlan plan;
+  plan.quads = 0;
   plan.rows_out = share ? 2 : 1;
   plan.window = share ? pair : h.taps;
   plan.row_groups = phase.dim[0].taps * ceil_div(plan.window, 4);
-  plan.columns = phase.dim[2].taps;
+  plan.rows = plan.row_groups * 4;
   return plan;
 }
 
 bool is_depthwise(const ConvSource& source) {
   const ConvShape& s = source.shape;
-  if (s.groups == 1 || s.groups != s.in_channels || s.kernel_size() > kMaxKU8S8) return false;
+  const int64_t in = s.in_per_group(), out = s.out_per_group();
+  const bool narrow = in % 4 == 0 && in <= out && (out == 4 || out == 8 || out == 16);
+  if (s.groups == 1 || !(in == 1 || narrow) || in * s.kernel_size() > kMaxKU8S8) return false;
   for (int64_t c = 0; source.weight_zero_point && c < (source.per_tensor ? 1 : s.out_channels);
        ++c) {
     if (source.weight_zero_point[c] != 0) return false;
@@ -157,13 +179,13 @@ int64_t packed_depthwise_bytes(const ConvSource& source, const ConvPhase& phase,
   const DepthwiseLayout layout = layout_of(isa);
   const int64_t blocks = ceil_div(source.shape.out_channels, layout.block_channels());
   return static_cast<int64_t>(sizeof(DepthwisePart)) +
-         blocks * block_bytes(layout, depthwise_plan(phase));
+         blocks * block_bytes(layout, depthwise_plan(source.shape, phase));
 }
 
 Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa, uint8_t* dst) {
   const DepthwiseLayout layout = layout_of(isa);
-  const DepthwisePlan plan = depthwise_plan(phase);
-  const int64_t channels = source.shape.out_channels, window_groups = ceil_div(plan.window, 4);
+  const DepthwisePlan plan = depthwise_plan(source.shape, phase);
+  const int64_t channels = source.shape.out_channels;
   auto* part = reinterpret_cast<DepthwisePart*>(dst);
   std::memset(dst, 0, static_cast<size_t>(packed_depthwise_bytes(source, phase, isa)));
   part->epilogue = source.epilogue;
@@ -175,19 +197,23 @@ Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa,
     auto* init = reinterpret_cast<int32_t*>(block);
     auto* addend = reinterpret_cast<float*>(init + positions);
     auto* mult = addend + positions;
-    auto* weights = reinterpret_cast<int8_t*>(block) + align_up(3 * layout.block_channels() * 4);
+    auto* order = reinterpret_cast<int32_t*>(mult + positions);
+    auto* weights = reinterpret_cast<int8_t*>(block) + parameter_bytes(layout, plan);
     for (int64_t position = 0; position < positions; ++position) {
       const int64_t o = first + layout.channel_at(vectors, position);
       if (o >= channels) continue;
       const int64_t vector = position / layout.lanes, lane = position % layout.lanes;
+      for (int64_t quad = 0; quad < plan.quads; ++quad) {
+        order[quad * positions + position] =
+            static_cast<int32_t>((o - first) / source.shape.out_per_group() * plan.quads + quad);
+      }
       int32_t sum = 0, magnitude = 0;
       for (int64_t kx = 0; kx < plan.columns; ++kx) {
         for (int64_t group = 0; group < plan.row_groups; ++group) {
           for (int64_t p = 0; p < plan.rows_out; ++p) {
             int8_t w[4];
             for (int64_t r = 0; r < 4; ++r) {
-              w[r] = window_weight(source, phase, plan, o, group / window_groups,
-                                   group % window_groups * 4 + r, p, kx);
+              w[r] = dword_weight(source, phase, plan, o, group, r, p, kx);
               if (p == 0) {
                 sum += w[r];
                 magnitude += w[r] < 0 ? -w[r] : w[r];
@@ -239,7 +265,7 @@ PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t
   const DepthwiseLayout layout = layout_of(isa);
   PhaseRun run;
   run.phase = conv_phase(shape, index);
-  run.plan = depthwise_plan(run.phase);
+  run.plan = depthwise_plan(shape, run.phase);
   for (int d = 0; d < kConvDims; ++d) run.count[d] = run.phase.dim[d].count(e.out[d]);
   if (run.count[0] == 0 || run.count[1] == 0 || run.count[2] == 0) {
     run.row_pairs = run.tile = run.tiles = run.row_columns = run.strip_columns = 0;
@@ -275,7 +301,7 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
   for (int64_t p = 0; p < packed.phases; ++p) {
     const PhaseRun run = phase_run(shape, extent, packed.isa, p);
     grow(&bytes.offsets, run.row_columns * 8);
-    grow(&bytes.rows, run.plan.row_groups * 4 * 2 * static_cast<int64_t>(sizeof(void*)));
+    grow(&bytes.rows, run.plan.rows * 2 * static_cast<int64_t>(sizeof(void*)));
     grow(&bytes.strip, run.strip_columns * run.plan.row_groups * layout.block_channels() * 4);
     grow(&bytes.acc, run.tile * run.plan.rows_out * layout.block_channels() * 4);
   }
@@ -296,13 +322,16 @@ class Worker {
         blocks_(part + sizeof(DepthwisePart)),
         column_offset_(column_offset),
         image_rows_(reinterpret_cast<const uint8_t**>(scratch)),
-        rows_(image_rows_ + run.plan.row_groups * 4),
+        rows_(image_rows_ + run.plan.rows),
         acc_(reinterpret_cast<int32_t*>(scratch + bytes.rows + bytes.strip)),
         kernel_(select_depthwise_kernel(packed_.isa)),
         lookup_(part_.epilogue.has_table ? select_lookup_kernel() : nullptr) {
     strip_.scratch = scratch + bytes.rows;
     strip_.rows = rows_;
-    strip_.multiplier = shape_.out_per_group();
+    strip_.quads = run.plan.quads;
+    strip_.input_rows = run.plan.rows;
+    strip_.in_group = shape_.in_per_group();
+    strip_.out_group = shape_.out_per_group();
     strip_.padding = static_cast<uint8_t>(packed_.input_zero_point);
     strip_.input_flip = packed_.input_signed ? 0x80 : 0;
     strip_.row_groups = run.plan.row_groups;
@@ -356,11 +385,11 @@ class Worker {
 
   void find_rows(int64_t n, int64_t z, int64_t row) {
     const DimPhase* dim = run_.phase.dim;
-    const int64_t window_groups = run_.plan.row_groups / dim[0].taps;
+    const int64_t tap_rows = run_.plan.rows / dim[0].taps;
     const int64_t y0 = dim[1].position(row * run_.plan.rows_out, 0);
     const int64_t row_bytes = extent_.in[2] * shape_.in_channels;
-    for (int64_t i = 0; i < run_.plan.row_groups * 4; ++i) {
-      const int64_t r = i % (window_groups * 4), kd = i / (window_groups * 4);
+    for (int64_t i = 0; i < run_.plan.rows; ++i) {
+      const int64_t r = i % tap_rows, kd = i / tap_rows;
       image_rows_[i] = nullptr;
       if (r >= run_.plan.window) continue;
       const int64_t step = run_.plan.rows_out == 1 ? dim[1].in_dilation : 1;
@@ -380,15 +409,16 @@ class Worker {
     const int64_t left = shape_.out_channels - first;
     strip_.channels = left < layout_.block_channels() ? left : layout_.block_channels();
     strip_.vectors = layout_.vectors(left);
-    strip_.channel_phase = first % strip_.multiplier;
+    strip_.channel_phase = first % strip_.out_group;
     const int64_t positions = strip_.vectors * layout_.lanes;
     strip_.init = reinterpret_cast<const int32_t*>(block);
     strip_.addend = reinterpret_cast<const float*>(strip_.init + positions);
     strip_.mult = strip_.addend + positions;
-    strip_.weights =
-        reinterpret_cast<const int8_t*>(block) + align_up(3 * layout_.block_channels() * 4);
-    for (int64_t i = 0; i < run_.plan.row_groups * 4; ++i) {
-      rows_[i] = image_rows_[i] ? image_rows_[i] + first / strip_.multiplier : nullptr;
+    strip_.order = reinterpret_cast<const int32_t*>(strip_.mult + positions);
+    strip_.weights = reinterpret_cast<const int8_t*>(block) + parameter_bytes(layout_, run_.plan);
+    const int64_t channel = first / strip_.out_group * strip_.in_group;
+    for (int64_t i = 0; i < run_.plan.rows; ++i) {
+      rows_[i] = image_rows_[i] ? image_rows_[i] + channel : nullptr;
     }
     for (int p = 0; p < 2; ++p) strip_.out[p] = out[p] ? out[p] + first : nullptr;
     kernel_(strip_);
@@ -478,8 +508,8 @@ void depthwise(const ConvArgs& args, const Parallel& parallel) {
       column_offset[i] = ix < 0 ? -1 : ix * shape.in_channels;
     }
     const int64_t macs = extent.batch * run.count[0] * run.count[1] * run.count[2] *
-                         shape.out_channels * run.phase.dim[0].taps * run.phase.dim[1].taps *
-                         run.plan.columns;
+                         shape.out_channels * shape.in_per_group() * run.phase.dim[0].taps *
+                         run.phase.dim[1].taps * run.plan.columns;
     const int64_t tasks = parallel.threads < strips ? parallel.threads : strips;
     parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
       for (int64_t task = task_begin; task < task_end; ++task) {

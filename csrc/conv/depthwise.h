@@ -1,18 +1,23 @@
-// Depthwise convolution: every output channel reads one input channel (groups == in_channels, any
-// channel multiplier m: output channel o reads input channel o / m).
+// Depthwise convolution and narrow groups: convolutions with too few channels a group for a GEMM.
 //
-//   acc[o, y, x] = sum over rows r and columns k of (x[o / m, r, k] - za) * w[o, r, k]
+//   depthwise  groups == in_channels, any channel multiplier m: output o reads channel o / m
+//   narrow     4, 8, 12 or 16 channels in, as many or more (at most 16, a power of two) out
+//   acc[o, y, x] = sum over rows r, columns k and the channels c of the group of o of
+//                    (x[c, r, k] - za) * w[o, c, r, k]
 //
 // Layout: channels innermost. The output is computed in strips: `rows_out` (1 or 2) output rows x
 //   some columns x a block of up to `channels` channels.
 // Memory: the weight part is packed by pack_depthwise; the workspace is the caller's.
 // Numbers: exact int32, the same bits on every ISA. Weight zero points are not supported here (the
 //   driver takes the GEMM path for them).
-// Trick: four input rows are interleaved byte by byte into a scratch strip, so that a dword holds
-//   four rows of one channel and one dot-product instruction does four rows of 16 channels. The
-//   interleaved strip serves all horizontal taps and both output rows: the second row uses the same
-//   dwords with the weights moved down. Interleaving permutes the channels of a block; the packed
-//   parameters are permuted the same way, and the narrowing packs of the epilogue undo it for free.
+// Trick: the input of a strip is first written to a scratch strip as dwords, one a lane of output
+//   channels. Depthwise: a dword is four rows of one channel (rows interleaved byte by byte), so
+//   one dot-product instruction does four rows of 16 channels, and the strip serves all horizontal
+//   taps and both output rows: the second row uses the same dwords with the weights moved down.
+//   Narrow groups: a dword is four channels of the lane's group (one permutation), so all lanes of
+//   the dot product work, which a GEMM of one group cannot reach. Interleaving permutes the
+//   channels of a block; the packed parameters are permuted the same way, and the narrowing packs
+//   of the epilogue undo it for free.
 #pragma once
 
 #include "csrc/base/parallel.h"
@@ -22,21 +27,24 @@ namespace qk {
 
 // How a phase is cut.
 struct DepthwisePlan {
-  int64_t rows_out;    // output rows that share an interleaved strip
+  int64_t quads;       // of channels in a narrow group; 0: depthwise
+  int64_t rows_out;    // output rows that share a scratch strip
   int64_t window;      // input rows of one depth tap under them
-  int64_t row_groups;  // groups of four rows: depth taps * ceil(window / 4)
+  int64_t rows;        // input rows: depth taps * window, depthwise rounded up to fours
+  int64_t row_groups;  // dwords a lane: rows / 4, or rows * quads
   int64_t columns;     // horizontal taps
 };
-DepthwisePlan depthwise_plan(const ConvPhase& phase);
+DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase);
 
 // One strip of one channel block.
 struct DepthwiseStrip {
-  const uint8_t* const* rows;    // [row_groups * 4], at the block's first channel; nullptr: padding
+  const uint8_t* const* rows;    // [plan.rows], at the block's first channel; nullptr: padding
   const int64_t* column_offset;  // [strip_columns] bytes from rows[i]; -1: padding
   int64_t strip_columns;
-  int64_t multiplier;     // of channels; 1: none
-  int64_t channel_phase;  // first output channel of the block % multiplier
-  int64_t channels;       // output channels of the block
+  int64_t quads, input_rows;    // of the plan
+  int64_t in_group, out_group;  // channels; depthwise: 1 and the multiplier
+  int64_t channel_phase;        // first output channel of the block % out_group
+  int64_t channels;             // output channels of the block
   int64_t vectors;
   uint8_t padding;                                  // the input's zero point
   uint8_t input_flip;                               // 0x80 for int8 input
@@ -46,8 +54,9 @@ struct DepthwiseStrip {
   const int32_t* init;    // [vectors * lanes], like addend and mult
   const float* addend;
   const float* mult;
-  int16_t zero_point;  // of the output as uint8
-  uint8_t qmin, qmax;  // of the output as uint8
+  const int32_t* order;  // narrow groups: [quads][vectors][lanes] dword of the block's input
+  int16_t zero_point;    // of the output as uint8
+  uint8_t qmin, qmax;    // of the output as uint8
   uint8_t output_flip;
   int64_t outputs;  // columns of output
   uint8_t* out[2];

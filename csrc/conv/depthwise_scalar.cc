@@ -9,14 +9,15 @@ constexpr int64_t kLanes = 16;
 
 int32_t accumulate(const DepthwiseStrip& s, int64_t x, int64_t p, int64_t c) {
   int32_t acc = s.init[c];
-  const int64_t channel = (s.channel_phase + c) / s.multiplier;
+  const int64_t channel = (s.channel_phase + c) / s.out_group * s.in_group;
   for (int64_t tap = 0; tap < s.taps; ++tap) {
     const int64_t offset = s.column_offset[x * s.column_step + tap * s.tap_step];
-    for (int64_t r = 0; r < s.row_groups * 4; ++r) {
-      const uint8_t* row = s.rows[r];
-      const uint8_t byte = row == nullptr || offset < 0 ? s.padding : row[offset + channel];
-      const int64_t group = tap * s.row_groups + r / 4;
-      const int8_t w = s.weights[((group * s.rows_out + p) * kLanes + c) * 4 + r % 4];
+    for (int64_t i = 0; i < s.row_groups * 4; ++i) {
+      const uint8_t* row = s.quads ? s.rows[i / 4 / s.quads] : s.rows[i];
+      const int64_t in = s.quads ? channel + i % (4 * s.quads) : channel;
+      const uint8_t byte = row == nullptr || offset < 0 ? s.padding : row[offset + in];
+      const int64_t group = tap * s.row_groups + i / 4;
+      const int8_t w = s.weights[((group * s.rows_out + p) * kLanes + c) * 4 + i % 4];
       acc += (byte ^ s.input_flip) * w;
     }
   }

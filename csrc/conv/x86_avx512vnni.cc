@@ -98,6 +98,9 @@ struct Avx512 {
         _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(acc), addend), mult),
         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  QK_INLINE __m512i permute(__m512i pixel, __m512i order) {
+    return _mm512_permutexvar_epi32(order, pixel);
+  }
   QK_INLINE __m512i pack(__m512i a, __m512i b) { return _mm512_packs_epi32(a, b); }
 
   template <int V, bool Plain>

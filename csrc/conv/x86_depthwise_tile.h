@@ -49,16 +49,40 @@ QK_INLINE void interleave_strip(const DepthwiseStrip& s) {
       for (int r = 0; r < 4; ++r) {
         if (offset < 0 || rows[r] == nullptr) {
           bytes[r] = padding;
-        } else if (s.multiplier == 1) {
+        } else if (s.out_group == 1) {
           bytes[r] = Row::template load<Flip>(rows[r] + offset, s.channels, flip);
         } else {
-          expand_channels<V * Kernel::kLanes>(rows[r] + offset, s.channel_phase, s.multiplier,
+          expand_channels<V * Kernel::kLanes>(rows[r] + offset, s.channel_phase, s.out_group,
                                               s.channels, expanded);
           bytes[r] = Row::template load<Flip>(expanded, s.channels, flip);
         }
       }
       Row::interleave(bytes, dst);
       dst += V * Kernel::kLanes * 4;
+    }
+  }
+}
+
+// The strip's input of narrow groups: [strip_columns][rows][quads][channels of the block][4
+// channels of the lane's group].
+template <typename Kernel, bool Flip, int V>
+QK_INLINE void spread_strip(const DepthwiseStrip& s) {
+  using Row = typename Kernel::template Row<4>;  // a block's input is no wider than its output
+  const auto padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding), flip = Row::fill(0x80);
+  const int64_t bytes = s.channels / s.out_group * s.in_group;
+  uint8_t* dst = s.scratch;
+  for (int64_t column = 0; column < s.strip_columns; ++column) {
+    const int64_t offset = s.column_offset[column];
+    for (int64_t r = 0; r < s.input_rows; ++r) {
+      const auto pixel = offset < 0 || s.rows[r] == nullptr
+                             ? padding
+                             : Row::template load<Flip>(s.rows[r] + offset, bytes, flip);
+      const int32_t* order = s.order;
+      for (int64_t i = 0; i < s.quads * V; ++i) {
+        Kernel::store(reinterpret_cast<int32_t*>(dst), Kernel::permute(pixel, Kernel::load(order)));
+        order += Kernel::kLanes;
+        dst += Kernel::kLanes * 4;
+      }
     }
   }
 }
@@ -169,10 +193,11 @@ QK_INLINE void all_columns(const DepthwiseStrip& s) {
 
 template <typename Kernel, int V>
 QK_INLINE void block(const DepthwiseStrip& s) {
-  if (s.input_flip == 0) {
-    interleave_strip<Kernel, false, V>(s);
+  if (s.quads > 0) {
+    s.input_flip == 0 ? spread_strip<Kernel, false, V>(s) : spread_strip<Kernel, true, V>(s);
   } else {
-    interleave_strip<Kernel, true, V>(s);
+    s.input_flip == 0 ? interleave_strip<Kernel, false, V>(s)
+                      : interleave_strip<Kernel, true, V>(s);
   }
   const bool plain = s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
   if (s.rows_out == 2) {

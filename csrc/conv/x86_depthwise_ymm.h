@@ -73,6 +73,9 @@ struct Ymm {
         _mm256_round_ps(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult),
                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  QK_INLINE __m256i permute(__m256i pixel, __m256i order) {
+    return _mm256_permutevar8x32_epi32(pixel, order);
+  }
   QK_INLINE __m256i pack(__m256i a, __m256i b) { return _mm256_packs_epi32(a, b); }
 
   template <int V, bool Plain>

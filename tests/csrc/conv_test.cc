@@ -76,12 +76,17 @@ bool random_case(Rng& rng, Case* c) {
       s.transposed || rng.chance(0.6)
           ? PaddingMode::kZeros
           : rng.pick({PaddingMode::kReflect, PaddingMode::kReplicate, PaddingMode::kCircular});
-  const int kind = static_cast<int>(rng.integer(0, 3));
+  const int kind = static_cast<int>(rng.integer(0, 4));
   if (kind == 0) {  // depthwise
     s.groups = rng.integer(2, 140);
     s.in_channels = s.groups;
     s.out_channels = s.groups * rng.pick<int64_t>({1, 1, 1, 2, 3});
-  } else if (kind == 1) {  // grouped
+  } else if (kind == 1) {  // narrow groups of a power of two
+    const int64_t out = rng.pick<int64_t>({4, 8, 16}), in = rng.pick<int64_t>({4, 4, 8, 12, 16});
+    s.groups = rng.integer(2, 24);
+    s.in_channels = s.groups * (in <= out ? in : 4);
+    s.out_channels = s.groups * out;
+  } else if (kind == 2) {  // grouped
     s.groups = rng.integer(2, 9);
     s.in_channels = s.groups * rng.integer(1, 17);
     s.out_channels = s.groups * rng.integer(1, 20);
