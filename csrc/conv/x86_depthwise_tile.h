@@ -6,7 +6,7 @@
 //   Vector, Activations, Weights     an int32 vector; interleaved input bytes, weights, in
 //   registers load_activations, load_weights, dot(acc, activations, weights) narrow(acc, addend,
 //   mult)        RNE((float(acc) + addend) * mult), int32 Row<V>                           16-byte
-//   chunks of V vectors of channels: load, fill, interleave pack(q0, q1)                     int32
+//   chunks of V vectors of channels: load, fill, store, interleave pack(q0, q1) int32
 //   -> int16, saturating store<V>(pairs, strip, out)      + zero point, int16 -> uint8, clamp;
 //   natural channel order
 
@@ -33,45 +33,62 @@ QK_INLINE void copy_bytes(uint8_t* dst, const uint8_t* src, int64_t n) {
   if (n & 1) *dst = *src;
 }
 
-// The strip's input, interleaved: [strip_columns][row_groups][channels of the block][4 rows].
-template <typename Kernel, bool Flip, int V>
-QK_INLINE void interleave_strip(const DepthwiseStrip& s) {
+// Columns [begin, end) of the strip's input, interleaved: [strip_columns][row_groups][channels of
+// the block][4 rows].
+template <typename Kernel, bool Flip, bool Expand, int V>
+QK_INLINE void interleave_columns(const DepthwiseStrip& strip, int64_t begin, int64_t end) {
   using Row = typename Kernel::template Row<V>;
-  const auto padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding), flip = Row::fill(0x80);
-  alignas(64) uint8_t expanded[V * Kernel::kLanes];
-  uint8_t* dst = s.scratch;
-  for (int64_t column = 0; column < s.strip_columns; ++column) {
-    const int64_t offset = s.column_offset[column];
-    const uint8_t* const* rows = s.rows;
-    for (int64_t group = 0; group < s.row_groups; ++group, rows += 4) {
-      typename Row::Type bytes[4];
+  constexpr int64_t kGroupBytes = V * Kernel::kLanes * 4;
+  const DepthwiseStrip s = strip;
+  const auto flip = Row::fill(0x80), padding = Row::fill(s.padding);
+  const auto flipped_padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding);
+  // A row outside of the image is read from here, at offset 0.
+  alignas(64) uint8_t padding_row[V * Kernel::kLanes], expanded[V * Kernel::kLanes];
+  Row::store(padding_row, padding);
+  for (int64_t group = 0; group < s.row_groups; ++group) {
+    const uint8_t* rows[4];
+    int64_t inside[4];
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        if (offset < 0 || rows[r] == nullptr) {
-          bytes[r] = padding;
-        } else if (s.out_group == 1) {
-          bytes[r] = Row::template load<Flip>(rows[r] + offset, s.channels, flip);
-        } else {
-          expand_channels<V * Kernel::kLanes>(rows[r] + offset, s.channel_phase, s.out_group,
-                                              s.channels, expanded);
-          bytes[r] = Row::template load<Flip>(expanded, s.channels, flip);
+    for (int r = 0; r < 4; ++r) {
+      const uint8_t* row = s.rows[group * 4 + r];
+      rows[r] = row == nullptr ? padding_row : row;
+      inside[r] = row == nullptr ? 0 : -1;
+    }
+    uint8_t* dst = s.scratch + (begin * s.row_groups + group) * kGroupBytes;
+    for (int64_t column = begin; column < end; ++column) {
+      const int64_t offset = s.column_offset[column];
+      typename Row::Type bytes[4];
+      if (offset < 0) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) bytes[r] = flipped_padding;
+      } else {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          const uint8_t* pixel = rows[r] + (offset & inside[r]);
+          if constexpr (Expand) {
+            expand_channels<V * Kernel::kLanes>(pixel, s.channel_phase, s.out_group, s.channels,
+                                                expanded);
+            pixel = expanded;
+          }
+          bytes[r] = Row::template load<Flip>(pixel, s.channels, flip);
         }
       }
       Row::interleave(bytes, dst);
-      dst += V * Kernel::kLanes * 4;
+      dst += s.row_groups * kGroupBytes;
     }
   }
 }
 
-// The strip's input of narrow groups: [strip_columns][rows][quads][channels of the block][4
-// channels of the lane's group].
+// The same for narrow groups: [strip_columns][rows][quads][channels of the block][4 channels of the
+// lane's group].
 template <typename Kernel, bool Flip, int V>
-QK_INLINE void spread_strip(const DepthwiseStrip& s) {
+QK_INLINE void spread_columns(const DepthwiseStrip& strip, int64_t begin, int64_t end) {
+  const DepthwiseStrip s = strip;
   using Row = typename Kernel::template Row<4>;  // a block's input is no wider than its output
   const auto padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding), flip = Row::fill(0x80);
   const int64_t bytes = s.channels / s.out_group * s.in_group;
-  uint8_t* dst = s.scratch;
-  for (int64_t column = 0; column < s.strip_columns; ++column) {
+  uint8_t* dst = s.scratch + begin * s.row_groups * V * Kernel::kLanes * 4;
+  for (int64_t column = begin; column < end; ++column) {
     const int64_t offset = s.column_offset[column];
     for (int64_t r = 0; r < s.input_rows; ++r) {
       const auto pixel = offset < 0 || s.rows[r] == nullptr
@@ -87,24 +104,51 @@ QK_INLINE void spread_strip(const DepthwiseStrip& s) {
   }
 }
 
-// The accumulators of T columns and P rows, for vector `j` of the block.
-template <typename Kernel, int V, int T, int P>
+template <typename Kernel, int V>
+QK_INLINE void interleave(const DepthwiseStrip& s, int64_t begin, int64_t end) {
+  if (s.out_group > 1) {
+    s.input_flip == 0 ? interleave_columns<Kernel, false, true, V>(s, begin, end)
+                      : interleave_columns<Kernel, true, true, V>(s, begin, end);
+  } else {
+    s.input_flip == 0 ? interleave_columns<Kernel, false, false, V>(s, begin, end)
+                      : interleave_columns<Kernel, true, false, V>(s, begin, end);
+  }
+}
+
+template <typename Kernel, int V>
+static __attribute__((noinline)) void fill_scratch(const DepthwiseStrip& s, int64_t begin,
+                                                   int64_t end) {
+  if (s.quads > 0) {
+    s.input_flip == 0 ? spread_columns<Kernel, false, V>(s, begin, end)
+                      : spread_columns<Kernel, true, V>(s, begin, end);
+  } else {
+    interleave<Kernel, V>(s, begin, end);
+  }
+}
+
+// The accumulators of T columns and P rows, for vector `j` of the block. The dwords of a column
+// and, without dilation, of its taps lie one after the other, like the weights: one loop. `Steps`
+// is the number of them if it is known, else 0.
+template <typename Kernel, int Steps, int V, int T, int P>
 QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
                           typename Kernel::Vector (&acc)[T][P]) {
-  constexpr int64_t kVectorBytes = Kernel::kLanes * 4;
+  constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
   const auto init = Kernel::load(s.init + j * Kernel::kLanes);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) acc[t][p] = init;
   }
-  const int64_t group_bytes = V * kVectorBytes, column_bytes = s.row_groups * group_bytes;
-  const int64_t step = s.column_step * column_bytes;
-  const uint8_t* tap_bytes = s.scratch + x * step + j * kVectorBytes;
+  const int64_t column_bytes = s.row_groups * kGroupBytes, step = s.column_step * column_bytes;
+  const bool flat = Steps > 0 || s.tap_step == 1;
+  const int64_t runs = flat ? 1 : s.taps;
+  const int64_t steps = Steps > 0 ? Steps : flat ? s.taps * s.row_groups : s.row_groups;
+  const uint8_t* run_bytes = s.scratch + x * step + j * kVectorBytes;
   const int8_t* w = s.weights + j * P * Kernel::kWeightBytes;
-  for (int64_t tap = 0; tap < s.taps; ++tap) {
-    const uint8_t* b = tap_bytes;
-    for (int64_t group = 0; group < s.row_groups; ++group) {
+  for (int64_t run = 0; run < runs; ++run) {
+    const uint8_t* b = run_bytes;
+#pragma GCC unroll 3
+    for (int64_t i = 0; i < steps; ++i) {
       typename Kernel::Weights weights[P];
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
@@ -116,10 +160,10 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) Kernel::dot(acc[t][p], activations, weights[p]);
       }
-      b += group_bytes;
+      b += kGroupBytes;
       w += V * P * Kernel::kWeightBytes;
     }
-    tap_bytes += s.tap_step * column_bytes;
+    run_bytes += s.tap_step * column_bytes;
   }
 }
 
@@ -134,15 +178,17 @@ QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&
   }
 }
 
+// What becomes of the accumulators: stored as they are, uint8 over its whole range, or any 8 bits.
+enum class Finish { kAccumulators, kPlain, kClamped };
+
 // T columns x P rows x the whole block.
-// `Plain`: the output is uint8 without a narrower clamp.
-template <typename Kernel, bool Plain, int V, int T, int P>
+template <typename Kernel, Finish F, int Steps, int V, int T, int P>
 QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
   using Vector = typename Kernel::Vector;
-  if (s.acc != nullptr) {
+  if constexpr (F == Finish::kAccumulators) {
     for (int j = 0; j < V; ++j) {
       Vector acc[T][P];
-      accumulate<Kernel, V, T, P>(s, x, j, acc);
+      accumulate<Kernel, Steps, V, T, P>(s, x, j, acc);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
@@ -151,58 +197,77 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
         }
       }
     }
-    return;
-  }
-  constexpr int kPairs = (V + 1) / 2;
-  Vector pairs[T][P][kPairs];
+  } else {
+    constexpr int kPairs = (V + 1) / 2;
+    Vector pairs[T][P][kPairs];
 #pragma GCC unroll 2
-  for (int pair = 0; pair < kPairs; ++pair) {
-    Vector first[T][P], second[T][P];
-    accumulate<Kernel, V, T, P>(s, x, 2 * pair, first);
-    narrow<Kernel, V, T, P>(s, 2 * pair, first);
-    if constexpr (V > 1) {
-      accumulate<Kernel, V, T, P>(s, x, 2 * pair + 1, second);
-      narrow<Kernel, V, T, P>(s, 2 * pair + 1, second);
-    }
+    for (int pair = 0; pair < kPairs; ++pair) {
+      Vector first[T][P], second[T][P];
+      accumulate<Kernel, Steps, V, T, P>(s, x, 2 * pair, first);
+      narrow<Kernel, V, T, P>(s, 2 * pair, first);
+      if constexpr (V > 1) {
+        accumulate<Kernel, Steps, V, T, P>(s, x, 2 * pair + 1, second);
+        narrow<Kernel, V, T, P>(s, 2 * pair + 1, second);
+      }
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
+      for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        pairs[t][p][pair] = Kernel::pack(first[t][p], V > 1 ? second[t][p] : first[t][p]);
+        for (int p = 0; p < P; ++p) {
+          pairs[t][p][pair] = Kernel::pack(first[t][p], V > 1 ? second[t][p] : first[t][p]);
+        }
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-      if (s.out[p] == nullptr) continue;
-      Kernel::template store_bytes<V, Plain>(pairs[t][p], s, s.out[p] + (x + t) * s.out_step);
+      if (p > 0 && s.out[p] == nullptr) continue;
+      uint8_t* out = s.out[p] + x * s.out_step;
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        Kernel::template store_bytes<V, F == Finish::kPlain>(pairs[t][p], s, out);
+        out += s.out_step;
+      }
     }
   }
 }
 
-template <typename Kernel, bool Plain, int V, int P>
-QK_INLINE void all_columns(const DepthwiseStrip& s) {
-  int64_t x = 0;
+// The scratch is filled just ahead of its use: the shuffles of the next columns then run beside the
+// dot products of these. A function of its own for each variant, on its own copy of the strip: in
+// one large function gcc keeps the addresses on the stack.
+template <typename Kernel, Finish F, int Steps, int V, int P>
+static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
+  const DepthwiseStrip s = strip;
+  const int64_t reach = (s.taps - 1) * s.tap_step + 1;
+  int64_t filled = 0, x = 0;
   for (; x + Kernel::kColumns <= s.outputs; x += Kernel::kColumns) {
-    columns<Kernel, Plain, V, Kernel::kColumns, P>(s, x);
+    const int64_t needed = (x + Kernel::kColumns - 1) * s.column_step + reach;
+    fill_scratch<Kernel, V>(strip, filled, needed);
+    filled = needed;
+    columns<Kernel, F, Steps, V, Kernel::kColumns, P>(s, x);
   }
-  for (; x < s.outputs; ++x) columns<Kernel, Plain, V, 1, P>(s, x);
+  if (x < s.outputs) fill_scratch<Kernel, V>(strip, filled, s.strip_columns);
+  for (; x < s.outputs; ++x) columns<Kernel, F, Steps, V, 1, P>(s, x);
+}
+
+template <typename Kernel, int V, int P>
+QK_INLINE void block_rows(const DepthwiseStrip& s) {
+  const bool plain = s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
+  const bool three = s.tap_step == 1 && s.taps * s.row_groups == 3;
+  if (s.acc != nullptr) {
+    all_columns<Kernel, Finish::kAccumulators, 0, V, P>(s);
+  } else if (plain) {
+    three ? all_columns<Kernel, Finish::kPlain, 3, V, P>(s)
+          : all_columns<Kernel, Finish::kPlain, 0, V, P>(s);
+  } else {
+    three ? all_columns<Kernel, Finish::kClamped, 3, V, P>(s)
+          : all_columns<Kernel, Finish::kClamped, 0, V, P>(s);
+  }
 }
 
 template <typename Kernel, int V>
 QK_INLINE void block(const DepthwiseStrip& s) {
-  if (s.quads > 0) {
-    s.input_flip == 0 ? spread_strip<Kernel, false, V>(s) : spread_strip<Kernel, true, V>(s);
-  } else {
-    s.input_flip == 0 ? interleave_strip<Kernel, false, V>(s)
-                      : interleave_strip<Kernel, true, V>(s);
-  }
-  const bool plain = s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
   if (s.rows_out == 2) {
-    plain ? all_columns<Kernel, true, V, 2>(s) : all_columns<Kernel, false, V, 2>(s);
+    block_rows<Kernel, V, 2>(s);
   } else {
-    plain ? all_columns<Kernel, true, V, 1>(s) : all_columns<Kernel, false, V, 1>(s);
+    block_rows<Kernel, V, 1>(s);
   }
 }
