@@ -127,9 +127,8 @@ static __attribute__((noinline)) void fill_scratch(const DepthwiseStrip& s, int6
 }
 
 // The accumulators of T columns and P rows, for vector `j` of the block. The dwords of a column
-// and, without dilation, of its taps lie one after the other, like the weights: one loop. `Steps`
-// is the number of them if it is known, else 0.
-template <typename Kernel, int Steps, int V, int T, int P>
+// and, without dilation, of its taps lie one after the other, like the weights: one loop.
+template <typename Kernel, int V, int T, int P>
 QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
                           typename Kernel::Vector (&acc)[T][P]) {
   constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
@@ -140,14 +139,13 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
     for (int p = 0; p < P; ++p) acc[t][p] = init;
   }
   const int64_t column_bytes = s.row_groups * kGroupBytes, step = s.column_step * column_bytes;
-  const bool flat = Steps > 0 || s.tap_step == 1;
+  const bool flat = s.tap_step == 1;
   const int64_t runs = flat ? 1 : s.taps;
-  const int64_t steps = Steps > 0 ? Steps : flat ? s.taps * s.row_groups : s.row_groups;
+  const int64_t steps = flat ? s.taps * s.row_groups : s.row_groups;
   const uint8_t* run_bytes = s.scratch + x * step + j * kVectorBytes;
   const int8_t* w = s.weights + j * P * Kernel::kWeightBytes;
   for (int64_t run = 0; run < runs; ++run) {
     const uint8_t* b = run_bytes;
-#pragma GCC unroll 3
     for (int64_t i = 0; i < steps; ++i) {
       typename Kernel::Weights weights[P];
 #pragma GCC unroll 2
@@ -182,13 +180,13 @@ QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&
 enum class Finish { kAccumulators, kPlain, kClamped };
 
 // T columns x P rows x the whole block.
-template <typename Kernel, Finish F, int Steps, int V, int T, int P>
+template <typename Kernel, Finish F, int V, int T, int P>
 QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
   using Vector = typename Kernel::Vector;
   if constexpr (F == Finish::kAccumulators) {
     for (int j = 0; j < V; ++j) {
       Vector acc[T][P];
-      accumulate<Kernel, Steps, V, T, P>(s, x, j, acc);
+      accumulate<Kernel, V, T, P>(s, x, j, acc);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
@@ -203,10 +201,10 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
       Vector first[T][P], second[T][P];
-      accumulate<Kernel, Steps, V, T, P>(s, x, 2 * pair, first);
+      accumulate<Kernel, V, T, P>(s, x, 2 * pair, first);
       narrow<Kernel, V, T, P>(s, 2 * pair, first);
       if constexpr (V > 1) {
-        accumulate<Kernel, Steps, V, T, P>(s, x, 2 * pair + 1, second);
+        accumulate<Kernel, V, T, P>(s, x, 2 * pair + 1, second);
         narrow<Kernel, V, T, P>(s, 2 * pair + 1, second);
       }
 #pragma GCC unroll 8
@@ -233,7 +231,7 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
 // The scratch is filled just ahead of its use: the shuffles of the next columns then run beside the
 // dot products of these. A function of its own for each variant, on its own copy of the strip: in
 // one large function gcc keeps the addresses on the stack.
-template <typename Kernel, Finish F, int Steps, int V, int P>
+template <typename Kernel, Finish F, int V, int P>
 static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
   const DepthwiseStrip s = strip;
   const int64_t reach = (s.taps - 1) * s.tap_step + 1;
@@ -242,24 +240,21 @@ static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
     const int64_t needed = (x + Kernel::kColumns - 1) * s.column_step + reach;
     fill_scratch<Kernel, V>(strip, filled, needed);
     filled = needed;
-    columns<Kernel, F, Steps, V, Kernel::kColumns, P>(s, x);
+    columns<Kernel, F, V, Kernel::kColumns, P>(s, x);
   }
   if (x < s.outputs) fill_scratch<Kernel, V>(strip, filled, s.strip_columns);
-  for (; x < s.outputs; ++x) columns<Kernel, F, Steps, V, 1, P>(s, x);
+  for (; x < s.outputs; ++x) columns<Kernel, F, V, 1, P>(s, x);
 }
 
 template <typename Kernel, int V, int P>
 QK_INLINE void block_rows(const DepthwiseStrip& s) {
   const bool plain = s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
-  const bool three = s.tap_step == 1 && s.taps * s.row_groups == 3;
   if (s.acc != nullptr) {
-    all_columns<Kernel, Finish::kAccumulators, 0, V, P>(s);
+    all_columns<Kernel, Finish::kAccumulators, V, P>(s);
   } else if (plain) {
-    three ? all_columns<Kernel, Finish::kPlain, 3, V, P>(s)
-          : all_columns<Kernel, Finish::kPlain, 0, V, P>(s);
+    all_columns<Kernel, Finish::kPlain, V, P>(s);
   } else {
-    three ? all_columns<Kernel, Finish::kClamped, 3, V, P>(s)
-          : all_columns<Kernel, Finish::kClamped, 0, V, P>(s);
+    all_columns<Kernel, Finish::kClamped, V, P>(s);
   }
 }
 
