@@ -64,7 +64,7 @@ def run(data: str | None, root: str | None, epochs: int | None, picture: str, nu
     """The demo; returns 0 if the converted model gives the codes of the simulation everywhere, else 1."""
     torch.manual_seed(0)
     images = load_images(data, root)
-    width, default_epochs = (32, 15) if images.name == "digits" else (16, 2)
+    width, default_epochs = (32, 15) if images.name == "digits" else (16, 1)
     print(f"data        {images.name}: {len(images.train_x)} training and {len(images.test_x)} test images")
     model = ResidualNet(images.train_x.shape[1], images.classes, width)
     train(model, images, epochs or default_epochs)

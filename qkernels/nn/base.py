@@ -32,6 +32,7 @@ class QLayer(nn.Module):
     """
 
     kind: ClassVar[str]
+    usual: ClassVar[dict[str, Any]] = {}  # option values that the description leaves out
     channels_last: ClassVar[bool] = False  # whether the output is stored so, whatever the input
 
     def __init__(
@@ -160,8 +161,14 @@ class QLayer(nn.Module):
             for roles in (self._input_roles, ["output"] if "output" in self._grids else [])
             if roles
         )
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        shown = {name: value for name, value in self.options.items() if value is not None and value is not False}
+        options = ", ".join(f"{name}={value}" for name, value in shown.items() if not self._is_usual(name, value))
         return f"{options}; {grids}" if options else grids
+
+    def _is_usual(self, name: str, value: Any) -> bool:
+        """Whether an option has the value that the description leaves out, in every spatial dimension."""
+        usual = self.usual.get(name)
+        return value == usual or (isinstance(value, list) and bool(value) and all(v == usual for v in value))
 
     def _describe(self, role: str) -> str:
         meta = self._grids[role]

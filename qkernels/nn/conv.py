@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,15 @@ class QConv(WeightedLayer):
     """
 
     channels_last = True
+
+    usual: ClassVar[dict[str, Any]] = {
+        "stride": 1,
+        "padding": [0, 0],
+        "dilation": 1,
+        "output_padding": 0,
+        "groups": 1,
+        "padding_mode": "zeros",
+    }
 
     def _geometry(self) -> tuple[Any, ...]:
         o = self.options
@@ -78,8 +87,11 @@ class QConv(WeightedLayer):
         return merged
 
     def extra_repr(self) -> str:
-        shape = list(self._buffers["weight"].shape)
-        return f"weight={shape}, bias={self._buffers['bias'] is not None}, {super().extra_repr()}"
+        weight = self._buffers["weight"].shape
+        inner, outer = weight[1] * self.options["groups"], weight[0]
+        channels = f"{outer}, {inner}" if self.options["transposed"] else f"{inner}, {outer}"
+        bias = "" if self._buffers["bias"] is not None else ", bias=False"
+        return f"{channels}, kernel_size={list(weight[2:])}{bias}, {super().extra_repr()}"
 
 
 def per_dim(value: int | Sequence[int], dims: int) -> list[int]:

@@ -150,6 +150,14 @@ def test_the_description_shows_the_grids(made):
     assert "int8(0.0" in repr(layer)
 
 
+def test_the_description_leaves_out_what_is_usual():
+    layer = conv(clamp=Clamp(0.0), stride=[2, 1])
+    assert layer.extra_repr() == (
+        "8, 16, kernel_size=[3, 3], stride=[2, 1], padding=[[1, 1], [1, 1]], clamp=[0.0, None]; "
+        "uint8(0.05, 131) -> uint8(0.05, 131)"
+    )
+
+
 def test_a_float_input_is_refused_with_what_to_do(made):
     layer, inputs = made
     if isinstance(layer, Quantize):
