@@ -175,11 +175,11 @@ DepthwiseKernel select_depthwise_kernel(Isa isa) {
   return nullptr;
 }
 
-int64_t packed_depthwise_bytes(const ConvSource& source, const ConvPhase& phase, Isa isa) {
+int64_t packed_depthwise_bytes(const ConvShape& shape, const ConvPhase& phase, Isa isa) {
   const DepthwiseLayout layout = layout_of(isa);
-  const int64_t blocks = ceil_div(source.shape.out_channels, layout.block_channels());
+  const int64_t blocks = ceil_div(shape.out_channels, layout.block_channels());
   return static_cast<int64_t>(sizeof(DepthwisePart)) +
-         blocks * block_bytes(layout, depthwise_plan(source.shape, phase));
+         blocks * block_bytes(layout, depthwise_plan(shape, phase));
 }
 
 Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa, uint8_t* dst) {
@@ -187,7 +187,7 @@ Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa,
   const DepthwisePlan plan = depthwise_plan(source.shape, phase);
   const int64_t channels = source.shape.out_channels;
   auto* part = reinterpret_cast<DepthwisePart*>(dst);
-  std::memset(dst, 0, static_cast<size_t>(packed_depthwise_bytes(source, phase, isa)));
+  std::memset(dst, 0, static_cast<size_t>(packed_depthwise_bytes(source.shape, phase, isa)));
   part->epilogue = source.epilogue;
   part->block_bytes = block_bytes(layout, plan);
   part->raw = !source.epilogue.is_8bit();

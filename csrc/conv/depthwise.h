@@ -79,7 +79,7 @@ bool is_depthwise(const ConvSource& source);
 ConvShape depthwise_shape(const ConvShape& shape);
 ConvExtent depthwise_extent(const ConvShape& shape, const ConvExtent& extent);
 
-int64_t packed_depthwise_bytes(const ConvSource& source, const ConvPhase& phase, Isa isa);
+int64_t packed_depthwise_bytes(const ConvShape& shape, const ConvPhase& phase, Isa isa);
 Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa, uint8_t* dst);
 
 int64_t depthwise_workspace_bytes(const ConvArgs& args, const Parallel& parallel);

@@ -138,7 +138,7 @@ Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes)
       uint8_t* part = dst ? dst + at : nullptr;
       Status status = Status::kOk;
       if (h.kind == ConvKind::kDepthwise) {
-        place(p, packed_depthwise_bytes(source, phase, isa));
+        place(p, packed_depthwise_bytes(source.shape, phase, isa));
         if (dst) status = pack_depthwise(source, phase, isa, part);
       } else {
         const int64_t groups = groups_in_set(s, h.groups_per_set, set);
@@ -168,6 +168,29 @@ Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes)
   return Status::kOk;
 }
 
+// Whether the bytes of a part are what the shape in the header needs.
+Status check_part(const PackedConvHeader& h, int64_t part, const uint8_t* bytes, int64_t size) {
+  const bool is_fill = h.has_fill && part == h.parts - 1;
+  if (h.kind == ConvKind::kDepthwise && !is_fill) {
+    const ConvShape shape = depthwise_shape(h.shape);
+    const int64_t needed = packed_depthwise_bytes(shape, conv_phase(shape, part), h.isa);
+    return size >= needed ? Status::kOk : Status::kBadShape;
+  }
+  PackedMatrix matrix;
+  const Status status = view_packed(bytes, size, &matrix);
+  if (status != Status::kOk) return status;
+  const PackedHeader& m = *matrix.header;
+  if (is_fill) {
+    return m.n == h.shape.out_channels && m.taps == 1 && m.depth == kFillDepth ? Status::kOk
+                                                                               : Status::kBadShape;
+  }
+  const int64_t groups = groups_in_set(h.shape, h.groups_per_set, part % h.sets);
+  const GemmPlan plan = gemm_plan(h.shape, conv_phase(h.shape, part / h.sets), groups);
+  return m.n == groups * h.shape.out_per_group() && m.taps == plan.taps && m.depth == plan.depth
+             ? Status::kOk
+             : Status::kBadShape;
+}
+
 }  // namespace
 
 int64_t packed_conv_bytes(const ConvSource& source, Isa isa) {
@@ -194,24 +217,21 @@ Status view_packed_conv(const void* bytes, int64_t size, const PackedConvHeader*
   if (h->bytes != size || check_conv_shape(h->shape) != Status::kOk || h->parts < 1 ||
       h->parts_offset != sizeof(PackedConvHeader) ||
       h->parts > (size - h->parts_offset) / static_cast<int64_t>(sizeof(int64_t)) ||
-      h->phases != conv_phase_count(h->shape) || h->parts != h->phases * h->sets + h->has_fill) {
+      h->phases != conv_phase_count(h->shape) || h->groups_per_set < 1 || h->sets < 1 ||
+      h->sets != (h->shape.groups + h->groups_per_set - 1) / h->groups_per_set ||
+      h->parts != h->phases * h->sets + h->has_fill) {
     return Status::kBadShape;
   }
-  const auto* offsets =
-      reinterpret_cast<const int64_t*>(static_cast<const uint8_t*>(bytes) + h->parts_offset);
+  const auto* base = static_cast<const uint8_t*>(bytes);
+  const auto* offsets = reinterpret_cast<const int64_t*>(base + h->parts_offset);
   for (int64_t part = 0; part < h->parts; ++part) {
     const int64_t end = part + 1 < h->parts ? offsets[part + 1] : size;
     if (offsets[part] < 0 || offsets[part] >= end || offsets[part] % kPackedAlign != 0 ||
         end > size) {
       return Status::kBadShape;
     }
-    const bool is_matrix = h->kind == ConvKind::kIgemm || (h->has_fill && part == h->parts - 1);
-    PackedMatrix matrix;
-    if (is_matrix) {
-      const Status status = view_packed(static_cast<const uint8_t*>(bytes) + offsets[part],
-                                        end - offsets[part], &matrix);
-      if (status != Status::kOk) return status;
-    }
+    const Status status = check_part(*h, part, base + offsets[part], end - offsets[part]);
+    if (status != Status::kOk) return status;
   }
   *header = h;
   return Status::kOk;

@@ -187,6 +187,88 @@ void check_case(Rng& rng, const Case& c) {
   });
 }
 
+// Maps large enough for many blocks and strips, and for threads to be worth their fork.
+void large_maps() {
+  struct Large {
+    int64_t in, out, groups, kernel, stride, dilation, height, width;
+    int transposed;
+  };
+  const Large maps[] = {{24, 40, 1, 3, 1, 1, 61, 67, 0},   {96, 96, 96, 3, 1, 1, 40, 150, 0},
+                        {80, 80, 80, 5, 2, 1, 60, 133, 0}, {64, 64, 16, 3, 1, 1, 50, 61, 0},
+                        {48, 100, 1, 1, 1, 1, 60, 60, 0},  {16, 160, 1, 3, 2, 2, 90, 91, 0},
+                        {32, 24, 1, 3, 2, 1, 33, 31, 1},   {48, 48, 48, 3, 2, 1, 41, 47, 1}};
+  Rng rng(2);
+  for (const Large& map : maps) {
+    for (int threads : {2, 7}) {
+      Case c = {};
+      ConvShape& s = c.shape;
+      s.in_channels = map.in;
+      s.out_channels = map.out;
+      s.groups = map.groups;
+      s.transposed = map.transposed;
+      c.extent.batch = 2;
+      c.extent.in[1] = map.height;
+      c.extent.in[2] = map.width;
+      for (int d = 1; d < kConvDims; ++d) {
+        s.kernel[d] = map.kernel;
+        s.stride[d] = map.stride;
+        s.dilation[d] = map.dilation;
+        s.pad_lo[d] = s.pad_hi[d] = map.kernel / 2;
+        const int64_t in = c.extent.in[d], reach = (map.kernel - 1) * map.dilation;
+        c.extent.out[d] = map.transposed ? (in - 1) * map.stride - 2 * s.pad_lo[d] + reach + 1
+                                         : (in + 2 * s.pad_lo[d] - reach - 1) / map.stride + 1;
+      }
+      c.with_bias = true;
+      c.input_zero_point = 77;
+      c.input_scale = 0.02f;
+      c.output_scale = 1.0f;
+      c.threads = threads;
+      random_epilogue(rng, &c);
+      CONTEXT("large map: ", text(c));
+      CHECK_EQ(check_conv_extent(s, c.extent), Status::kOk);
+      check_case(rng, c);
+    }
+  }
+}
+
+void damaged_headers_are_refused() {
+  const int8_t weight[2 * 3 * 3] = {};
+  const float scale[2] = {1, 1};
+  ConvSource source = {};
+  source.shape.in_channels = source.shape.out_channels = source.shape.groups = 2;
+  source.shape.kernel[1] = source.shape.kernel[2] = 3;
+  source.weight = weight;
+  source.weight_scale = scale;
+  source.input_scale = source.output_scale = 1;
+  const Isa isa = isa_active();
+  for (const int64_t groups : {2, 1}) {
+    source.shape.groups = groups;
+    source.shape.in_channels = groups;
+    const int64_t bytes = packed_conv_bytes(source, isa);
+    Guarded<uint8_t> packed((bytes + 63) / 64 * 64);
+    const PackedConvHeader* header = nullptr;
+    CHECK_EQ(pack_conv(source, isa, packed.data()), Status::kOk);
+    CHECK_EQ(view_packed_conv(packed.data(), bytes, &header), Status::kOk);
+    auto* h = reinterpret_cast<PackedConvHeader*>(packed.data());
+    const PackedConvHeader good = *h;
+    const auto refused = [&] {
+      CHECK(view_packed_conv(packed.data(), bytes, &header) != Status::kOk);
+      *h = good;
+    };
+    h->magic ^= 1, refused();
+    h->version += 1, refused();
+    h->isa = isa == Isa::kScalar ? Isa::kAvx2 : Isa::kScalar, refused();
+    h->bytes += 64, refused();
+    h->shape.out_channels *= 100, refused();
+    h->shape.kernel[1] = 30, refused();
+    h->shape.stride[2] = 0, refused();
+    h->groups_per_set = 0, refused();
+    h->sets = 3, refused();
+    h->parts = 1 << 20, refused();
+    CHECK(view_packed_conv(packed.data(), bytes - 64, &header) != Status::kOk);
+  }
+}
+
 void random_configurations(int count) {
   Rng rng(1);
   for (int i = 0; i < count;) {
@@ -201,6 +283,8 @@ void random_configurations(int count) {
 }  // namespace
 
 int main() {
+  damaged_headers_are_refused();
   random_configurations(3000);
+  large_maps();
   return 0;
 }
