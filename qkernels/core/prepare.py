@@ -249,7 +249,7 @@ class _Plan:
     def _fused_into(self, node: fx.Node) -> fx.Node | None:
         """The layer that `node`, a clamp, is part of."""
         op = self.operations[node]
-        if node not in self.integer or op.kind not in o.CLAMPS:
+        if node not in self.integer or op is None or op.kind not in o.CLAMPS:
             return None
         before = op.inputs[0]
         if before not in self.integer or len(self.readers[before]) != 1:
@@ -272,7 +272,11 @@ class _Plan:
         return node in self.integer and self._fused_into(node) is not None
 
     def activation(self, node: fx.Node) -> TensorRecipe:
-        return self.rule(node).activation
+        """How the output of the node gets its grid; a fused clamp goes by the layer that it is part of."""
+        return self.rule(self._layer_of(node)).activation
+
+    def _layer_of(self, node: fx.Node) -> fx.Node:
+        return self._fused_into(node) or node
 
     def insert_quantizers(self) -> None:
         self._wrap_weighted()
@@ -285,7 +289,7 @@ class _Plan:
             """A call of the Quantizer that belongs to `owner`, on `value`, right behind it."""
             if owner not in quantizers:
                 path = f"{QUANTIZERS}.{owner.name}"
-                source = owner.meta.get("path", owner.name)
+                source = self._layer_of(owner).meta["path"]
                 self.traced.add_submodule(path, Quantizer(self.activation(owner), source).to(device))
                 quantizers[owner] = path
             with self.traced.graph.inserting_after(last_input if value.op == "placeholder" else value):

@@ -32,8 +32,8 @@ def _words(text: str) -> list[str]:
 _MORE = {
     "torch": (
         torch,
-        "bmm clone cos div einsum eq erf floor_divide ge gt le log lt matmul max maximum min minimum ne outer pow "
-        "select sin softmax stack sub sum swapaxes where",
+        "_assert bmm clone cos div einsum eq erf floor_divide full_like ge gt le log lt matmul max maximum min minimum "
+        "ne ones_like outer pow select sin softmax stack sub sum swapaxes where zeros_like",
     ),
     "torch.nn.functional": (
         F,
