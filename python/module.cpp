@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "csrc/base/cpu.h"
+#include "csrc/conv/depthwise.h"
 #include "csrc/fake_quant/fake_quant.h"
 #include "csrc/gemm/igemm.h"
 #include "csrc/pointwise/pointwise.h"
@@ -29,10 +30,15 @@ KernelLists list_kernels() {
   lists["fake_quant"].emplace_back(#name, has_features(active, need));
 #include "csrc/fake_quant/kernels.inc"
 #undef QK_FAKE_QUANT_KERNEL
-#define QK_IGEMM_KERNEL(need, isa, name) \
-  lists["linear"].emplace_back(#name, has_features(active, need));
+#define QK_IGEMM_KERNEL(need, isa, name)                           \
+  lists["linear"].emplace_back(#name, has_features(active, need)); \
+  lists["conv"].emplace_back(#name, has_features(active, need));
 #include "csrc/gemm/kernels.inc"
 #undef QK_IGEMM_KERNEL
+#define QK_DEPTHWISE_KERNEL(need, isa, name) \
+  lists["conv_depthwise"].emplace_back(#name, has_features(active, need));
+#include "csrc/conv/kernels.inc"
+#undef QK_DEPTHWISE_KERNEL
 #define QK_QUANTIZE_KERNEL(need, type, name) \
   lists["quantize"].emplace_back(#name, has_features(active, need));
 #define QK_DEQUANTIZE_KERNEL(need, type, name) \
