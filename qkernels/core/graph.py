@@ -23,11 +23,21 @@ class Untraceable(Exception):
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict]:
     """`example_inputs` as (args, kwargs): a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    example_inputs = _detached(example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def _detached(value: Any) -> Any:
+    """The same, its tensors without history, so that they can be copied."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) is dict:
+        return {k: _detached(v) for k, v in value.items()}
+    return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
 
 
 def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:

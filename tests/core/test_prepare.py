@@ -409,6 +409,29 @@ def test_recipe_overrides_reach_the_quantizers():
     assert not any(q.spec.per_channel for q in found)
 
 
+def test_an_example_with_history_is_fine():
+    example = nn.Conv2d(4, 4, 1)(IMAGE)
+    assert example.requires_grad
+    prepared = qkernels.prepare(nn.Sequential(nn.Conv2d(4, 2, 1)).eval(), example)
+    assert kinds_of(prepared) == ["conv"]
+
+
+def test_skipping_a_class_of_ones_own():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.conv(x))
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Gate(), nn.Conv2d(4, 4, 1)).eval()
+    prepared = qkernels.prepare(model, IMAGE, skip=[Gate])
+    assert kinds_of(prepared) == ["conv", "conv"]
+    assert [row.name for row in prepared.report.stayed_float] == ["1.conv", "1.sigmoid", "1.mul"]
+    check_same(model, prepared, IMAGE)
+
+
 def test_calibrate_takes_loaders_with_labels():
     prepared = qkernels.prepare(nn.Linear(4, 4).eval(), torch.randn(2, 4))
     loader = [[torch.randn(3, 4), torch.zeros(3)] for _ in range(2)]
