@@ -374,6 +374,24 @@ class NetworkGraph(fx.GraphModule):
         copied.adopt(copied.meta.get("attributes", {}))
         return copied
 
+    def __reduce__(self) -> tuple:
+        """Pickles the graph itself: fx would trace again, and lose what `meta` knows."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_graph"}
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        for copied, node in zip(graph.nodes, self.graph.nodes, strict=True):
+            copied.meta = node.meta
+        return _rebuilt, (type(self).__mro__[1], type(self).__name__, state, graph)
+
+
+def _rebuilt(cls: type[NetworkGraph], name: str, state: dict, graph: fx.Graph) -> NetworkGraph:
+    root = nn.Module()
+    root.__dict__.update(state)
+    network = cls(root, graph, name)
+    network.meta = state["meta"]
+    network.adopt(network.meta.get("attributes", {}))
+    return network
+
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     plain = (int, float, str, bool, tuple, type(None))

@@ -1,6 +1,7 @@
 """The journey of post-training quantization: prepare, calibrate, convert, verify, with public names only."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -167,6 +168,15 @@ def test_inference_mode_deepcopy_and_state_dict(network):
     assert not torch.equal(fresh(x)[0], expected)
     fresh.load_state_dict(converted.state_dict())
     assert torch.equal(fresh(x)[0], expected)
+
+
+def test_prepared_and_converted_networks_pickle(network):
+    _, prepared, converted = network
+    x = batches(1, 2, 3, 32, 32)[0]
+    again = pickle.loads(pickle.dumps(prepared))
+    assert again.report == prepared.report
+    assert torch.equal(qkernels.convert(again)(x)[0], converted(x)[0])
+    assert torch.equal(pickle.loads(pickle.dumps(converted))(x)[0], converted(x)[0])
 
 
 def test_save_and_load(network, tmp_path):
