@@ -189,6 +189,7 @@ def modules_of(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
 def simplify(traced: fx.GraphModule) -> None:
     """Makes the graph plain: nothing in place, no dropout or identity, weights inside modules, one call a module."""
     _positional_inputs(traced)
+    _plain_max_pools(traced)
     _drop_in_place(traced)
     _drop_identities(traced)
     _modules_from_calls(traced)
@@ -202,6 +203,15 @@ def _positional_inputs(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
             node.args, node.kwargs = (node.kwargs["input"],), {}
+
+
+def _plain_max_pools(traced: fx.GraphModule) -> None:
+    """F.max_pool*, which choose by return_indices and cannot be pickled, become the torch functions they end in."""
+    plain = {F.max_pool1d: torch.max_pool1d, F.max_pool2d: torch.max_pool2d, F.max_pool3d: torch.max_pool3d}
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target in plain and not node.kwargs.get("return_indices", False):
+            node.target = plain[node.target]
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "return_indices" and v is not None}
 
 
 def _drop_in_place(traced: fx.GraphModule) -> None:
