@@ -1,7 +1,5 @@
 // Convolutions of bench/shapes/conv.txt on one thread, as fractions of the dot-product peak that
 // the bench measures itself. Usage: bench_conv [shapes.txt] [part of a name]
-#include <time.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -9,17 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "bench/csrc/peak.h"
 #include "csrc/conv/conv.h"
 
 namespace {
 
 using namespace qk;
-
-double now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) * 1e9 + static_cast<double>(t.tv_nsec);
-}
 
 template <typename F>
 double best_ns(double budget_ns, const F& f) {
@@ -34,38 +27,7 @@ double best_ns(double budget_ns, const F& f) {
   return best;
 }
 
-// MACs per ns of the active instruction set: a GEMM that fits L1, since no instruction can do more.
-double peak_macs_per_ns(Isa isa) {
-  const int64_t m = 96, n = 64, k = 1024;
-  std::vector<int8_t> weight(n * k, 1);
-  std::vector<uint8_t> a(m * k, 1), out(m * n);
-  const float scale = 1;
-  PackSource source = {};
-  source.weight = weight.data();
-  source.n = n;
-  source.taps = 1;
-  source.depth = k;
-  source.stride_n = k;
-  source.stride_k = 1;
-  source.weight_scale = &scale;
-  source.per_tensor = true;
-  source.input_scale = source.output_scale = 1;
-  void* packed = std::aligned_alloc(64, (packed_igemm_bytes(n, 1, k, isa) + 63) / 64 * 64);
-  pack_igemm(source, isa, packed);
-  IgemmArgs args;
-  view_packed(packed, packed_igemm_bytes(n, 1, k, isa), &args.matrix);
-  args.a = a.data();
-  args.a_row_stride = k;
-  args.row_end = m;
-  args.panel_end = panel_count(n, isa);
-  args.out = out.data();
-  args.out_row_stride = n;
-  const double ns = best_ns(2e8, [&] { igemm(args); });
-  std::free(packed);
-  return static_cast<double>(m * n * k) / ns;
-}
-
-void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, double peak) {
+void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa) {
   ConvShape s;
   s.in_channels = v[1];
   s.out_channels = v[4];
@@ -84,8 +46,8 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, doub
   std::vector<int8_t> weight(s.out_channels * s.in_per_group() * s.kernel_size());
   std::vector<float> scale(s.out_channels, 0.01f), bias(s.out_channels, 1.0f);
   for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<int8_t>(i * 37);
-  const ConvSource source = {s,     weight.data(), scale.data(), nullptr, false, bias.data(), 0.02f,
-                             77,    false,         0.5f,         {}};
+  const ConvSource source = {s,  weight.data(), scale.data(), nullptr, false, bias.data(), 0.02f,
+                             77, false,         0.5f,         {}};
   const int64_t bytes = packed_conv_bytes(source, isa);
   void* packed = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   pack_conv(source, isa, packed);
@@ -100,7 +62,7 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, doub
   const double ns = best_ns(1e8, [&] { conv(args, kSerial); });
   const double macs = static_cast<double>(outputs * s.in_per_group() * s.kernel_size());
   std::printf("%-28s %9.1f us  %7.1f MAC/ns  %5.3f of peak\n", name.c_str(), ns / 1e3, macs / ns,
-              macs / ns / peak);
+              macs / ns / peak(isa, false));
   std::free(args.workspace);
   std::free(packed);
 }
@@ -109,8 +71,7 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, doub
 
 int main(int argc, char** argv) {
   const Isa isa = isa_active();
-  const double peak = peak_macs_per_ns(isa);
-  std::printf("isa %s, peak %.1f MAC/ns\n", isa_name(isa), peak);
+  std::printf("isa %s, peak %.1f MAC/ns\n", isa_name(isa), peak(isa, false));
   std::ifstream file(argc > 1 ? argv[1] : "bench/shapes/conv.txt");
   for (std::string line; std::getline(file, line);) {
     std::istringstream words(line);
@@ -119,7 +80,7 @@ int main(int argc, char** argv) {
     if (argc > 2 && name.find(argv[2]) == std::string::npos) continue;
     std::vector<int64_t> v;
     for (int64_t number; words >> number;) v.push_back(number);
-    if (v.size() == 11) bench(name, v, isa, peak);
+    if (v.size() == 11) bench(name, v, isa);
   }
   return 0;
 }

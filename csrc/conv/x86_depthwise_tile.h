@@ -16,7 +16,10 @@ template <int N>
 QK_INLINE void expand_channels(const uint8_t* row, int64_t phase, int64_t multiplier, int64_t n,
                                uint8_t* dst) {
   if (multiplier == 2 && n == N) {  // the phase is 0: blocks are even
-    for (int i = 0; i < N / 2; ++i) dst[2 * i] = dst[2 * i + 1] = row[i];
+    for (int i = 0; i < N; i += 16) {
+      const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + i / 2));
+      _mm_store_si128(reinterpret_cast<__m128i*>(dst + i), _mm_unpacklo_epi8(v, v));
+    }
     return;
   }
   for (int64_t i = 0; i < n; ++row, phase = 0) {
