@@ -46,7 +46,7 @@ def qkernels_gemm(m: int, k: int, n: int) -> Callable[[], object]:
     x = torch.randint(0, 256, (m, k), dtype=torch.uint8)
     epilogue = ops.Epilogue(dtype=torch.uint8, scale=0.7, zero_point=11)
     packed = ops.linear_pack(weight, scale, None, bias, 0.02, 7, torch.uint8, epilogue)
-    return lambda: torch.ops.qkernels.linear.default(x, packed, None, n, torch.uint8)
+    return lambda: ops.linear(x, packed, None, n, torch.uint8)
 
 
 def qkernels_conv(sizes: list[int]) -> Callable[[], object]:
@@ -80,8 +80,7 @@ def qkernels_conv(sizes: list[int]) -> Callable[[], object]:
         (size + 2 * s["pad"] - s["dilation"] * (kernel - 1) - 1) // s["stride"] + 1
         for size, kernel in ((s["h"], s["kh"]), (s["w"], s["kw"]))
     ]
-    output_size = [s["n"], s["o"], *out]
-    return lambda: torch.ops.qkernels.conv.default(x, packed, None, output_size, torch.uint8)
+    return lambda: ops.conv(x, packed, None, s["o"], out, torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------- torch

@@ -79,7 +79,8 @@ class Worker:
 
     def __init__(self, script: str, engine: str, threads: int, env: dict[str, str] | None = None):
         self.engine = engine
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(env or {})}
+        path = os.pathsep.join(filter(None, [str(BENCH.parent), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **(env or {})}
         self.process = subprocess.Popen(
             [sys.executable, script, "--worker", engine, "--threads", str(threads)],
             stdin=subprocess.PIPE,
@@ -90,6 +91,8 @@ class Worker:
         )
 
     def ask(self, message: dict) -> dict:
+        if self.process.poll() is not None:
+            return {"error": f"{self.engine}: the worker ended with code {self.process.returncode}"}
         self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
         while True:
