@@ -10,6 +10,7 @@
 #include "csrc/base/cpu.h"
 #include "csrc/conv/depthwise.h"
 #include "csrc/fake_quant/fake_quant.h"
+#include "csrc/fake_quant_backward/backward.h"
 #include "csrc/gemm/igemm.h"
 #include "csrc/pointwise/pointwise.h"
 #include "csrc/pool/pool.h"
@@ -30,6 +31,10 @@ KernelLists list_kernels() {
   lists["fake_quant"].emplace_back(#name, has_features(active, need));
 #include "csrc/fake_quant/kernels.inc"
 #undef QK_FAKE_QUANT_KERNEL
+#define QK_FAKE_QUANT_BACKWARD_KERNEL(need, type, name) \
+  lists["fake_quant_backward"].emplace_back(#name, has_features(active, need));
+#include "csrc/fake_quant_backward/kernels.inc"
+#undef QK_FAKE_QUANT_BACKWARD_KERNEL
 #define QK_IGEMM_KERNEL(need, isa, name)                           \
   lists["linear"].emplace_back(#name, has_features(active, need)); \
   lists["conv"].emplace_back(#name, has_features(active, need));

@@ -24,6 +24,24 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "fake_quant_out(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
       "Tensor(a!) out) -> ()");
 
+  // Training: gradients of fake_quant, and learned grids (lsq; zero_point is float32, rounded
+  // inside).
+  m.def(
+      "fake_quant_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int "
+      "qmin, int qmax) -> Tensor");
+  m.def(
+      "fake_quant_backward_out(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, "
+      "int qmin, int qmax, Tensor(a!) out) -> ()");
+  m.def(
+      "lsq(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, float "
+      "grad_factor) -> Tensor");
+  m.def(
+      "lsq_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, "
+      "int qmax, float grad_factor) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lsq_backward_out(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int "
+      "qmin, int qmax, float grad_factor, Tensor(a!) out) -> (Tensor, Tensor)");
+
   // Linear and convolution: *_pack makes an opaque uint8 tensor for the active ISA that holds the
   // weight, all grids and the epilogue; the run op takes it. epilogue: see
   // qkernels/ops/epilogue.py.

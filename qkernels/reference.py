@@ -34,6 +34,53 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, q
     return (offset * s).to(x.dtype)
 
 
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
+) -> Tensor:
+    s, z = _along(scale, x, axis), _along(zero_point, x, axis)
+    rounded = torch.round(x.float() * (1.0 / s))
+    return torch.where((rounded >= qmin - z) & (rounded <= qmax - z), grad, torch.zeros_like(grad))
+
+
+def lsq_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return torch.round(zero_point).clamp(qmin, qmax).to(torch.int32)
+
+
+def lsq(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, grad_factor: float
+) -> Tensor:
+    return fake_quant(x, scale, lsq_zero_point(zero_point, qmin, qmax), axis, qmin, qmax)
+
+
+def lsq_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms in float32 as the kernel has them, their sums in float64."""
+    rounded_zero_point = lsq_zero_point(zero_point, qmin, qmax)
+    s, z = _along(scale, x, axis), _along(rounded_zero_point, x, axis)
+    v = x.float() * (1.0 / s)
+    rounded = torch.round(v)
+    inside = (rounded >= qmin - z) & (rounded <= qmax - z)
+    g, zero = grad.float(), torch.zeros(())
+    scale_terms = g * torch.where(inside, rounded - v, quantize_offset(v, z, qmin, qmax))
+    zero_terms = torch.where(inside, zero, -g).double() * s.double()
+    others = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+
+    def total(terms: Tensor, like: Tensor) -> Tensor:
+        summed = terms.double().sum(dim=others) if others else terms.double()
+        return (summed * grad_factor).float().reshape(like.shape)
+
+    grad_x = fake_quant_backward(grad, x, scale, rounded_zero_point, axis, qmin, qmax)
+    return grad_x, total(scale_terms, scale), total(zero_terms, zero_point)
+
+
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype
 ) -> Tensor:

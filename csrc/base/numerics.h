@@ -64,6 +64,24 @@ QK_HD float fake_quant(float x, float scale, float inv_scale, int32_t zp, int32_
   return (quantize_offset(x * inv_scale, zp, qmin, qmax) + 0.0f) * scale;
 }
 
+// Where the gradient passes through fake_quant, for v = x * inv_scale: RNE(v) needs no clamp. False
+// for NaN.
+QK_HD bool fake_quant_passes(float v, int32_t zp, int32_t qmin, int32_t qmax) {
+  const float r = round_nearest_even(v);
+  return r >= static_cast<float>(qmin - zp) && r <= static_cast<float>(qmax - zp);
+}
+
+// The derivative of fake_quant by its scale, the rounding seen as the identity (LSQ).
+QK_HD float fake_quant_slope(float v, int32_t zp, int32_t qmin, int32_t qmax) {
+  return fake_quant_passes(v, zp, qmin, qmax) ? round_nearest_even(v) - v
+                                              : quantize_offset(v, zp, qmin, qmax);
+}
+
+// A learned zero point on the grid, the same in the forward and in the backward.
+QK_HD int32_t round_zero_point(float zp, int32_t qmin, int32_t qmax) {
+  return static_cast<int32_t>(quantize_offset(zp, 0, qmin, qmax));
+}
+
 QK_HD int32_t requantize(int32_t acc, float addend, float multiplier, int32_t zp, int32_t qmin,
                          int32_t qmax) {
   return static_cast<int32_t>(

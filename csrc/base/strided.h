@@ -32,10 +32,11 @@ struct StridedLayout {
 template <int kOperands>
 struct StridedCursor {
   const StridedLayout<kOperands>& layout;
+  int64_t row;
   int64_t index[kMaxStridedDims] = {};
   int64_t offset[kOperands] = {};
 
-  StridedCursor(const StridedLayout<kOperands>& layout, int64_t row) : layout(layout) {
+  StridedCursor(const StridedLayout<kOperands>& layout, int64_t row) : layout(layout), row(row) {
     for (int d = layout.dims - 2; d >= 0; --d) {
       index[d] = row % layout.size[d];
       row /= layout.size[d];
@@ -44,6 +45,7 @@ struct StridedCursor {
   }
 
   void next_row() {
+    ++row;
     for (int d = layout.dims - 2; d >= 0; --d) {
       for (int k = 0; k < kOperands; ++k) offset[k] += layout.stride[k][d];
       if (++index[d] < layout.size[d]) return;

@@ -48,44 +48,69 @@ struct GridBlock {
   }
 };
 
-// Rows of one element a channel. Narrow dense rows are folded: k rows of C channels become one row
-// of k * C.
-template <typename F, typename Finish>
-void for_each_channel_row(const GridLayout& grid, const Parallel& parallel, int64_t work_ns,
-                          const F& f, const Finish& finish) {
-  const StridedLayout<2>& in = grid.strided;
-  const int64_t channels = in.inner(), rows = in.rows();
-  const bool dense =
-      in.dims == 1 || (in.dims == 2 && in.stride[0][0] == channels && in.stride[1][0] == channels);
-  const int64_t fold = dense && channels <= kGridBlock / 2 ? kGridBlock / channels : 1;
-  const int64_t row_elements = fold * channels;
-  const int64_t blocks = (row_elements + kGridBlock - 1) / kGridBlock;
-  const int64_t folded_rows = (rows + fold - 1) / fold;
-  const int64_t width = row_elements < kGridBlock ? row_elements : kGridBlock;
-  const int64_t chunk = kGridRun / width;  // rows in one task
-  const int64_t chunks = (folded_rows + chunk - 1) / chunk;
-  parallel.for_each_range(blocks * chunks, work_ns, [&](int64_t begin, int64_t end) {
-    GridBlock prepared;
-    int64_t prepared_block = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / chunks, first_row = (task % chunks) * chunk;
-      const int64_t first = block * kGridBlock;
-      const int64_t n = row_elements - first < kGridBlock ? row_elements - first : kGridBlock;
-      if (block != prepared_block) prepared.fill(grid, first, channels, n);
-      prepared_block = block;
-      const GridSpan span{prepared.scale, prepared.inv_scale, prepared.zero_point, true};
-      const int64_t last_row = first_row + chunk < folded_rows ? first_row + chunk : folded_rows;
-      if (fold > 1) {
-        for (int64_t row = first_row; row < last_row; ++row) {
-          const int64_t offset = row * row_elements, left = rows * channels - offset;
-          f(offset, offset, left < n ? left : n, span);
-        }
-      } else {
-        StridedCursor<2> cursor(in, first_row);
-        for (int64_t row = first_row; row < last_row; ++row, cursor.next_row()) {
-          f(cursor.offset[0] + first, cursor.offset[1] + first, n, span);
-        }
+// Rows of one element a channel, cut into tasks of some rows of at most kGridBlock columns. Narrow
+// dense rows are folded: k rows of C channels become one row of k * C.
+struct ChannelRows {
+  const GridLayout& grid;
+  int64_t channels, rows;
+  int64_t fold, row_elements, folded_rows;
+  int64_t blocks, width;  // of columns
+  int64_t chunk, chunks;  // of rows
+
+  ChannelRows(const GridLayout& grid, int64_t task_elements)
+      : grid(grid), channels(grid.strided.inner()), rows(grid.strided.rows()) {
+    const StridedLayout<2>& in = grid.strided;
+    const bool dense = in.dims == 1 ||
+                       (in.dims == 2 && in.stride[0][0] == channels && in.stride[1][0] == channels);
+    fold = dense && channels <= kGridBlock / 2 ? kGridBlock / channels : 1;
+    row_elements = fold * channels;
+    folded_rows = (rows + fold - 1) / fold;
+    blocks = (row_elements + kGridBlock - 1) / kGridBlock;
+    width = row_elements < kGridBlock ? row_elements : kGridBlock;
+    chunk = task_elements / width;
+    chunks = (folded_rows + chunk - 1) / chunk;
+  }
+
+  int64_t tasks() const { return blocks * chunks; }
+  int64_t first_column(int64_t task) const { return task / chunks * kGridBlock; }
+  int64_t columns(int64_t task) const {
+    const int64_t left = row_elements - first_column(task);
+    return left < kGridBlock ? left : kGridBlock;
+  }
+
+  // Calls f(output offset, input offset, n): the last folded row may be short.
+  template <typename F>
+  void for_each_row(int64_t task, const F& f) const {
+    const int64_t first = first_column(task), n = columns(task), first_row = task % chunks * chunk;
+    const int64_t last_row = first_row + chunk < folded_rows ? first_row + chunk : folded_rows;
+    if (fold > 1) {
+      for (int64_t row = first_row; row < last_row; ++row) {
+        const int64_t offset = row * row_elements, left = rows * channels - offset;
+        f(offset, offset, left < n ? left : n);
       }
+    } else {
+      StridedCursor<2> cursor(grid.strided, first_row);
+      for (int64_t row = first_row; row < last_row; ++row, cursor.next_row()) {
+        f(cursor.offset[0] + first, cursor.offset[1] + first, n);
+      }
+    }
+  }
+};
+
+// Calls f(task, span) for each task, on any thread; `finish` at the end of each thread's share.
+template <typename F, typename Finish>
+void for_each_channel_task(const ChannelRows& plan, const Parallel& parallel, int64_t work_ns,
+                           const F& f, const Finish& finish) {
+  parallel.for_each_range(plan.tasks(), work_ns, [&](int64_t begin, int64_t end) {
+    GridBlock prepared;
+    int64_t prepared_column = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = plan.first_column(task);
+      if (first != prepared_column) {
+        prepared.fill(plan.grid, first, plan.channels, plan.columns(task));
+      }
+      prepared_column = first;
+      f(task, GridSpan{prepared.scale, prepared.inv_scale, prepared.zero_point, true});
     }
     finish();
   });
@@ -102,7 +127,11 @@ void for_each_grid_run(const GridLayout& grid, const Parallel& parallel, const F
   const int64_t elements = in.rows() * in.inner(), work_ns = elements / 8;
   if (elements == 0) return;
   if (grid.channel_dim == in.dims - 1) {
-    detail::for_each_channel_row(grid, parallel, work_ns, f, finish);
+    const detail::ChannelRows plan(grid, kGridRun);
+    const auto task = [&](int64_t index, const GridSpan& span) {
+      plan.for_each_row(index, [&](int64_t y, int64_t x, int64_t n) { f(y, x, n, span); });
+    };
+    detail::for_each_channel_task(plan, parallel, work_ns, task, finish);
     return;
   }
   const auto run = [&](const StridedCursor<2>& cursor, int64_t first, int64_t n) {

@@ -6,8 +6,9 @@ This package is the only user of `torch.ops.qkernels`. `qkernels.reference` hold
 from qkernels.ops.conv import conv, conv_output_size, conv_pack, conv_padding
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
-from qkernels.ops.fake_quant import fake_quant, fake_quant_out
+from qkernels.ops.fake_quant import fake_quant, fake_quant_backward, fake_quant_backward_out, fake_quant_out
 from qkernels.ops.linear import linear, linear_pack
+from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
 
@@ -25,10 +26,15 @@ __all__ = [
     "dequantize",
     "dequantize_out",
     "fake_quant",
+    "fake_quant_backward",
+    "fake_quant_backward_out",
     "fake_quant_out",
     "linear",
     "linear_pack",
     "lookup",
+    "lsq",
+    "lsq_backward",
+    "lsq_backward_out",
     "max_pool",
     "mul",
     "quantize",

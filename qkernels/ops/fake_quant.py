@@ -16,6 +16,8 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, q
         axis: the channel dimension, or None for one grid for the whole tensor.
         qmin, qmax: the ends of the integer grid.
 
+    Its gradient by `x` is the straight-through estimator, recomputed from `x` (`fake_quant_backward`).
+
     Returns:
         A tensor of the dtype, shape and layout of `x`, bit-equal to `torch.fake_quantize_per_tensor_affine` on finite
         input. NaN maps to qmin; infinities saturate.
@@ -40,6 +42,41 @@ def fake_quant_out(
     return out
 
 
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
+) -> Tensor:
+    """The gradient of `fake_quant` by `x` (straight-through estimator): `grad` where nothing was clipped, else 0.
+
+    It passes where `RNE(x / scale) + zero_point` lies in [qmin, qmax] before any clamp, as in torch; never for NaN.
+
+    Args:
+        grad: the gradient of the output; dtype and shape of `x`.
+        x, scale, zero_point, axis, qmin, qmax: the arguments of the forward; no mask need be kept.
+
+    Returns:
+        A tensor of the dtype, shape and layout of `x`, with the bits of `grad` where it passes.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, size or range; the message names it.
+    """
+    return _ops.fake_quant_backward.default(grad, x, scale, zero_point, axis, qmin, qmax)
+
+
+def fake_quant_backward_out(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    out: Tensor,
+) -> Tensor:
+    """`fake_quant_backward` into `out` (dense; dtype, shape and layout of `x`; may be `grad`); returns `out`."""
+    _ops.fake_quant_backward_out.default(grad, x, scale, zero_point, axis, qmin, qmax, out)
+    return out
+
+
 @torch.library.register_fake("qkernels::fake_quant")
 def _(x, scale, zero_point, axis, qmin, qmax):
     return torch.empty_like(x)
@@ -48,3 +85,39 @@ def _(x, scale, zero_point, axis, qmin, qmax):
 @torch.library.register_fake("qkernels::fake_quant_out")
 def _(x, scale, zero_point, axis, qmin, qmax, out):
     return None
+
+
+@torch.library.register_fake("qkernels::fake_quant_backward")
+def _(grad, x, scale, zero_point, axis, qmin, qmax):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("qkernels::fake_quant_backward_out")
+def _(grad, x, scale, zero_point, axis, qmin, qmax, out):
+    return None
+
+
+def _keep_forward(ctx, inputs, output):
+    x, scale, zero_point, *ctx.grid = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+def _keep_backward(ctx, inputs, output):
+    _keep_forward(ctx, inputs[1:], output)
+
+
+def _straight_through(ctx, grad):
+    return _ops.fake_quant_backward.default(grad, *ctx.saved_tensors, *ctx.grid)
+
+
+torch.library.register_autograd(
+    "qkernels::fake_quant",
+    lambda ctx, grad: (_straight_through(ctx, grad), None, None, None, None, None),
+    setup_context=_keep_forward,
+)
+# Linear in grad, piecewise constant in the rest.
+torch.library.register_autograd(
+    "qkernels::fake_quant_backward",
+    lambda ctx, grad: (_straight_through(ctx, grad), None, None, None, None, None, None),
+    setup_context=_keep_backward,
+)

@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
 # An operation's folder includes csrc/base, its own files, and the folders named here.
-FRIENDS = {"conv": {"gemm", "pointwise"}, "fake_quant": {"quantize"}, "gemm": {"pointwise"}}
+FRIENDS = {
+    "conv": {"gemm", "pointwise"},
+    "fake_quant": {"quantize"},
+    "fake_quant_backward": {"quantize"},
+    "gemm": {"pointwise"},
+}
 
 # Threads, streams and exceptions belong to the caller.
 CSRC_FORBIDDEN_HEADERS = {

@@ -25,6 +25,39 @@ SAMPLES["fake_quant_out"] = [
     lambda: (torch.randn(3, 5), *grid(), None, -128, 127, torch.empty(3, 5)),
 ]
 
+SAMPLES["fake_quant"] += [
+    lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8),
+    lambda: (torch.randn(2, 4, 3, requires_grad=True), *grid(4), 1, -7, 8),
+]
+SAMPLES["fake_quant_backward"] = [
+    lambda: (torch.randn(3, 5), torch.randn(3, 5), *grid(), None, -7, 8),
+    lambda: (torch.randn(2, 4, 3, requires_grad=True), torch.randn(2, 4, 3), *grid(4), 1, -7, 8),
+]
+SAMPLES["fake_quant_backward_out"] = [
+    lambda: (torch.randn(3, 5), torch.randn(3, 5), *grid(), None, -7, 8, torch.empty(3, 5)),
+]
+
+# ---- lsq ----
+
+
+def learned_grid(channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((channels,), 0.05, requires_grad=True), torch.full((channels,), 0.7, requires_grad=True)
+
+
+SAMPLES["lsq"] = [
+    lambda: (torch.randn(3, 5, requires_grad=True), *learned_grid(), None, -7, 8, 0.1),
+    lambda: (torch.randn(2, 4, 3, requires_grad=True), *learned_grid(4), 1, -7, 8, 1.0),
+    lambda: (torch.randn(0, 4), *learned_grid(4), -1, -7, 8, 1.0),
+]
+SAMPLES["lsq_backward"] = [
+    lambda: (torch.randn(3, 5), torch.randn(3, 5), *(t.detach() for t in learned_grid()), None, -7, 8, 0.1),
+]
+SAMPLES["lsq_backward_out"] = [
+    lambda: (
+        torch.randn(3, 5), torch.randn(3, 5), *(t.detach() for t in learned_grid(5)), 1, -7, 8, 0.1, torch.empty(3, 5)
+    ),
+]  # fmt: skip
+
 # ---- quantize, dequantize ----
 
 

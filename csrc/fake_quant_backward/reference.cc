@@ -1,0 +1,35 @@
+// Normative: the formulas of backward.h, one element at a time.
+#include "csrc/fake_quant_backward/backward.h"
+
+namespace qk {
+namespace {
+
+template <typename T>
+void backward_scalar(const FakeQuantBackwardRun& run) {
+  float lanes[2][kSumLanes] = {};
+  for (int64_t i = 0; i < run.n; ++i) {
+    if (run.columns != nullptr) {
+      backward_element<T>(run, i, run.columns + i, run.columns + kGridBlock + i);
+    } else if (run.partial != nullptr) {
+      backward_element<T>(run, i, lanes[0] + i % kSumLanes, lanes[1] + i % kSumLanes);
+    } else {
+      backward_element<T>(run, i, nullptr, nullptr);
+    }
+  }
+  if (run.partial == nullptr) return;
+  for (int k = 0; k < 2; ++k) run.partial[k] = sum_lanes(lanes[k]);
+}
+
+}  // namespace
+
+void fake_quant_backward_f32_scalar(const FakeQuantBackwardRun& run) {
+  backward_scalar<float>(run);
+}
+void fake_quant_backward_bf16_scalar(const FakeQuantBackwardRun& run) {
+  backward_scalar<BFloat16>(run);
+}
+void fake_quant_backward_f16_scalar(const FakeQuantBackwardRun& run) {
+  backward_scalar<Float16>(run);
+}
+
+}  // namespace qk

@@ -1,0 +1,160 @@
+#include "csrc/fake_quant_backward/backward.h"
+
+#include <tuple>
+#include <vector>
+
+#include "csrc/fake_quant/fake_quant.h"
+#include "python/layout.h"
+
+namespace qk::seam {
+namespace {
+
+FloatType check_grad(const char* op, const Tensor& grad, const Tensor& x) {
+  const FloatType type = check_float_type(op, "x", x);
+  STD_TORCH_CHECK(grad.is_cpu(), op, ": grad must be on the CPU, as x is");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), op, ": grad must be ",
+                  dtype_text(x.scalar_type()), ", as x is, got ", dtype_text(grad.scalar_type()));
+  STD_TORCH_CHECK(sizes_of(grad) == sizes_of(x), op, ": grad must have shape ", shape_text(x),
+                  ", got ", shape_text(grad));
+  return type;
+}
+
+void check_grid_ends(const char* op, int64_t qmin, int64_t qmax) {
+  STD_TORCH_CHECK(qmin >= -kFakeQuantLimit && qmax <= kFakeQuantLimit, op,
+                  ": qmin and qmax must be in [-2^21, 2^21], got qmin ", qmin, " and qmax ", qmax);
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// What one backward pass reads and writes; owns the copies that the walk needs.
+struct Pass {
+  Tensor grad, x;
+  FakeQuantBackwardArgs args;
+
+  Pass(const Tensor& grad_in, const Tensor& x_in, FloatType type, std::optional<int64_t> axis,
+       const GridView& grid, int64_t qmin, int64_t qmax, Tensor out)
+      : grad(same_layout(grad_in, out) ? grad_in : copy_in_layout(grad_in, out)), x(x_in) {
+    const GridLayout layout = plan_grid(out, &x, axis, grid);
+    args = {.grad = grad.const_data_ptr(),
+            .x = x.const_data_ptr(),
+            .out = out.mutable_data_ptr(),
+            .type = type,
+            .qmin = static_cast<int32_t>(qmin),
+            .qmax = static_cast<int32_t>(qmax),
+            .grid = layout};
+  }
+};
+
+void fake_quant_backward_out(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                             const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
+                             int64_t qmax, Tensor out) {
+  const char* op = "fake_quant_backward";
+  const FloatType type = check_grad(op, grad, x);
+  axis = check_axis(op, x, axis);
+  check_grid_ends(op, qmin, qmax);
+  const GridView grid = check_grid(op, x, scale, zero_point, axis, qmin, qmax);
+  check_out(op, x, out, x.scalar_type());
+  const Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
+  qk::fake_quant_backward(pass.args, torch_threads());
+}
+
+Tensor fake_quant_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                           const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
+                           int64_t qmax) {
+  Tensor out = empty_like(x, x.scalar_type());
+  fake_quant_backward_out(grad, x, scale, zero_point, axis, qmin, qmax, out);
+  return out;
+}
+
+// The grid of a learned zero point.
+GridView check_learned_grid(const char* op, const Tensor& x, const Tensor& scale,
+                            const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
+                            int64_t qmax) {
+  check_grid_ends(op, qmin, qmax);
+  STD_TORCH_CHECK(scale.is_cpu() && zero_point.is_cpu(), op,
+                  ": scale and zero_point must be on the CPU, as x is");
+  STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Float, op,
+                  ": zero_point must be float32 (it is learned), got ",
+                  dtype_text(zero_point.scalar_type()));
+  STD_TORCH_CHECK(qmin < qmax, op, ": qmin must be below qmax, got qmin ", qmin, " and qmax ",
+                  qmax);
+  const Tensor learned = torch::stable::contiguous(zero_point);
+  const float* values = learned.const_data_ptr<float>();
+  for (int64_t c = 0; c < learned.numel(); ++c) {
+    STD_TORCH_CHECK(std::isfinite(values[c]), op, ": zero_point must be finite, got ", values[c],
+                    " at channel ", c);
+  }
+  Tensor rounded = torch::stable::empty(sizes_of(learned), ScalarType::Int);
+  round_zero_points(values, rounded.mutable_data_ptr<int32_t>(), learned.numel(),
+                    static_cast<int32_t>(qmin), static_cast<int32_t>(qmax));
+  return check_grid(op, x, scale, rounded, axis, qmin, qmax);
+}
+
+Tensor lsq(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
+           int64_t qmin, int64_t qmax, double) {
+  const FloatType type = check_float_type("lsq", "x", x);
+  axis = check_axis("lsq", x, axis);
+  const GridView grid = check_learned_grid("lsq", x, scale, zero_point, axis, qmin, qmax);
+  Tensor out = empty_like(x, x.scalar_type());
+  const GridLayout layout = plan_grid(out, &x, axis, grid);
+  qk::fake_quant({.x = x.const_data_ptr(),
+                  .y = out.mutable_data_ptr(),
+                  .type = type,
+                  .qmin = static_cast<int32_t>(qmin),
+                  .qmax = static_cast<int32_t>(qmax),
+                  .grid = layout},
+                 torch_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> lsq_backward_out(const Tensor& grad, const Tensor& x,
+                                            const Tensor& scale, const Tensor& zero_point,
+                                            std::optional<int64_t> axis, int64_t qmin, int64_t qmax,
+                                            double grad_factor, Tensor out) {
+  const char* op = "lsq_backward";
+  const FloatType type = check_grad(op, grad, x);
+  axis = check_axis(op, x, axis);
+  STD_TORCH_CHECK(std::isfinite(grad_factor), op, ": grad_factor must be finite, got ",
+                  grad_factor);
+  const GridView grid = check_learned_grid(op, x, scale, zero_point, axis, qmin, qmax);
+  check_out(op, x, out, x.scalar_type());
+  const Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
+  Tensor workspace = torch::stable::empty({lsq_workspace(pass.args.grid)}, ScalarType::Double);
+  Tensor grad_scale = torch::stable::empty(sizes_of(scale), ScalarType::Float);
+  Tensor grad_zero_point = torch::stable::empty(sizes_of(zero_point), ScalarType::Float);
+  qk::lsq_backward(pass.args,
+                   {.channels = grid.channels,
+                    .factor = grad_factor,
+                    .workspace = workspace.mutable_data_ptr<double>(),
+                    .scale = grad_scale.mutable_data_ptr<float>(),
+                    .zero_point = grad_zero_point.mutable_data_ptr<float>()},
+                   torch_threads());
+  return {grad_scale, grad_zero_point};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lsq_backward(const Tensor& grad, const Tensor& x,
+                                                const Tensor& scale, const Tensor& zero_point,
+                                                std::optional<int64_t> axis, int64_t qmin,
+                                                int64_t qmax, double grad_factor) {
+  Tensor out = empty_like(x, x.scalar_type());
+  const auto [grad_scale, grad_zero_point] =
+      lsq_backward_out(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor, out);
+  return {out, grad_scale, grad_zero_point};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("fake_quant_backward", TORCH_BOX(&fake_quant_backward));
+  m.impl("fake_quant_backward_out", TORCH_BOX(&fake_quant_backward_out));
+  m.impl("lsq", TORCH_BOX(&lsq));
+  m.impl("lsq_backward", TORCH_BOX(&lsq_backward));
+  m.impl("lsq_backward_out", TORCH_BOX(&lsq_backward_out));
+}
+
+}  // namespace qk::seam
