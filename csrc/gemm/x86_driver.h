@@ -5,8 +5,9 @@
 // A Kernel has kIsa, max_rows(vectors): the most rows of a tile that is `vectors` wide, and
 //   void tile(int64_t rows, int64_t vectors, const IgemmTile&): all rows of a block, one panel.
 // It may have begin_rows(sources, rows, args), called before the panels of a block of rows, and
-//   next_rows(left, most): how many of the `left` rows the next block takes. Without it a block is
-//   as many tiles as keep its rows of A in L1, so that short rows pay for the loops once.
+//   next_rows(args, row, left): how many of the `left` rows from `row` on the next block takes.
+//   Without it a block is as many tiles as keep its rows of A in L1, so that short rows pay for the
+//   loops once.
 
 constexpr int64_t kMaxBlockRows = 96;
 constexpr int64_t kBlockBytes = 24 * 1024;
@@ -64,7 +65,7 @@ QK_INLINE int64_t block_rows(int64_t left, int64_t most, int64_t row_bytes) {
 }
 
 template <typename Kernel>
-QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel kernel = {}) {
+QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel& kernel) {
   const IgemmArgs& args = block.args;
   const PackedHeader& header = *args.matrix.header;
   constexpr PanelShape shape = panel_shape(Kernel::kIsa);
@@ -84,8 +85,8 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel kernel = {}) {
   int64_t row = block.row_begin;
   while (row < block.row_end) {
     int64_t count;
-    if constexpr (requires { kernel.next_rows(1, 1); }) {
-      count = kernel.next_rows(block.row_end - row, tile_rows);
+    if constexpr (requires { kernel.next_rows(args, row, row); }) {
+      count = kernel.next_rows(args, row, block.row_end - row);
     } else {
       count = block_rows(block.row_end - row, tile_rows, header.taps * header.depth);
     }
@@ -134,4 +135,10 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel kernel = {}) {
     }
     row += count;
   }
+}
+
+template <typename Kernel>
+QK_INLINE void igemm_blocks(const IgemmBlock& block) {
+  Kernel kernel;
+  igemm_blocks(block, kernel);
 }
