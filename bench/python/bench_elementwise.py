@@ -1,6 +1,6 @@
 """Elementwise ops against a copy that moves the same bytes: median time ratios, one thread, memory reused.
 
-    python bench/python/bench_elementwise.py [--json FILE] [--sizes 4 200] [--repeats 15]
+    python bench/python/bench_elementwise.py [--json FILE] [--sizes 4 200] [--only TEXT] [--repeats 15]
 
 A ratio of 1 is memory speed; "best" is the ratio of the shortest times, for busy machines. The peer is torch's own
 copy_ of uint8 tensors with (bytes read + bytes written) / 2 elements; both are timed in turns in one process, so that a
@@ -79,12 +79,66 @@ def code_cases(n: int):
     yield "global mean", lambda: ops.adaptive_avg_pool(a, [1, 1], *sum_grid[2:]), n
 
 
+def training_cases(n: int):
+    """Forward and backward of a grid. A ratio is per copy of the fp32 tensor: 20 bytes an element are 2.5 copies."""
+    x, grad = torch.randn(n // 1024, 256) * 2, torch.randn(n // 1024, 256)
+    y, grad_x = torch.empty_like(x), torch.empty_like(x)
+    scale, zero_point, zeros = torch.tensor([0.05]), torch.tensor([0], dtype=torch.int32), torch.zeros(1)
+    ends = -128, 127
+
+    def fake_quant(axis=None, scale=scale, zero_point=zero_point):
+        ops.fake_quant_out(x, scale, zero_point, axis, *ends, y)
+        ops.fake_quant_backward_out(grad, x, scale, zero_point, axis, *ends, grad_x)
+
+    def lsq(axis=None, scale=scale, zero_point=zero_point, learned=zeros):
+        ops.fake_quant_out(x, scale, zero_point, axis, *ends, y)
+        ops.lsq_backward_out(grad, x, scale, learned, axis, *ends, 1.0, grad_x)
+
+    columns = 1, torch.rand(256) * 0.1 + 0.01, torch.zeros(256, dtype=torch.int32)
+    yield "fake_quant fwd+bwd", fake_quant, 2 * n
+    yield "fake_quant fwd+bwd ch. innermost", lambda: fake_quant(*columns), 2 * n
+    yield "lsq fwd+bwd", lsq, 2 * n
+    yield "lsq fwd+bwd ch. innermost", lambda: lsq(*columns, torch.zeros(256)), 2 * n
+
+    leaf, leaf_scale = x.clone().requires_grad_(), scale.clone().requires_grad_()
+    leaf_zero = zeros.clone().requires_grad_()
+    everything = leaf, leaf_scale, leaf_zero
+
+    def autograd(forward, inputs):
+        return lambda: torch.autograd.grad(forward(), inputs, grad)
+
+    yield (
+        "fake_quant autograd (allocates)",
+        autograd(lambda: ops.fake_quant(leaf, scale, zero_point, None, *ends), leaf),
+        2 * n,
+    )
+    yield (
+        "fake_quant autograd, torch",
+        autograd(lambda: torch.fake_quantize_per_tensor_affine(leaf, 0.05, 0, *ends), leaf),
+        2 * n,
+    )
+    yield (
+        "lsq autograd (allocates)",
+        autograd(lambda: ops.lsq(leaf, leaf_scale, leaf_zero, None, *ends, 1.0), everything),
+        2 * n,
+    )
+    yield (
+        "lsq autograd, torch",
+        autograd(
+            lambda: torch._fake_quantize_learnable_per_tensor_affine(leaf, leaf_scale, leaf_zero, *ends, 1.0),
+            everything,
+        ),
+        2 * n,
+    )
+
+
 def cases(megabytes: int):
     """(name, call, bytes moved); `megabytes` is the size of the larger tensor."""
     n = megabytes << 20
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield from grid_cases(dtype, n)
     yield from channel_cases(n)
+    yield from training_cases(n)
     yield from code_cases(n)
 
 
@@ -92,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 200], help="MiB of the larger tensor")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,6 +156,8 @@ def main() -> None:
     )
     for megabytes in options.sizes:
         for name, call, moved in cases(megabytes):
+            if options.only not in name:
+                continue
             result = {"op": name, "mib": megabytes, **ratio(call, moved, options.repeats)}
             results.append(result)
             print(
