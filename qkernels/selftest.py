@@ -25,7 +25,7 @@ def run() -> int:
                 values, wrong = _count(check(torch.Generator().manual_seed(1)))
                 failures += wrong > 0
                 verdict = "ok" if wrong == 0 else f"{wrong} DIFFER"
-                print(f"{name:18s} {isa:11s} {values:>10,} values  {verdict}")
+                print(f"{name:20s} {isa:11s} {values:>10,} values  {verdict}")
     seconds = time.perf_counter() - start
     print(f"selftest: {'all agree with the reference' if failures == 0 else f'{failures} FAILED'} ({seconds:.1f} s)")
     return 0 if failures == 0 else 1
@@ -106,6 +106,26 @@ def _fake_quant(g: torch.Generator) -> Pairs:
         grid = _grid(g)
         arguments = (torch.randn(shape, generator=g), grid.scale, grid.zero_point, None, grid.qmin, grid.qmax)
         yield ops.fake_quant(*arguments), reference.fake_quant(*arguments)
+
+
+@_check
+def _fake_quant_backward(g: torch.Generator) -> Pairs:
+    for shape in ((1,), (3, 5), (2, 17, 9, 11), (4, 1000)):
+        grid = _grid(g)
+        grad, x = torch.randn(shape, generator=g), torch.randn(shape, generator=g) * 4
+        arguments = (grad, x, grid.scale, grid.zero_point, None, grid.qmin, grid.qmax)
+        yield ops.fake_quant_backward(*arguments), reference.fake_quant_backward(*arguments)
+
+
+@_check
+def _lsq_backward(g: torch.Generator) -> Pairs:
+    """On multiples of a quarter step, where the reference's float64 sums and the kernel's are both exact."""
+    for shape, axis in (((1,), None), ((3, 5), 0), ((2, 17, 9, 11), 1), ((4, 1000), 0), ((4, 1000), 1)):
+        grad, x = (torch.randint(-64, 65, shape, generator=g) / scale for scale in (8, 64))
+        channels = 1 if axis is None else shape[axis]
+        zero_point = torch.randint(-8, 8, (channels,), generator=g) + 0.25
+        arguments = (grad, x, torch.full((channels,), 1 / 16), zero_point, axis, -8, 7, 0.5)
+        yield from zip(ops.lsq_backward(*arguments), reference.lsq_backward(*arguments), strict=True)
 
 
 def _weight(g: torch.Generator, *shape: int, axis: int = 0) -> tuple[Tensor, QParams]:

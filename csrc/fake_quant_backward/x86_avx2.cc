@@ -43,8 +43,11 @@ QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
   const GridSpan span = run.grid;
   const int32_t qmin = run.qmin, qmax = run.qmax;
   float* const columns = run.columns;
-  const GridVector uniform = grid_vector(_mm256_set1_ps(span.inv_scale[0]),
-                                         _mm256_set1_epi32(span.zero_point[0]), qmin, qmax);
+  GridVector uniform = {};
+  if constexpr (!kPerElement) {
+    uniform = grid_vector(_mm256_set1_ps(span.inv_scale[0]), _mm256_set1_epi32(span.zero_point[0]),
+                          qmin, qmax);
+  }
   __m256 scale_0 = _mm256_setzero_ps(), scale_1 = _mm256_setzero_ps();
   __m256 zero_0 = _mm256_setzero_ps(), zero_1 = _mm256_setzero_ps();
   const auto step = [&](int64_t i, __m256& scale_sum,

@@ -41,8 +41,11 @@ QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
   const GridSpan span = run.grid;
   const int32_t qmin = run.qmin, qmax = run.qmax;
   float* const columns = run.columns;
-  const GridVector uniform = grid_vector(_mm512_set1_ps(span.inv_scale[0]),
-                                         _mm512_set1_epi32(span.zero_point[0]), qmin, qmax);
+  GridVector uniform = {};
+  if constexpr (!kPerElement) {
+    uniform = grid_vector(_mm512_set1_ps(span.inv_scale[0]), _mm512_set1_epi32(span.zero_point[0]),
+                          qmin, qmax);
+  }
   __m512 scale_sum = _mm512_setzero_ps(), zero_sum = _mm512_setzero_ps();
   const auto step = [&](int64_t i, __mmask16 m, auto streams) __attribute__((always_inline)) {
     GridVector grid = uniform;

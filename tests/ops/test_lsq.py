@@ -193,6 +193,21 @@ def test_compiled_equals_eager():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(*leaves, strict=True))
 
 
+def test_under_autocast_a_bfloat16_activation_trains_float32_grids():
+    layer, (scale, zero_point) = torch.nn.Linear(40, 24), learned(24)
+    scale.requires_grad_(), zero_point.requires_grad_()
+    x, _ = tensors(16, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        activation = layer(x)
+        y = ops.lsq(activation, scale, zero_point, 1, -8, 7, 1.0)
+        fake = ops.fake_quant(activation, torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32), None, -8, 7)
+    assert y.dtype == fake.dtype == torch.bfloat16
+    (y.float() + fake.float()).square().sum().backward()
+    assert [t.grad.dtype for t in (layer.weight, scale, zero_point)] == [torch.float32] * 3
+    assert scale.grad.abs().sum() > 0
+    assert layer.weight.grad.abs().sum() > 0
+
+
 def test_training_finds_the_best_scale():
     """Gradient descent on the squared error ends within 5% of the error of the best scale."""
     x, _ = tensors(4096)
