@@ -12,11 +12,20 @@ namespace {
 constexpr int64_t kMaxBlock = 192, kMinBlock = 24;
 // Limits of a block's pointer table and of its window copies, in bytes.
 constexpr int64_t kTableBytes = 128 * 1024, kWindowBytes = 1024 * 1024;
-constexpr int64_t kMacsPerNs = 200;  // for the estimate that decides on threads
+// Padded images at a time.
+constexpr int64_t kImageBytes = 512 * 1024;
+constexpr int64_t kMacsPerNs = 200, kBytesPerNs = 16;  // for the estimate that decides on threads
 
 int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
+
+// Rows of the image with `left` pixels of padding before them, in the workspace.
+struct PaddedImage {
+  int64_t left = 0, pixels = 0, row_bytes = 0, rows = 0;
+  int64_t bytes() const { return align_up(rows * row_bytes); }
+};
 
 // One phase of one call.
 struct PhaseRun {
@@ -29,6 +38,7 @@ struct PhaseRun {
   int64_t block;                   // pixels in a block
   int64_t blocks;
   int64_t windows;  // most windows that a block copies
+  PaddedImage image;
 };
 
 // Outputs j of [0, count) with 0 <= position(j, tap) < in: [*begin, *end).
@@ -39,12 +49,50 @@ void inner_range(const DimPhase& dim, int64_t first_tap, int64_t last_tap, int64
   *end = clamp(high < 0 ? 0 : high / dim.in_stride + 1, *begin, count);
 }
 
+// As wide as all windows of a row, and so long that the last one can be read for `depth` bytes.
+PaddedImage padded_image(const ConvArgs& args, const DimPhase& dim, int64_t count, int64_t depth) {
+  const ConvExtent& e = args.extent;
+  const int64_t channels = args.packed->shape.in_channels;
+  PaddedImage image;
+  if (count == 0) return image;
+  const int64_t first = dim.position(0, 0);
+  image.left = -first;
+  image.pixels = dim.position(count - 1, dim.taps - 1) + 1 - first;
+  image.row_bytes = (dim.position(count - 1, 0) - first) * channels + depth;
+  image.row_bytes = most(image.row_bytes, image.pixels * channels);
+  image.rows = e.batch * e.in[0] * e.in[1];
+  return image;
+}
+
+// Row `row` of the padded image. What lies behind the last window is left as it is: it is read, but
+// meets weights that count as zero.
+void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_t* dst) {
+  const PackedConvHeader& packed = *args.packed;
+  const int64_t channels = packed.shape.in_channels, width = args.extent.in[2];
+  const uint8_t* src = args.input + row * width * channels;
+  const auto pixel = [&](int64_t x) {
+    const int64_t ix = source_index(packed.shape.padding_mode, x - image.left, width);
+    uint8_t* to = dst + x * channels;
+    if (ix < 0) {
+      std::memset(to, packed.input_zero_point, static_cast<size_t>(channels));
+    } else {
+      std::memcpy(to, src + ix * channels, static_cast<size_t>(channels));
+    }
+  };
+  const int64_t begin = clamp(image.left, 0, image.pixels);
+  const int64_t end = clamp(image.left + width, begin, image.pixels);
+  for (int64_t x = 0; x < begin; ++x) pixel(x);
+  std::memcpy(dst + begin * channels, src + (begin - image.left) * channels,
+              static_cast<size_t>((end - begin) * channels));
+  for (int64_t x = end; x < image.pixels; ++x) pixel(x);
+}
+
 PhaseRun phase_run(const ConvArgs& args, int64_t index) {
   const PackedConvHeader& packed = *args.packed;
   const ConvExtent& e = args.extent;
   PhaseRun run;
   run.phase = conv_phase(packed.shape, index);
-  run.plan = gemm_plan(packed.shape, run.phase, packed.groups_per_set);
+  run.plan = gemm_plan(packed.shape, run.phase, packed.groups_per_set, packed.isa);
   run.pixels = e.batch;
   run.direct = packed.phases == 1 && !packed.shape.transposed;
   for (int d = 0; d < kConvDims; ++d) {
@@ -62,7 +110,9 @@ PhaseRun phase_run(const ConvArgs& args, int64_t index) {
   run.block = clamp(limit / kMinBlock * kMinBlock, kMinBlock, kMaxBlock);
   run.blocks = ceil_div(run.pixels, run.block);
   run.windows = 0;
-  if (run.plan.runs && run.count[2] > 0) {
+  if (run.plan.padded_image) {
+    run.image = padded_image(args, run.phase.dim[2], run.count[2], run.plan.depth);
+  } else if (run.plan.runs && run.count[2] > 0) {
     const int64_t border = run.count[2] - (run.inner_end - run.inner_begin);
     const int64_t rows = (run.block - 1) / run.count[2] + 2;
     run.windows = border * rows < run.block ? border * rows : run.block;
@@ -82,8 +132,6 @@ struct ScratchBytes {
   int64_t pointers = 0, offsets = 0, windows = 0;
   int64_t total() const { return pointers + 2 * offsets + windows; }
 };
-
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 ScratchBytes scratch_bytes(const ConvArgs& args) {
   ScratchBytes bytes;
@@ -106,6 +154,11 @@ int64_t padding_bytes(const ConvShape& shape) {
   return align_up(most(run, kFillBytes));
 }
 
+// Only an ordinary convolution pads its image, and it has one phase.
+int64_t image_bytes(const ConvArgs& args) {
+  return args.packed->shape.transposed ? 0 : phase_run(args, 0).image.bytes();
+}
+
 // Where the pixels of a block lie: walks the runs of pixels that share an output row.
 template <typename F>
 void for_each_row_segment(const PhaseRun& run, int64_t begin, int64_t end, const F& f) {
@@ -118,11 +171,16 @@ void for_each_row_segment(const PhaseRun& run, int64_t begin, int64_t end, const
   }
 }
 
+// What all threads read from the workspace.
+struct Shared {
+  const uint8_t* padding;
+  const uint8_t* image;  // padded, if the plan asks for it
+};
+
 class BlockRows {
  public:
-  BlockRows(const ConvArgs& args, const PhaseRun& run, const uint8_t* padding,
-            const Scratch& scratch)
-      : args_(args), run_(run), padding_(padding), scratch_(scratch) {}
+  BlockRows(const ConvArgs& args, const PhaseRun& run, const Shared& shared, const Scratch& scratch)
+      : args_(args), run_(run), padding_(shared.padding), image_(shared.image), scratch_(scratch) {}
 
   // Fills the pointers of pixels [begin, end), for channels from `channel` on.
   void find(int64_t begin, int64_t end, int64_t channel) {
@@ -136,11 +194,15 @@ class BlockRows {
           const uint8_t** segment = scratch_.pointers + row * taps;
           for (int64_t t = 0; t < dim[0].taps * dim[1].taps; ++t) {
             const int64_t iz = source(0, z, t / dim[1].taps), iy = source(1, y, t % dim[1].taps);
+            const int64_t image_index = (n * e.in[0] + iz) * e.in[1] + iy;
+            const bool outside = iz < 0 || iy < 0;
+            if (run_.plan.padded_image) {
+              find_padded_runs(outside ? nullptr : image_ + image_index * run_.image.row_bytes,
+                               segment + t, x0, x1);
+              continue;
+            }
             const uint8_t* image_row =
-                iz < 0 || iy < 0
-                    ? nullptr
-                    : args_.input + ((n * e.in[0] + iz) * e.in[1] + iy) * e.in[2] * pixel_bytes +
-                          channel;
+                outside ? nullptr : args_.input + image_index * e.in[2] * pixel_bytes + channel;
             if (run_.plan.runs) {
               find_runs(image_row, segment + t, x0, x1, &windows);
             } else {
@@ -181,6 +243,16 @@ class BlockRows {
   int64_t source(int d, int64_t j, int64_t tap) const {
     return source_index(args_.packed->shape.padding_mode, run_.phase.dim[d].position(j, tap),
                         args_.extent.in[d]);
+  }
+
+  void find_padded_runs(const uint8_t* row, const uint8_t** pointers, int64_t x0,
+                        int64_t x1) const {
+    const DimPhase& dim = run_.phase.dim[2];
+    const int64_t taps = run_.plan.taps, pixel_bytes = args_.packed->shape.in_channels;
+    const uint8_t* p =
+        row == nullptr ? padding_ : row + (dim.position(x0, 0) + run_.image.left) * pixel_bytes;
+    const int64_t step = row == nullptr ? 0 : dim.in_stride * pixel_bytes;
+    for (int64_t x = x0; x < x1; ++x, pointers += taps, p += step) *pointers = p;
   }
 
   // Whole rows of windows: inside the image the image itself, at its edges a copy.
@@ -240,6 +312,7 @@ class BlockRows {
   const ConvArgs& args_;
   const PhaseRun& run_;
   const uint8_t* padding_;
+  const uint8_t* image_;
   const Scratch& scratch_;
 };
 
@@ -259,7 +332,7 @@ int64_t panels_of_phase(const PackedConvHeader& packed) {
 }
 
 void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t block,
-               int64_t panel_begin, int64_t panel_end, const uint8_t* padding,
+               int64_t panel_begin, int64_t panel_end, const Shared& shared,
                const Scratch& scratch) {
   const PackedConvHeader& packed = *args.packed;
   const ConvShape& shape = packed.shape;
@@ -269,7 +342,7 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
   const int64_t set_panels = panels_of_phase(packed) / packed.sets;
   const int64_t in_set = packed.groups_per_set * shape.in_per_group();
   const int64_t out_set = packed.groups_per_set * shape.out_per_group();
-  BlockRows rows(args, run, padding, scratch);
+  BlockRows rows(args, run, shared, scratch);
   const bool dense = run.phase.dense_output();
   if (!dense) rows.find_outputs(begin, end);
   const int64_t first_set = panel_begin / set_panels;
@@ -305,6 +378,68 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
   }
 }
 
+void run_images(const ConvArgs& args, const Parallel& parallel) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvShape& shape = packed.shape;
+  auto* workspace = static_cast<uint8_t*>(args.workspace);
+  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding_bytes(shape)));
+  uint8_t* image = workspace + padding_bytes(shape);
+  uint8_t* scratches = image + image_bytes(args);
+  const Shared shared{workspace, image};
+  const ScratchBytes bytes = scratch_bytes(args);
+
+  const int64_t panels = panels_of_phase(packed);
+  for (int64_t p = 0; p < packed.phases; ++p) {
+    const PhaseRun run = phase_run(args, p);
+    if (run.pixels == 0) continue;
+    parallel.for_each_range(run.image.rows, run.image.bytes() / kBytesPerNs,
+                            [&](int64_t begin, int64_t end) {
+                              for (int64_t row = begin; row < end; ++row) {
+                                pad_row(args, run.image, row, image + row * run.image.row_bytes);
+                              }
+                            });
+    const int64_t macs = run.pixels * run.plan.taps * run.plan.depth * shape.out_channels;
+    // Whole rows of panels while there are blocks enough for all threads.
+    const int64_t wanted = parallel.threads == 1 ? 1 : ceil_div(2 * parallel.threads, run.blocks);
+    const int64_t splits = clamp(wanted, 1, panels), items = run.blocks * splits;
+    const int64_t tasks = clamp(parallel.threads, 1, items);
+    parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
+      for (int64_t task = task_begin; task < task_end; ++task) {
+        uint8_t* base = scratches + task * bytes.total();
+        const Scratch scratch{reinterpret_cast<const uint8_t**>(base),
+                              reinterpret_cast<int64_t*>(base + bytes.pointers),
+                              reinterpret_cast<int64_t*>(base + bytes.pointers + bytes.offsets),
+                              base + bytes.pointers + 2 * bytes.offsets};
+        for (int64_t item = items * task / tasks; item < items * (task + 1) / tasks; ++item) {
+          const int64_t split = item % splits;
+          run_block(args, run, p, item / splits, panels * split / splits,
+                    panels * (split + 1) / splits, shared, scratch);
+        }
+      }
+    });
+  }
+}
+
+// The images that are padded together: they stay in L2 until they have been read.
+int64_t images_at_once(const ConvArgs& args) {
+  const int64_t batch = args.extent.batch, bytes = image_bytes(args);
+  if (bytes <= kImageBytes || batch < 2) return batch;
+  return clamp(kImageBytes / (bytes / batch), 1, batch);
+}
+
+// `count` images from image `first` on.
+ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
+  const PackedConvHeader& packed = *args.packed;
+  const int64_t outputs = args.extent.out_pixels() * packed.shape.out_channels;
+  ConvArgs part = args;
+  part.extent.batch = count;
+  part.input += first * args.extent.in_pixels() * packed.shape.in_channels;
+  part.out =
+      static_cast<uint8_t*>(args.out) + first * outputs * output_bytes(packed.epilogue.output);
+  if (packed.epilogue.has_residual) part.residual += first * outputs;
+  return part;
+}
+
 }  // namespace
 
 void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
@@ -331,40 +466,15 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
 }
 
 int64_t implicit_gemm_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
-  return padding_bytes(args.packed->shape) + parallel.threads * scratch_bytes(args).total();
+  const ConvArgs part = images(args, 0, images_at_once(args));
+  return padding_bytes(args.packed->shape) + image_bytes(part) +
+         parallel.threads * scratch_bytes(part).total();
 }
 
 void implicit_gemm(const ConvArgs& args, const Parallel& parallel) {
-  const PackedConvHeader& packed = *args.packed;
-  const ConvShape& shape = packed.shape;
-  auto* workspace = static_cast<uint8_t*>(args.workspace);
-  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding_bytes(shape)));
-  const uint8_t* padding = workspace;
-  const ScratchBytes bytes = scratch_bytes(args);
-
-  const int64_t panels = panels_of_phase(packed);
-  for (int64_t p = 0; p < packed.phases; ++p) {
-    const PhaseRun run = phase_run(args, p);
-    if (run.pixels == 0) continue;
-    const int64_t macs = run.pixels * run.plan.taps * run.plan.depth * shape.out_channels;
-    // Whole rows of panels while there are blocks enough for all threads.
-    const int64_t wanted = parallel.threads == 1 ? 1 : ceil_div(2 * parallel.threads, run.blocks);
-    const int64_t splits = clamp(wanted, 1, panels), items = run.blocks * splits;
-    const int64_t tasks = clamp(parallel.threads, 1, items);
-    parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
-      for (int64_t task = task_begin; task < task_end; ++task) {
-        uint8_t* base = workspace + padding_bytes(shape) + task * bytes.total();
-        const Scratch scratch{reinterpret_cast<const uint8_t**>(base),
-                              reinterpret_cast<int64_t*>(base + bytes.pointers),
-                              reinterpret_cast<int64_t*>(base + bytes.pointers + bytes.offsets),
-                              base + bytes.pointers + 2 * bytes.offsets};
-        for (int64_t item = items * task / tasks; item < items * (task + 1) / tasks; ++item) {
-          const int64_t split = item % splits;
-          run_block(args, run, p, item / splits, panels * split / splits,
-                    panels * (split + 1) / splits, padding, scratch);
-        }
-      }
-    });
+  const int64_t batch = args.extent.batch, step = images_at_once(args);
+  for (int64_t first = 0; first < batch; first += step) {
+    run_images(images(args, first, batch - first < step ? batch - first : step), parallel);
   }
 }
 

@@ -9,14 +9,25 @@ namespace qk {
 // How one phase becomes a GEMM: rows are output pixels, columns output channels of one set.
 struct GemmPlan {
   bool runs;  // a row of the window is one contiguous run of taps * channels bytes
+  // Runs of whole AMX tiles, read from a padded copy of the image: no window overhangs it, and what
+  // follows a short run in its tile meets weights that count as zero.
+  bool padded_image;
   int64_t taps, depth;
 };
 
-inline GemmPlan gemm_plan(const ConvShape& shape, const ConvPhase& phase, int64_t groups_in_set) {
+// Shorter runs than the least fill a tile too poorly: there the copies of the GEMM are faster.
+inline constexpr int64_t kAmxTileDepth = 64, kLeastPaddedDepth = 16;
+
+inline GemmPlan gemm_plan(const ConvShape& shape, const ConvPhase& phase, int64_t groups_in_set,
+                          Isa isa) {
   const int64_t rows = phase.dim[0].taps * phase.dim[1].taps, columns = phase.dim[2].taps;
   const bool runs = shape.groups == 1 && columns > 1 && phase.dim[2].in_dilation == 1;
-  if (runs) return {true, rows, columns * shape.in_channels};
-  return {false, rows * columns, groups_in_set * shape.in_per_group()};
+  if (!runs) return {false, false, rows * columns, groups_in_set * shape.in_per_group()};
+  const int64_t depth = columns * shape.in_channels;
+  const bool tiles =
+      depth % kAmxTileDepth == 0 || (depth < kAmxTileDepth && depth >= kLeastPaddedDepth);
+  const bool padded_image = isa == Isa::kAmx && !shape.transposed && tiles;
+  return {true, padded_image, rows, padded_image && depth < kAmxTileDepth ? kAmxTileDepth : depth};
 }
 
 // Narrow groups are merged, block-diagonally, until they fill a vector of outputs.

@@ -29,9 +29,9 @@ int8_t canonical_weight(const ConvSource& source, int64_t out_channel, int64_t g
 }
 
 MatrixWeight matrix_weight(const ConvSource& source, const ConvPhase& phase, int64_t first_group,
-                           int64_t groups) {
+                           int64_t groups, Isa isa) {
   const ConvShape& s = source.shape;
-  const GemmPlan plan = gemm_plan(s, phase, groups);
+  const GemmPlan plan = gemm_plan(s, phase, groups, isa);
   const int64_t in_group = s.in_per_group(), out_group = s.out_per_group();
   MatrixWeight matrix{groups * out_group, plan.taps, plan.depth, {}};
   matrix.values.resize(static_cast<size_t>(matrix.columns * plan.taps * plan.depth));
@@ -50,9 +50,10 @@ MatrixWeight matrix_weight(const ConvSource& source, const ConvPhase& phase, int
                                         phase.dim[2].kernel_first + t2 * phase.dim[2].kernel_step};
           const int64_t tap = (k[0] * s.kernel[1] + k[1]) * s.kernel[2] + k[2];
           // Runs: [t0][t1][t2 * C + c]; taps: [t0][t1][t2][group of the set * C/g + c].
-          const int64_t position = (t0 * phase.dim[1].taps + t1) * phase.dim[2].taps + t2;
-          int8_t* channels =
-              dst + position * (plan.runs ? in_group : plan.depth) + column / out_group * in_group;
+          const int64_t row = t0 * phase.dim[1].taps + t1;
+          int8_t* channels = dst + column / out_group * in_group +
+                             (plan.runs ? row * plan.depth + t2 * in_group
+                                        : (row * phase.dim[2].taps + t2) * plan.depth);
           for (int64_t c = 0; c < in_group; ++c) {
             channels[c] = canonical_weight(source, out_channel, c, tap);
           }
@@ -142,12 +143,12 @@ Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes)
         if (dst) status = pack_depthwise(source, phase, isa, part);
       } else {
         const int64_t groups = groups_in_set(s, h.groups_per_set, set);
-        const GemmPlan plan = gemm_plan(s, phase, groups);
+        const GemmPlan plan = gemm_plan(s, phase, groups, isa);
         const int64_t first = set * h.groups_per_set;
         place(p * h.sets + set,
               packed_igemm_bytes(groups * s.out_per_group(), plan.taps, plan.depth, isa));
         if (dst) {
-          const MatrixWeight weight = matrix_weight(source, phase, first, groups);
+          const MatrixWeight weight = matrix_weight(source, phase, first, groups, isa);
           status = pack_igemm(matrix_source(source, weight, first * s.out_per_group()), isa, part);
         }
       }
@@ -185,7 +186,7 @@ Status check_part(const PackedConvHeader& h, int64_t part, const uint8_t* bytes,
                                                                                : Status::kBadShape;
   }
   const int64_t groups = groups_in_set(h.shape, h.groups_per_set, part % h.sets);
-  const GemmPlan plan = gemm_plan(h.shape, conv_phase(h.shape, part / h.sets), groups);
+  const GemmPlan plan = gemm_plan(h.shape, conv_phase(h.shape, part / h.sets), groups, h.isa);
   return m.n == groups * h.shape.out_per_group() && m.taps == plan.taps && m.depth == plan.depth
              ? Status::kOk
              : Status::kBadShape;
