@@ -46,7 +46,7 @@ def qkernels_gemm(m: int, k: int, n: int) -> Callable[[], object]:
     x = torch.randint(0, 256, (m, k), dtype=torch.uint8)
     epilogue = ops.Epilogue(dtype=torch.uint8, scale=0.7, zero_point=11)
     packed = ops.linear_pack(weight, scale, None, bias, 0.02, 7, torch.uint8, epilogue)
-    return lambda: ops.linear(x, packed, None, n, torch.uint8)
+    return lambda: ops.linear(x, packed, n, torch.uint8)
 
 
 def qkernels_conv(sizes: list[int]) -> Callable[[], object]:

@@ -76,28 +76,48 @@ QK_INLINE __m512i scale_x16(__m512i acc, __m512 addend, __m512 mult) {
   return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(acc), addend), mult));
 }
 
-QK_INLINE __m512 load_bytes_x16(const uint8_t* p, __mmask16 mask, bool is_signed) {
-  const __m128i bytes = _mm_maskz_loadu_epi8(mask, p);
+QK_INLINE __m512 bytes_to_float(__m128i bytes, bool is_signed) {
   return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 }
 
-// q[i] = residual_add(q[i], r[i]) in place.
-QK_INLINE void residual_add_avx512(const Epilogue& e, uint8_t* q, const uint8_t* r,
-                                   bool residual_signed, int64_t n) {
-  const ResidualAdd& add = e.residual;
-  const __m512 scale = _mm512_set1_ps(add.scale), offset = _mm512_set1_ps(add.offset);
-  const __m512 r_scale = _mm512_set1_ps(add.residual_scale);
-  const __m512 r_offset = _mm512_set1_ps(add.residual_offset);
-  const __m512 inv = _mm512_set1_ps(add.inv_scale);
-  const __m512 low = _mm512_set1_ps(static_cast<float>(add.qmin - add.zero_point));
-  const __m512 high = _mm512_set1_ps(static_cast<float>(add.qmax - add.zero_point));
-  const __m512i zero_point = _mm512_set1_epi32(add.zero_point);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = mask16(n - i);
-    const __m512 a = _mm512_fmadd_ps(load_bytes_x16(q + i, mask, e.is_signed()), scale, offset);
+// The constants of residual_add(), loaded once: a store of bytes may alias the Epilogue.
+struct ResidualAddX16 {
+  explicit ResidualAddX16(const Epilogue& e, bool residual_is_signed)
+      : scale(_mm512_set1_ps(e.residual.scale)),
+        offset(_mm512_set1_ps(e.residual.offset)),
+        residual_scale(_mm512_set1_ps(e.residual.residual_scale)),
+        residual_offset(_mm512_set1_ps(e.residual.residual_offset)),
+        inv(_mm512_set1_ps(e.residual.inv_scale)),
+        low(_mm512_set1_ps(static_cast<float>(e.residual.qmin - e.residual.zero_point))),
+        high(_mm512_set1_ps(static_cast<float>(e.residual.qmax - e.residual.zero_point))),
+        zero_point(_mm512_set1_epi32(e.residual.zero_point)),
+        output_signed(e.is_signed()),
+        residual_signed(residual_is_signed) {}
+
+  inline __attribute__((always_inline)) __m128i add(__m128i q, __m128i r) const {
+    const __m512 a = _mm512_fmadd_ps(bytes_to_float(q, output_signed), scale, offset);
     const __m512 b =
-        _mm512_fmadd_ps(load_bytes_x16(r + i, mask, residual_signed), r_scale, r_offset);
+        _mm512_fmadd_ps(bytes_to_float(r, residual_signed), residual_scale, residual_offset);
     const __m512i sum = quantize_offset_x16(_mm512_mul_ps(_mm512_add_ps(a, b), inv), low, high);
-    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(sum, zero_point)));
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(sum, zero_point));
   }
-}
+
+  // q[i] = residual_add(q[i], r[i]) in place.
+  inline __attribute__((always_inline)) void run(uint8_t* q, const uint8_t* r, int64_t n) const {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      auto* to = reinterpret_cast<__m128i*>(q + i);
+      _mm_storeu_si128(
+          to, add(_mm_loadu_si128(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(r + i))));
+    }
+    if (i < n) {
+      const __mmask16 mask = mask16(n - i);
+      _mm_mask_storeu_epi8(
+          q + i, mask, add(_mm_maskz_loadu_epi8(mask, q + i), _mm_maskz_loadu_epi8(mask, r + i)));
+    }
+  }
+
+  __m512 scale, offset, residual_scale, residual_offset, inv, low, high;
+  __m512i zero_point;
+  bool output_signed, residual_signed;
+};

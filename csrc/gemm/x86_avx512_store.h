@@ -25,10 +25,15 @@ __attribute__((noinline)) void store_general_avx512(const IgemmTile& tile, const
 // Table and residual, in place on the bytes just written (still in L1).
 __attribute__((noinline)) void finish_bytes_avx512(const IgemmTile& tile, int64_t rows) {
   const Epilogue& e = tile.matrix.header->epilogue;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (e.has_table) tile.lookup({tile.out[i], tile.out[i], e.table, 1, tile.columns, 0, 0});
-    if (e.has_residual) {
-      residual_add_avx512(e, tile.out[i], tile.residual[i], tile.residual_signed, tile.columns);
+  if (e.has_table) {
+    for (int64_t i = 0; i < rows; ++i) {
+      tile.lookup({tile.out[i], tile.out[i], e.table, 1, tile.columns, 0, 0});
+    }
+  }
+  if (e.has_residual) {
+    const ResidualAddX16 residual(e, tile.residual_signed);
+    for (int64_t i = 0; i < rows; ++i) {
+      residual.run(tile.out[i], tile.residual[i], tile.columns);
     }
   }
 }
