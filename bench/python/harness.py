@@ -18,7 +18,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent.parent
 BLOCK_SECONDS = 0.02
 TOO_SLOW_SECONDS = 0.3
-PAUSE_SECONDS = 0.003  # lets the previous engine's threads go to sleep
+PAUSE_SECONDS = 0.05  # the thread pools of the previous engine spin for milliseconds before they sleep
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
