@@ -1,5 +1,5 @@
-// The only pybind11 of the project: facts about the build and the machine. Tensors go through
-// torch.ops.qkernels.
+// The only pybind11 module of the project: facts about the build and the machine, and the compiled
+// plan (plan.cpp). Tensors go through torch.ops.qkernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,7 @@
 #include "csrc/pointwise/pointwise.h"
 #include "csrc/pool/pool.h"
 #include "csrc/quantize/quantize.h"
+#include "python/plan.h"
 
 namespace py = pybind11;
 
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_linear_bytes", [](int64_t out_features, int64_t in_features) {
     return qk::packed_igemm_bytes(out_features, 1, in_features, qk::isa_active());
   });
+  qk::seam::bind_plan(m);
 #if defined(QK_CUDA_ARCHS)
   m.attr("with_cuda") = true;
   m.attr("cuda_archs") = QK_CUDA_ARCHS;

@@ -21,6 +21,7 @@ FRIENDS = {
     "fake_quant": {"quantize"},
     "fake_quant_backward": {"quantize"},
     "gemm": {"pointwise"},
+    "plan": {"conv", "gemm", "pointwise", "pool", "quantize"},
 }
 
 # Threads, streams and exceptions belong to the caller.
@@ -32,6 +33,7 @@ CSRC_FORBIDDEN_WORDS = r"\b(throw|try|catch|printf|fprintf|puts|abort|exit|cudaM
 CSRC_SYSTEM_HEADERS = {"immintrin.h", "cpuid.h", "cuda_runtime.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"}
 MACHINE_FACTS = {"csrc/base/cpu.cc": {"unistd.h", "sys/syscall.h"}}  # the only file that asks the operating system
 SEAM_TORCH_HEADERS = r"torch/(csrc/stable|headeronly)/.*|torch/csrc/inductor/aoti_torch/c/shim\.h"
+PYBIND11_FILES = {"python/module.cpp", "python/plan.h", "python/plan.cpp"}
 ISA_KNOWLEDGE = r"immintrin|__AVX|has_features|cpu_features|\bkCpu\w+|\bIsa::|target\(|_mm\d*_"
 
 
@@ -104,7 +106,7 @@ def seam_complaints(path: str, text: str) -> list[str]:
             header.startswith(("csrc/", "python/"))
             or re.fullmatch(r"[a-z_0-9]+", header)
             or re.fullmatch(SEAM_TORCH_HEADERS, header)
-            or (header.startswith("pybind11/") and path == "python/module.cpp")
+            or (header.startswith("pybind11/") and path in PYBIND11_FILES)
             or (header == "cuda_runtime_api.h" and in_cuda)
         )
         if not fine:
