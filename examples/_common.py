@@ -62,8 +62,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--views", type=int, default=220, help="evaluated views (default: %(default)s)")
     parser.add_argument("--calibration", type=int, default=96, help="calibration views (default: %(default)s)")
-    parser.add_argument("--observer", default="histogram", help="activation observer (default: %(default)s)")
-    parser.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--recipe", default="int8-bias", help="a recipe by name (default: %(default)s)")
     parser.add_argument("--save", help="also write the int8 model there")
     return parser
 
@@ -84,12 +83,8 @@ def quantize_and_compare(
 ) -> dict[str, float]:
     """Calibrates and converts `model`, and prints how the result compares with it on `views`."""
     model = model.eval()
-    prepared = qkernels.prepare(model, calibration[:1], recipe="int8", observer=options.observer)
-    with qkernels.calibrating(prepared), torch.no_grad():
-        for batch in calibration.split(16):
-            prepared(batch)
-    if options.bias_correction:
-        qkernels.correct_bias(prepared, calibration[:64])
+    prepared = qkernels.prepare(model, calibration[:1], options.recipe)
+    qkernels.calibrate(prepared, calibration.split(16))
     converted = qkernels.convert(prepared)
     print(prepared.report)
     report = qkernels.verify(prepared, converted, [views[:8]])

@@ -16,7 +16,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 from qkernels import nn, ops
-from qkernels.core.bias import correct_bias
 from qkernels.core.convert import convert
 from qkernels.core.exact import exact
 from qkernels.core.phases import calibrate, calibrating
@@ -36,7 +35,6 @@ __all__ = [
     "calibrating",
     "compare",
     "convert",
-    "correct_bias",
     "exact",
     "info",
     "load",

@@ -1,43 +1,28 @@
-"""Bias correction: takes the mean error of weight and activation rounding out of every layer."""
+"""Bias correction: takes the mean error of weight and activation rounding out of every layer.
 
-from collections.abc import Iterator
+Rounding a weight moves the mean of a channel's output, most where few products are summed: depthwise convolutions lose
+the most, and networks made of them (MobileNet, EfficientNet) gain the most. The layers are corrected in the order of
+execution, each on the corrected outputs of those before it, in one forward.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.core import graph as g
+from qkernels.core.corrections import BiasCorrection
 from qkernels.core.layers import Prepared
 from qkernels.core.prepare import quantizers
 from qkernels.core.quantizer import State
-from qkernels.errors import InvalidArgument, InvalidState
+from qkernels.core.samples import Samples, merged
 
 
 @torch.no_grad()
-def correct_bias(prepared: nn.Module, batch: Any) -> None:
-    """Shifts the biases of a calibrated model so that no channel of a layer is off on average. Changes `prepared`.
-
-    Rounding a weight moves the mean of a channel's output, most where few products are summed: depthwise convolutions
-    lose the most, and networks made of them (MobileNet, EfficientNet) gain the most. The layers are corrected in the
-    order of execution, each on the corrected outputs of those before it, in one forward.
-
-    Args:
-        prepared: a model from `prepare`, after calibration and before `convert`.
-        batch: one batch as for `prepare`'s example_inputs; 32 to 64 images of the calibration data do.
-
-    >>> import qkernels
-    >>> prepared = qkernels.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(2, 4))
-    >>> with qkernels.calibrating(prepared):
-    ...     _ = prepared(torch.randn(8, 4))
-    >>> qkernels.correct_bias(prepared, torch.randn(64, 4))
-    """
-    layers = [module for module in prepared.modules() if isinstance(module, Prepared)]
-    if not layers:
-        raise InvalidArgument("correct_bias: the model must come from `prepare` and have a linear or convolution")
-    if any(not quantizer.has_grid() for quantizer in quantizers(prepared)):
-        raise InvalidState("correct_bias: calibrate first: run batches inside `with qkernels.calibrating(prepared):`")
-    args, kwargs = g.arguments(batch)
+def correct_bias(prepared: nn.Module, layers: Sequence[Prepared], samples: Samples, options: BiasCorrection) -> None:
+    """Gives every one of `layers` the correction that its channels have the means of the float model with."""
+    args, kwargs = merged(samples.first(options.samples))
     expected: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -50,12 +35,12 @@ def correct_bias(prepared: nn.Module, batch: Any) -> None:
             return None
         corrected.add(layer)
         shift = expected[layer] - _channel_means(layer, output)
-        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+        layer.bias_correction.copy_(shift)
         return output + shift.reshape(_along_channels(layer, output))
 
-    with _without_rounding(prepared), _hooked(layers, note):
+    with without_rounding(prepared), hooked(layers, note):
         prepared(*args, **kwargs)
-    with _hooked(layers, correct):
+    with hooked(layers, correct):
         prepared(*args, **kwargs)
 
 
@@ -74,7 +59,7 @@ def _channel_means(layer: nn.Module, output: Tensor) -> Tensor:
 
 
 @contextmanager
-def _without_rounding(prepared: nn.Module) -> Iterator[None]:
+def without_rounding(prepared: nn.Module) -> Iterator[None]:
     """Every Quantizer passes its tensor on."""
     states = {quantizer: quantizer.state for quantizer in quantizers(prepared)}
     for quantizer in states:
@@ -87,7 +72,8 @@ def _without_rounding(prepared: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(layers: list[nn.Module], hook: Any) -> Iterator[None]:
+def hooked(layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
+    """Inside, `hook` is a forward hook of every layer."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield

@@ -1,22 +1,31 @@
 """Float layers with a quantized weight: torch's own layers with a Quantizer between the weight and the computation.
 
-The layer keeps the original Parameters under their original names; `quantizers.weight` is what is added.
+The layer keeps the original Parameters under their original names; `quantizers.weight` is what is added, and, where
+the recipe asks for corrections, `weight_correction` and `bias_correction`.
 """
 
+from collections.abc import Collection
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels.core.qspec import QParams
-from qkernels.core.quantizer import Quantizer
+from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 
 
 class Prepared:
-    """Mixin, in front of the float class. `float_class` is that class."""
+    """Mixin, in front of the float class. `float_class` is that class.
+
+    Corrections are added to the Parameters while the weight is rounded: `weight_correction` (in the layout of `rows`)
+    chooses other codes than the nearest, `bias_correction` makes up for the mean error. Zero until learned.
+    """
 
     float_class: ClassVar[type[nn.Module]]
+    weight_correction: Tensor | None
+    bias_correction: Tensor | None
 
     @classmethod
     def of(cls, layer: nn.Module, recipe: TensorRecipe, path: str) -> nn.Module:
@@ -29,7 +38,29 @@ class Prepared:
         prepared.quantizers = nn.ModuleDict(
             {"weight": Quantizer(recipe, f"{path}.weight", channels).to(layer.weight.device)}
         )
+        prepared.register_buffer("weight_correction", None)
+        prepared.register_buffer("bias_correction", None)
         return prepared
+
+    def with_corrections(self, names: Collection[str]) -> "Prepared":
+        """The layer itself with room for what the corrections `names` will find."""
+        rows = self.rows(self.weight.detach())
+        if "adaround" in names:
+            self.weight_correction = torch.zeros_like(rows)
+        if "bias" in names:
+            self.bias_correction = rows.new_zeros(rows.shape[0])
+        return self
+
+    def corrections(self) -> dict[str, Tensor]:
+        """What was corrected, by name; empty if the recipe asks for nothing."""
+        return {name: c for name in ("weight_correction", "bias_correction") if (c := getattr(self, name)) is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.quantized_weight(), self.corrected_bias())
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the float layer computes, with this weight and bias."""
+        raise NotImplementedError
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight with the output channels first: where per-channel grids have their axis 0."""
@@ -40,7 +71,23 @@ class Prepared:
 
     def quantized_weight(self) -> Tensor:
         """The weight as the integers will stand for it."""
-        return self.from_rows(self.quantizers["weight"](self.rows(self.weight)))
+        return self.from_rows(self.quantizers["weight"](self._corrected_rows()))
+
+    def corrected_weight(self) -> Tensor:
+        """What is rounded to nearest to get the codes."""
+        return self.from_rows(self._corrected_rows())
+
+    def corrected_bias(self) -> Tensor | None:
+        if self.bias_correction is None or not self._is_rounded():
+            return self.bias
+        return self.bias_correction if self.bias is None else self.bias + self.bias_correction
+
+    def _corrected_rows(self) -> Tensor:
+        rows = self.rows(self.weight)
+        return rows if self.weight_correction is None or not self._is_rounded() else rows + self.weight_correction
+
+    def _is_rounded(self) -> bool:
+        return self.quantizers["weight"].state in (State.FAKE_QUANT, State.FROZEN)
 
     def weight_qparams(self) -> QParams:
         """The grid of the weight, its axis in the layout of `weight`."""
@@ -56,13 +103,13 @@ class Prepared:
 class PreparedLinear(Prepared, nn.Linear):
     float_class = nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.quantized_weight(), self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class _PreparedConv(Prepared):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class PreparedConv1d(_PreparedConv, nn.Conv1d):
@@ -95,38 +142,21 @@ class _PreparedConvTranspose(Prepared):
         axis = None if grid.axis is None else 1
         return QParams(grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax, grid.dtype)
 
-    def convolve(self, function, x: Tensor) -> Tensor:
-        return function(
-            x,
-            self.quantized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+        return convolve(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
 
 class PreparedConvTranspose1d(_PreparedConvTranspose, nn.ConvTranspose1d):
     float_class = nn.ConvTranspose1d
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(F.conv_transpose1d, x)
-
 
 class PreparedConvTranspose2d(_PreparedConvTranspose, nn.ConvTranspose2d):
     float_class = nn.ConvTranspose2d
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(F.conv_transpose2d, x)
-
 
 class PreparedConvTranspose3d(_PreparedConvTranspose, nn.ConvTranspose3d):
     float_class = nn.ConvTranspose3d
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(F.conv_transpose3d, x)
 
 
 PREPARED: dict[type[nn.Module], type[Prepared]] = {

@@ -8,10 +8,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qkernels.core.adaround import learn_rounding
+from qkernels.core.bias import correct_bias
+from qkernels.core.corrections import AdaRound, BiasCorrection
 from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.report import PrepareReport
-from qkernels.errors import InvalidArgument
+from qkernels.core.samples import Samples
+from qkernels.errors import CalibrationError, InvalidArgument
+
+CORRECT = {BiasCorrection: correct_bias, AdaRound: learn_rounding}
 
 
 @contextmanager
@@ -20,6 +26,8 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
 
     Each block starts from nothing seen. Afterwards the model computes with fake-quantized weights and activations. If
     the block ends by an exception (or Ctrl-C), everything is as before. Frozen Quantizers keep their grid throughout.
+    What the recipe asks for against rounding errors (`Recipe.corrections`) is done at the end of the block too, on
+    the first inputs seen in it.
 
     >>> import qkernels
     >>> prepared = qkernels.prepare(torch.nn.Linear(4, 4), torch.randn(2, 4))
@@ -32,7 +40,11 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
     weights = {layer.quantizers["weight"] for layer in layers}
     if not isinstance(getattr(prepared, "report", None), PrepareReport):
         raise InvalidArgument("calibrating: the model must come from `prepare`")
+    wanted = prepared.recipe.corrections if layers else ()
+    samples = Samples(max((correction.samples for correction in wanted), default=0))
     before = [_snapshot(q) for q in watched]
+    corrections = {correction: correction.clone() for layer in layers for correction in layer.corrections().values()}
+    hook = prepared.register_forward_pre_hook(samples, with_kwargs=True)
     try:
         for quantizer in watched:
             quantizer.observer.reset()
@@ -41,14 +53,28 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
             yield prepared
             for layer in layers:
                 layer.observe_weight()
+        hook.remove()
         for quantizer in watched:
             quantizer.choose()
             quantizer.state = State.FAKE_QUANT
+        for correction in corrections:
+            correction.zero_()
+        if wanted and samples.count == 0:
+            raise CalibrationError(
+                f"calibration: {', '.join(c.name for c in wanted)} needs inputs of the model; call the prepared model "
+                "itself inside `calibrating`, not its parts"
+            )
+        for correction in wanted:
+            CORRECT[type(correction)](prepared, layers, samples, correction)
     except BaseException:
         for quantizer, (state, tensors) in zip(watched, before, strict=True):
             quantizer.load_state_dict(tensors)
             quantizer.state = state
+        for correction, old in corrections.items():
+            correction.copy_(old)
         raise
+    finally:
+        hook.remove()
 
 
 def _snapshot(quantizer: Quantizer) -> tuple[State, dict[str, Any]]:

@@ -41,6 +41,11 @@ LARGEST_K = {torch.uint8: 65_793, torch.int8: 131_071}  # products of 8-bit code
 class PreparedModel(NetworkGraph):
     """A float model with Quantizers: what `prepare` returns for a model that has a graph."""
 
+    @property
+    def recipe(self) -> Recipe:
+        """What `prepare` carried out."""
+        return self.meta["recipe"]
+
 
 def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int8", **options: Any) -> nn.Module:
     """A copy of `model`, in eval mode, that is ready for calibration; `model` itself is not touched.
@@ -119,10 +124,11 @@ def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, p
         return recipe.for_module(path, [type_name(t) for t in node.meta["types"]])
 
     fold_batch_norms(traced, lambda node: rule(node).skip)
-    plan = _Plan(traced, rule)
+    plan = _Plan(traced, rule, [correction.name for correction in recipe.corrections])
     plan.insert_quantizers()
     prepared = PreparedModel(traced, traced.graph, type(model).__name__).eval()
     prepared.meta["report"] = plan.report(prefix)
+    prepared.meta["recipe"] = recipe
     with torch.no_grad():
         if not g.close(expected, prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs)), 1e-3):
             raise Untraceable("the simplified graph gives other outputs on the example inputs than the module")
@@ -132,8 +138,8 @@ def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, p
 class _Plan:
     """Which nodes are integer, and where Quantizers go."""
 
-    def __init__(self, traced: fx.GraphModule, rule):
-        self.traced, self.rule = traced, rule
+    def __init__(self, traced: fx.GraphModule, rule, corrections: list[str]):
+        self.traced, self.rule, self.corrections = traced, rule, corrections
         self.modules = g.modules_of(traced)
         self.nodes = list(traced.graph.nodes)
         self.readers = {node: list(node.users) for node in self.nodes}  # before any Quantizer
@@ -373,7 +379,7 @@ class _Plan:
             if node in self.integer and self.operations[node].kind in o.WEIGHTED:
                 layer = self.operations[node].module
                 wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target)
-                g.replace_module(self.traced, node.target, wrapped)
+                g.replace_module(self.traced, node.target, wrapped.with_corrections(self.corrections))
 
     def report(self, prefix: str) -> PrepareReport:
         rows = []
@@ -421,8 +427,9 @@ def unit_of(
     if stand_in:
         weight, grid = layer.weight.detach()[:0], QParams.per_tensor(1.0, 0, -127, 127, torch.int8)
     else:
-        weight, grid = layer.weight.detach(), layer.weight_qparams()
-    bias = None if layer.bias is None else layer.bias.detach()
+        weight, grid = layer.corrected_weight().detach(), layer.weight_qparams()
+    bias = layer.bias if stand_in else layer.corrected_bias()
+    bias = None if bias is None else bias.detach()
     return LoweringUnit(op.kind, inputs, output, layer, options, weight, bias, grid, clamp)
 
 
@@ -467,7 +474,7 @@ def _prepare_parts(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, 
                 visit(child, here)
 
     visit(model, "")
-    model.report = PrepareReport(tuple(rows))
+    model.report, model.recipe = PrepareReport(tuple(rows)), recipe
     with torch.no_grad():
         got = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     if not g.close(expected, got, 1e-3):

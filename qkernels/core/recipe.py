@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qkernels.core.corrections import Correction, correction_from_config, correction_to_config
+from qkernels.core.corrections import corrections as correction_values
 from qkernels.core.observers import OBSERVERS, make_observer
 from qkernels.core.qspec import QSpec
 from qkernels.errors import InvalidArgument, InvalidType
@@ -117,6 +119,7 @@ class Recipe:
         activation: grids of inputs and outputs of layers.
         weight: grids of weights.
         overrides: rules for some modules by path, type or regex; where several fit, the last one wins.
+        corrections: what is done against rounding errors at the end of calibration, in this order.
 
     >>> Recipe.from_json(RECIPES["int8"].to_json()) == RECIPES["int8"]
     True
@@ -125,9 +128,11 @@ class Recipe:
     activation: TensorRecipe = field(default_factory=lambda: TensorRecipe(QSpec.activation(), "histogram"))
     weight: TensorRecipe = field(default_factory=lambda: TensorRecipe(QSpec.weight(), "minmax"))
     overrides: tuple[Override, ...] = ()
+    corrections: tuple[Correction, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "overrides", tuple(self.overrides))
+        object.__setattr__(self, "corrections", correction_values(self.corrections))
         if self.activation.spec.per_channel:
             raise InvalidArgument("Recipe: activations take one grid for the whole tensor, got per_channel=True")
         if self.weight.spec.dtype != torch.int8:
@@ -158,6 +163,7 @@ class Recipe:
                 "activation": self.activation.to_config(),
                 "weight": self.weight.to_config(),
                 "overrides": [rule.to_config() for rule in self.overrides],
+                "corrections": [correction_to_config(c) for c in self.corrections],
             }
         )
 
@@ -170,12 +176,31 @@ class Recipe:
             TensorRecipe.from_config(config["activation"]),
             TensorRecipe.from_config(config["weight"]),
             tuple(Override.from_config(rule) for rule in config["overrides"]),
+            tuple(correction_from_config(c) for c in config["corrections"]),
         )
 
 
+def _low_bits(weight: int, activation: int = 8, corrections: tuple = ()) -> Recipe:
+    """Few bits want grids with the least squared error: minmax spends most codes on a few large values."""
+    return Recipe(
+        TensorRecipe(QSpec.activation(activation), "histogram" if activation == 8 else "mse"),
+        TensorRecipe(QSpec.weight(weight), "mse"),
+        corrections=corrections,
+    )
+
+
+# wNaM: weights of N bits in int8, activations of M bits in uint8. What follows are corrections.
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(),
-    "int8_minmax": Recipe(activation=TensorRecipe(QSpec.activation(), "minmax")),
+    "int8-minmax": Recipe(activation=TensorRecipe(QSpec.activation(), "minmax")),
+    "int8-bias": Recipe(corrections=("bias",)),
+    "int8-adaround": Recipe(corrections=("adaround", "bias")),
+    "w4a8": _low_bits(4),
+    "w4a8-bias": _low_bits(4, corrections=("bias",)),
+    "w4a8-adaround": _low_bits(4, corrections=("adaround", "bias")),
+    "w4a4": _low_bits(4, 4),
+    "w3a3": _low_bits(3, 3),
+    "w2a2": _low_bits(2, 2),
 }
 GRANULARITIES = {"per_channel": True, "per_tensor": False}
 
@@ -191,6 +216,7 @@ def make_recipe(
     weight_bits: int | None = None,
     activation_bits: int | None = None,
     symmetric_activations: bool | None = None,
+    corrections: "str | Correction | Iterable[str | Correction] | None" = None,
     skip: Iterable["str | type | re.Pattern"] = (),
 ) -> Recipe:
     """A recipe from a name or a Recipe, changed by keyword options.
@@ -202,6 +228,8 @@ def make_recipe(
         weight_granularity: "per_channel" or "per_tensor".
         bits: of weights and activations, 2 to 8; weight_bits and activation_bits set one of them.
         symmetric_activations: the zero point is the middle code.
+        corrections: what is done against rounding errors at the end of calibration: names ("bias", "adaround") or
+            values of `qkernels.core.corrections`; () for nothing.
         skip: modules to leave float, each by path (its children included), Module class or compiled regex.
     """
     if isinstance(recipe, str):
@@ -234,4 +262,5 @@ def make_recipe(
         weight = replace(weight, observer=weight_observer)
     if isinstance(skip, (str, type, re.Pattern)):
         skip = (skip,)
-    return replace(recipe, activation=activation, weight=weight).skipping(*skip)
+    corrections = recipe.corrections if corrections is None else correction_values(corrections)
+    return replace(recipe, activation=activation, weight=weight, corrections=corrections).skipping(*skip)

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import qkernels
+from qkernels.core.corrections import BiasCorrection
 from qkernels.core.layers import Prepared
 from qkernels.core.prepare import quantizers
 from qkernels.core.quantizer import State
-from qkernels.errors import InvalidArgument, InvalidState
+from qkernels.errors import CalibrationError
 
 
 class Depthwise(nn.Module):
@@ -26,14 +27,15 @@ class Depthwise(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-@pytest.fixture
-def calibrated():
+def inputs():
     torch.manual_seed(0)
-    x = torch.rand(16, 3, 12, 12) + 0.5
-    prepared = qkernels.prepare(Depthwise(), x[:1], weight_bits=4)
-    with qkernels.calibrating(prepared):
-        prepared(x)
-    return prepared, x
+    return torch.rand(16, 3, 12, 12) + 0.5
+
+
+def calibrated(x, corrections=("bias",), batch=16):
+    torch.manual_seed(0)
+    prepared = qkernels.prepare(Depthwise(), x[:1], weight_bits=4, corrections=corrections)
+    return qkernels.calibrate(prepared, x.split(batch))
 
 
 def layer_means(model, x):
@@ -63,42 +65,90 @@ def float_means(prepared, x):
     return means
 
 
-def test_every_channel_has_the_float_mean_afterwards(calibrated):
-    prepared, x = calibrated
-    expected, before = float_means(prepared, x), layer_means(prepared, x)
-    qkernels.correct_bias(prepared, x)
-    after = layer_means(prepared, x)
-    assert len(after) == 4
+@pytest.mark.parametrize("batch", [16, 5])
+def test_every_channel_has_the_float_mean_afterwards(batch):
+    x = inputs()
+    before, prepared = calibrated(x, ()), calibrated(x, batch=batch)
+    expected, was, now = float_means(prepared, x), layer_means(before, x), layer_means(prepared, x)
+    assert len(now) == 4
     for name, mean in expected.items():
-        assert float((after[name] - mean).abs().max()) < 1e-4, name
-    assert max(float((before[name] - mean).abs().max()) for name, mean in expected.items()) > 1e-2
+        assert float((now[name] - mean).abs().max()) < 1e-4, name
+    assert max(float((was[name] - mean).abs().max()) for name, mean in expected.items()) > 1e-2
 
 
-def test_the_converted_model_has_the_corrected_biases(calibrated):
-    prepared, x = calibrated
-    qkernels.correct_bias(prepared, x)
+def test_only_as_many_samples_are_used_as_asked_for():
+    x = inputs()
+    prepared = calibrated(x, corrections=[BiasCorrection(samples=7)], batch=5)
+    expected, now = float_means(prepared, x[:7]), layer_means(prepared, x[:7])
+    assert all(float((now[name] - mean).abs().max()) < 1e-4 for name, mean in expected.items())
+
+
+def test_the_converted_model_has_the_corrected_biases():
+    x = inputs()
+    prepared = calibrated(x)
     converted = qkernels.convert(prepared)
     assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
     assert converted.get_submodule("body.0").bias is not None
 
 
-def test_the_original_model_and_the_states_are_left_alone():
-    torch.manual_seed(0)
-    model, x = Depthwise().eval(), torch.rand(4, 3, 12, 12)
+def test_calibration_again_starts_from_the_float_model():
+    x = inputs()
+    once, twice = calibrated(x), calibrated(x)
+    qkernels.calibrate(twice, x.split(16))
+    for name, value in once.state_dict().items():
+        assert torch.equal(value, twice.state_dict()[name]), name
+
+
+def test_the_original_model_and_its_hooks_are_left_alone():
+    x = inputs()
+    model = Depthwise().eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    prepared = qkernels.prepare(model, x)
-    with qkernels.calibrating(prepared):
-        prepared(x)
-    states = [q.state for q in quantizers(prepared)]
-    qkernels.correct_bias(prepared, x)
-    assert [q.state for q in quantizers(prepared)] == states
+    prepared = qkernels.calibrate(qkernels.prepare(model, x, "int8-bias"), [x])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert not any(module._forward_hooks for module in prepared.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in prepared.modules())
 
 
-def test_an_uncalibrated_or_float_model_is_refused():
-    x = torch.rand(2, 3, 12, 12)
-    with pytest.raises(InvalidState, match="calibrate first"):
-        qkernels.correct_bias(qkernels.prepare(Depthwise(), x), x)
-    with pytest.raises(InvalidArgument, match="must come from `prepare`"):
-        qkernels.correct_bias(Depthwise(), x)
+def test_an_interrupted_calibration_leaves_the_corrections_of_before():
+    x = inputs()
+    prepared = calibrated(x)
+    before = {name: t.clone() for name, t in prepared.state_dict().items()}
+
+    def interrupted():
+        yield 2 * x
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qkernels.calibrate(prepared, interrupted())
+    assert all(torch.equal(t, before[name]) for name, t in prepared.state_dict().items())
+
+
+def test_calibrating_only_parts_of_the_model_is_refused():
+    x = inputs()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prepared = qkernels.prepare(model, torch.rand(2, 4), corrections="bias")
+    with pytest.raises(CalibrationError, match="call the prepared model itself"):
+        qkernels.calibrate(prepared, [x], lambda model, batch: [quantizer(batch) for quantizer in quantizers(model)])
+
+
+class Parts(nn.Module):
+    """Has no graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x, *, flip=False):
+        y = self.first(x)
+        if float(y.sum()) > 1e9:
+            y = -y
+        return self.second(y.flip(0) if flip else y)
+
+
+def test_a_model_without_a_graph_is_corrected_too():
+    torch.manual_seed(0)
+    x = torch.randn(32, 4) + 1
+    prepared = qkernels.prepare(Parts(), x[:1], "w4a8-adaround")
+    qkernels.calibrate(prepared, [{"x": batch} for batch in x.split(8)])
+    expected, now = float_means(prepared, x), layer_means(prepared, x)
+    assert all(float((now[name] - mean).abs().max()) < 1e-4 for name, mean in expected.items())
+    assert qkernels.verify(prepared, qkernels.convert(prepared), [x]).total_mismatches == 0

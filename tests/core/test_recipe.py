@@ -1,11 +1,13 @@
 """Recipes are values: equality, json, options, rules for some modules."""
 
+import json
 import re
 
 import pytest
 import torch
 from torch import nn
 
+from qkernels.core.corrections import AdaRound, BiasCorrection
 from qkernels.core.qspec import QSpec
 from qkernels.core.recipe import RECIPES, Match, Override, Recipe, TensorRecipe, make_recipe
 from qkernels.errors import InvalidArgument, InvalidType
@@ -37,6 +39,20 @@ def test_a_recipe_survives_json():
     assert recipe != make_recipe(bits=6)
 
 
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_named_recipes_survive_json(name):
+    assert Recipe.from_json(RECIPES[name].to_json()) == RECIPES[name]
+
+
+def test_names_say_the_bits():
+    assert RECIPES["w4a8"].weight.spec == QSpec.weight(4)
+    assert RECIPES["w4a8"].activation.spec == QSpec.activation(8)
+    assert RECIPES["w2a2"].activation.spec == QSpec.activation(2)
+    assert RECIPES["w4a8-adaround"].corrections == (AdaRound(), BiasCorrection())
+    assert make_recipe("w4a8", corrections=AdaRound(steps=3)).corrections == (AdaRound(steps=3),)
+    assert make_recipe("w4a8-adaround", corrections=()) == RECIPES["w4a8"]
+
+
 def test_names_cover_children_and_regexes_whole_paths():
     recipe = make_recipe(skip=["layer1", nn.LayerNorm, re.compile(r".*\.conv2")])
     assert recipe.for_module("layer1").skip
@@ -66,11 +82,29 @@ def test_the_last_rule_that_fits_wins():
         ({"weight_granularity": "row"}, InvalidArgument, "row"),
         ({"weight_observer": "histogram"}, InvalidArgument, "per tensor"),
         ({"skip": [3]}, InvalidType, "3"),
+        ({"corrections": "luck"}, InvalidArgument, "luck.*adaround"),
+        ({"corrections": [3]}, InvalidType, "3"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         make_recipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 0}, "steps"), ({"learning_rate": float("nan")}, "learning_rate"), ({"warm_start": 1.5}, "warm_start")],
+)
+def test_corrections_check_their_options(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        AdaRound(**options)
+
+
+def test_unknown_options_of_a_saved_correction_are_refused():
+    config = json.loads(RECIPES["w4a8-adaround"].to_json())
+    config["corrections"][0]["luck"] = 1
+    with pytest.raises(InvalidArgument, match="luck"):
+        Recipe.from_json(json.dumps(config))
 
 
 def test_unsigned_weights_and_per_channel_activations_are_refused():
