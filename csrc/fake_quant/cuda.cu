@@ -1,4 +1,5 @@
-#include "csrc/base/numerics.h"
+#include "csrc/base/cuda.cuh"
+#include "csrc/base/dtype.h"
 #include "csrc/fake_quant/cuda.h"
 
 namespace qk {
@@ -53,12 +54,12 @@ __global__ void __launch_bounds__(kThreads)
   if (first >= size) return;
   Grid<Index> grid(args, first);
   if (kVector && size - first >= kPerThread) {
-    float4 v = *reinterpret_cast<const float4*>(args.x + first);
-    v.x = grid.apply(v.x);
-    v.y = grid.apply(v.y);
-    v.z = grid.apply(v.z);
-    v.w = grid.apply(v.w);
-    *reinterpret_cast<float4*>(args.y + first) = v;
+    uint4 v = cuda::load_16(args.x + first);
+    v.x = float_bits(grid.apply(bits_float(v.x)));
+    v.y = float_bits(grid.apply(bits_float(v.y)));
+    v.z = float_bits(grid.apply(bits_float(v.z)));
+    v.w = float_bits(grid.apply(bits_float(v.w)));
+    cuda::store_16(args.y + first, v);
     return;
   }
   for (Index i = first; i < size && i - first < kPerThread; ++i) args.y[i] = grid.apply(args.x[i]);
@@ -73,8 +74,7 @@ cudaError_t launch(const FakeQuantCudaArgs& args, Index size, cudaStream_t strea
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const auto kernel = is_aligned(args.x) && is_aligned(args.y) ? fake_quant_kernel<Index, true>
                                                                : fake_quant_kernel<Index, false>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, size);
-  return cudaGetLastError();
+  return cuda::launch(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, args, size);
 }
 
 }  // namespace

@@ -1,0 +1,204 @@
+// The device functions that csrc's kernels stand on: instructions that C++ has no words for, and
+// the launch. Two builds: nvcc makes PTX of them; where the compiler is not nvcc, the kernels run
+// on the emulator of tests/simt, whose <cuda_runtime.h> comes first on the include path.
+//
+// Shared memory is reached through these functions only, by address: so the emulator sees every
+// access and can look for races, unwritten bytes and bank conflicts.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QK_DEVICE __device__ __forceinline__
+#else
+#define QK_DEVICE inline
+#endif
+
+namespace qk::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+
+#if defined(__CUDACC__)
+
+// The address of the kernel's dynamic shared memory, aligned to 128 bytes.
+QK_DEVICE uint32_t shared_memory() {
+  extern __shared__ __align__(128) uint8_t qk_shared_memory[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(qk_shared_memory));
+}
+
+QK_DEVICE uint32_t shared_load_u8(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+QK_DEVICE uint32_t shared_load_u32(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+QK_DEVICE uint4 shared_load_u128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+QK_DEVICE void shared_store_u16(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(v)) : "memory");
+}
+QK_DEVICE void shared_store_u32(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+QK_DEVICE void shared_store_u64(uint32_t address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+QK_DEVICE void shared_store_u128(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
+// cp.async: `count` of 16 (of 4) bytes are copied, the rest is zero. `from` is aligned to 16 (4).
+QK_DEVICE void copy_async_16(uint32_t to, const void* from, int count) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(count)
+               : "memory");
+}
+QK_DEVICE void copy_async_4(uint32_t to, const void* from, int count) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(count)
+               : "memory");
+}
+QK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most kPending groups of this thread are on their way. Others see them after a barrier.
+template <int kPending>
+QK_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// sums[16x8] += a[16x32] * b[32x8]. Lane l holds of A the bytes 4*(l%4).. of rows l/4 and l/4+8, in
+// the first and the last 16 columns: a[0] = row l/4, a[1] = row l/4+8, a[2], a[3] likewise 16 bytes
+// on; of B column l/4 alike; sums[i] is row l/4 + 8*(i/2), column 2*(l%4) + i%2.
+template <bool kASigned>
+QK_DEVICE void mma_m16n8k32(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kASigned) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// sum + the dot product of 4 bytes of a, signed or not, with 4 signed bytes of b.
+template <bool kASigned>
+QK_DEVICE int32_t dot4(int32_t sum, uint32_t a, uint32_t b) {
+  int32_t r;
+  if constexpr (kASigned) {
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
+  } else {
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
+  }
+  return r;
+}
+
+QK_DEVICE uint4 load_16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+// Past L1: for data that is read once.
+QK_DEVICE uint4 load_16_once(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+// From L2: what another block of the same launch has stored.
+QK_DEVICE uint4 load_16_shared_by_blocks(const void* from) {
+  return __ldcg(static_cast<const uint4*>(from));
+}
+QK_DEVICE void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
+
+// Starts a kernel; it may use more than the default 48 KiB of shared memory.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+#else  // the emulator
+
+inline uint32_t shared_memory() { return 0; }
+inline uint32_t shared_load_u8(uint32_t address) { return simt::shared_load<uint8_t>(address); }
+inline uint32_t shared_load_u32(uint32_t address) { return simt::shared_load<uint32_t>(address); }
+inline uint4 shared_load_u128(uint32_t address) { return simt::shared_load<uint4>(address); }
+inline void shared_store_u16(uint32_t address, uint32_t v) {
+  simt::shared_store(address, static_cast<uint16_t>(v));
+}
+inline void shared_store_u32(uint32_t address, uint32_t v) { simt::shared_store(address, v); }
+inline void shared_store_u64(uint32_t address, uint2 v) { simt::shared_store(address, v); }
+inline void shared_store_u128(uint32_t address, uint4 v) { simt::shared_store(address, v); }
+inline void copy_async_16(uint32_t to, const void* from, int count) {
+  simt::copy_async(to, from, 16, count);
+}
+inline void copy_async_4(uint32_t to, const void* from, int count) {
+  simt::copy_async(to, from, 4, count);
+}
+inline void commit_copies() { simt::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+  simt::wait_copies(kPending);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix_x4(r, address); }
+template <bool kASigned>
+void mma_m16n8k32(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  simt::mma_m16n8k32<kASigned>(sums, a, b);
+}
+template <bool kASigned>
+int32_t dot4(int32_t sum, uint32_t a, uint32_t b) {
+  uint32_t r = static_cast<uint32_t>(sum);
+  for (int i = 0; i < 32; i += 8) {
+    const auto byte = static_cast<uint8_t>(a >> i);
+    const int32_t value = kASigned ? static_cast<int8_t>(byte) : byte;
+    r += static_cast<uint32_t>(value * static_cast<int8_t>(static_cast<uint8_t>(b >> i)));
+  }
+  return static_cast<int32_t>(r);
+}
+inline uint4 load_16(const void* from) { return simt::global_load<uint4>(from); }
+inline uint4 load_16_once(const void* from) { return simt::global_load<uint4>(from); }
+inline uint4 load_16_shared_by_blocks(const void* from) { return simt::global_load<uint4>(from); }
+inline void store_16(void* to, uint4 v) { simt::global_store(to, v); }
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, const Arguments&... arguments) {
+  simt::launch(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return cudaSuccess;
+}
+
+#endif
+
+}  // namespace qk::cuda
