@@ -12,6 +12,7 @@
 #include "csrc/fake_quant/fake_quant.h"
 #include "csrc/fake_quant_backward/backward.h"
 #include "csrc/gemm/igemm.h"
+#include "csrc/observe/observe.h"
 #include "csrc/pointwise/pointwise.h"
 #include "csrc/pool/pool.h"
 #include "csrc/quantize/quantize.h"
@@ -36,6 +37,10 @@ KernelLists list_kernels() {
   lists["fake_quant_backward"].emplace_back(#name, has_features(active, need));
 #include "csrc/fake_quant_backward/kernels.inc"
 #undef QK_FAKE_QUANT_BACKWARD_KERNEL
+#define QK_MINMAX_KERNEL(need, type, name) \
+  lists["observe"].emplace_back(#name, has_features(active, need));
+#include "csrc/observe/kernels.inc"
+#undef QK_MINMAX_KERNEL
 #define QK_IGEMM_KERNEL(need, isa, name)                           \
   lists["linear"].emplace_back(#name, has_features(active, need)); \
   lists["conv"].emplace_back(#name, has_features(active, need));

@@ -42,6 +42,18 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "lsq_backward_out(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int "
       "qmin, int qmax, float grad_factor, Tensor(a!) out) -> (Tensor, Tensor)");
 
+  // Observers: extremes of a tensor, and the state of an observer with the grid that follows from
+  // it (qkernels/ops/observe.py).
+  m.def("observe_minmax(Tensor x, int? axis) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "observe(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, Tensor(d!) zero_point, "
+      "Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool symmetric, float min_scale, "
+      "float? momentum, str source) -> ()");
+  m.def(
+      "observe_fake_quant_out(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, "
+      "Tensor(d!) zero_point, Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool "
+      "symmetric, float min_scale, float? momentum, str source, Tensor(f!) out) -> Tensor");
+
   // Linear and convolution: *_pack makes an opaque uint8 tensor for the active ISA that holds the
   // weight, all grids and the epilogue; the run op takes it. epilogue: see
   // qkernels/ops/epilogue.py.

@@ -81,6 +81,75 @@ def lsq_backward(
     return grad_x, total(scale_terms, scale), total(zero_terms, zero_point)
 
 
+# -- observers ---------------------------------------------------------------------------------------------------------
+
+
+def observe_minmax(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.float().reshape(1, -1) if axis is None else x.float().movedim(axis, 0).unsqueeze(-1).flatten(1)
+    rows = torch.cat([rows, torch.full((len(rows), 1), float("nan"))], dim=1)  # so that no row is empty
+    inf, finite = float("inf"), torch.isfinite(rows)
+    low = torch.where(finite, rows, inf).amin(dim=1)
+    high = torch.where(finite, rows, -inf).amax(dim=1)
+    return low, high, torch.stack([torch.isnan(x).sum(), torch.isinf(x).sum()])
+
+
+def observe(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    non_finite: Tensor | None,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+    min_scale: float,
+    momentum: float | None,
+    source: str,
+) -> None:
+    """As the observers and `choose_qparams` of qkernels.core do it; channels with no finite value stay."""
+    if x.numel() == 0:
+        return
+    batch_low, batch_high, counts = observe_minmax(x, axis)
+    if non_finite is None:
+        assert counts.sum() == 0, source
+    else:
+        non_finite += counts
+    first, empty = ~(low <= high), ~(batch_low <= batch_high)
+    if momentum is None:
+        new_low, new_high = torch.minimum(low, batch_low), torch.maximum(high, batch_high)
+    else:
+        new_low, new_high = low + momentum * (batch_low - low), high + momentum * (batch_high - high)
+    low.copy_(torch.where(empty, low, torch.where(first, batch_low, new_low)))
+    high.copy_(torch.where(empty, high, torch.where(first, batch_high, new_high)))
+    seen_low = torch.where(low <= high, low, 0.0).clamp(max=0.0)
+    seen_high = torch.where(low <= high, high, 0.0).clamp(min=0.0)
+    steps = qmax - qmin
+    s = torch.maximum(-seen_low, seen_high) / (steps / 2) if symmetric else (seen_high - seen_low) / float(steps)
+    scale.copy_(torch.where(s > 0, s.clamp(min_scale, 2.0**50), torch.ones_like(s)))
+    if symmetric:
+        zero_point.fill_((qmin + qmax + 1) // 2)
+    else:
+        zero_point.copy_((qmin - torch.round(seen_low / scale)).clamp(qmin, qmax).to(torch.int32))
+
+
+def observe_fake_quant(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    non_finite: Tensor | None,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    *rest,
+) -> Tensor:
+    observe(x, low, high, scale, zero_point, non_finite, axis, qmin, qmax, *rest)
+    return fake_quant(x, scale, zero_point, axis, qmin, qmax)
+
+
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype
 ) -> Tensor:

@@ -82,6 +82,42 @@ QK_HD int32_t round_zero_point(float zp, int32_t qmin, int32_t qmax) {
   return static_cast<int32_t>(quantize_offset(zp, 0, qmin, qmax));
 }
 
+// Which grid to choose for a range: what QSpec says, as numbers.
+struct GridRule {
+  int32_t qmin;
+  int32_t qmax;
+  bool symmetric;   // the zero point is the middle of the codes
+  float min_scale;  // no grid is finer
+};
+
+inline constexpr float kMaxScale = 0x1p50f;
+
+// The scale of the grid that covers [low, high] and zero; an empty range (all zero) gets 1.
+QK_HD float choose_scale(float low, float high, const GridRule& rule) {
+  low = low < 0.0f ? low : 0.0f;
+  high = high > 0.0f ? high : 0.0f;
+  const float steps = static_cast<float>(rule.qmax - rule.qmin);
+  const float scale =
+      rule.symmetric ? (-low > high ? -low : high) / (steps * 0.5f) : (high - low) / steps;
+  if (!(scale > 0.0f)) return 1.0f;
+  const float bounded = scale < rule.min_scale ? rule.min_scale : scale;
+  return bounded > kMaxScale ? kMaxScale : bounded;
+}
+
+// Its zero point: zero lies on the grid exactly.
+QK_HD int32_t choose_zero_point(float low, float scale, const GridRule& rule) {
+  if (rule.symmetric) return (rule.qmin + rule.qmax + 1) >> 1;
+  low = low < 0.0f ? low : 0.0f;
+  const float zp = static_cast<float>(rule.qmin) - round_nearest_even(low / scale);
+  return static_cast<int32_t>(
+      clamp_nan_to_lo(zp, static_cast<float>(rule.qmin), static_cast<float>(rule.qmax)));
+}
+
+// The running mean of an end of the range.
+QK_HD float moving_average(float mean, float batch, float momentum) {
+  return mean + momentum * (batch - mean);
+}
+
 QK_HD int32_t requantize(int32_t acc, float addend, float multiplier, int32_t zp, int32_t qmin,
                          int32_t qmax) {
   return static_cast<int32_t>(

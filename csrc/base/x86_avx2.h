@@ -95,5 +95,83 @@ QK_INLINE __m128i codes8(__m256i v, __m256i zp, const CodeRange& range) {
       _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4)));
 }
 
+// What a kernel that is written once for every vector width is made of: kLanes floats and a mask.
+// The `n` of a partial access is in [1, kLanes); lanes beyond it read as 0.
+struct Vec {
+  using F = __m256;
+  using M = __m256;
+  static constexpr int kLanes = 8;
+
+  QK_INLINE F set(float v) { return _mm256_set1_ps(v); }
+  QK_INLINE F zero() { return _mm256_setzero_ps(); }
+  QK_INLINE __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  template <typename T>
+  QK_INLINE F get(const T* x) {
+    return load(x);
+  }
+  QK_INLINE F get(const float* x, int64_t n) { return _mm256_maskload_ps(x, first(n)); }
+  template <typename Half>
+  QK_INLINE F get(const Half* x, int64_t n) {
+    Half part[kLanes] = {};
+    for (int64_t i = 0; i < n && i < kLanes; ++i) part[i] = x[i];
+    return load(part);
+  }
+  template <typename T>
+  QK_INLINE void put(T* x, F v) {
+    store(x, v);
+  }
+  QK_INLINE void put(float* x, F v, int64_t n) { _mm256_maskstore_ps(x, first(n), v); }
+  template <typename Half>
+  QK_INLINE void put(Half* x, F v, int64_t n) {
+    Half part[kLanes];
+    store(part, v);
+    for (int64_t i = 0; i < n && i < kLanes; ++i) x[i] = part[i];
+  }
+  // Integers of the grid as floats.
+  QK_INLINE F get(const int32_t* x) { return _mm256_cvtepi32_ps(load256(x)); }
+  QK_INLINE F get(const int32_t* x, int64_t n) {
+    return _mm256_cvtepi32_ps(_mm256_maskload_epi32(x, first(n)));
+  }
+
+  QK_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  QK_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  QK_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  QK_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  QK_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // NaN in either operand gives b.
+  QK_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  QK_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  QK_INLINE F round(F a) { return _mm256_round_ps(a, kNearestEven); }
+  QK_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  QK_INLINE F with_sign_of(F magnitude, F sign) {
+    const F bit = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_andnot_ps(bit, magnitude), _mm256_and_ps(bit, sign));
+  }
+  // 2^n for integers n in [-126, 127].
+  QK_INLINE F exp2_integer(F n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+
+  QK_INLINE M none() { return _mm256_setzero_ps(); }
+  QK_INLINE M ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+  QK_INLINE M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  QK_INLINE M le(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+  QK_INLINE M unordered(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
+  QK_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
+  QK_INLINE M either(M a, M b) { return _mm256_or_ps(a, b); }
+  QK_INLINE F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+  QK_INLINE F keep(M m, F a) { return _mm256_and_ps(m, a); }  // else +0
+  QK_INLINE uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+  QK_INLINE M from_bits(uint32_t b) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i hit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(b)), lane);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(hit, lane));
+  }
+};
+
 }  // namespace qk::avx2
 QK_TARGET_END

@@ -138,5 +138,65 @@ QK_INLINE __m128i codes16(__m512i v, __m512i zp, const CodeRange& range) {
   return _mm512_castsi512_si128(_mm512_permutexvar_epi32(order, q));
 }
 
+// The counterpart of avx2::Vec.
+struct Vec {
+  using F = __m512;
+  using M = __mmask16;
+  static constexpr int kLanes = 16;
+
+  QK_INLINE F set(float v) { return _mm512_set1_ps(v); }
+  QK_INLINE F zero() { return _mm512_setzero_ps(); }
+  template <typename T>
+  QK_INLINE F get(const T* x) {
+    return load(x, 0xffff);
+  }
+  template <typename T>
+  QK_INLINE F get(const T* x, int64_t n) {
+    return load(x, lanes(n));
+  }
+  template <typename T>
+  QK_INLINE void put(T* x, F v) {
+    store(x, 0xffff, v);
+  }
+  template <typename T>
+  QK_INLINE void put(T* x, F v, int64_t n) {
+    store(x, lanes(n), v);
+  }
+  QK_INLINE F get(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
+  QK_INLINE F get(const int32_t* x, int64_t n) {
+    return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(lanes(n), x));
+  }
+
+  QK_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  QK_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  QK_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  QK_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  QK_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  QK_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  QK_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  QK_INLINE F round(F a) { return _mm512_roundscale_ps(a, kNearestEven); }
+  QK_INLINE F abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+  QK_INLINE F with_sign_of(F magnitude, F sign) {
+    const F bit = _mm512_set1_ps(-0.0f);
+    return _mm512_or_ps(_mm512_andnot_ps(bit, magnitude), _mm512_and_ps(bit, sign));
+  }
+  QK_INLINE F exp2_integer(F n) {
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+  }
+
+  QK_INLINE M none() { return 0; }
+  QK_INLINE M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  QK_INLINE M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  QK_INLINE M le(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  QK_INLINE M unordered(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+  QK_INLINE M both(M a, M b) { return _kand_mask16(a, b); }
+  QK_INLINE M either(M a, M b) { return _kor_mask16(a, b); }
+  QK_INLINE F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+  QK_INLINE F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
+  QK_INLINE uint32_t bits(M m) { return _cvtmask16_u32(m); }
+  QK_INLINE M from_bits(uint32_t b) { return _cvtu32_mask16(b); }
+};
+
 }  // namespace qk::avx512
 QK_TARGET_END

@@ -191,6 +191,6 @@ def choose_qparams(spec: QSpec, low: Tensor, high: Tensor) -> QParams:
     if spec.symmetric:
         zero_point = torch.full_like(scale, (spec.qmin + spec.qmax + 1) // 2, dtype=torch.int32)
     else:
-        zero_point = (spec.qmin - torch.round(low / scale).to(torch.int32)).clamp(spec.qmin, spec.qmax)
+        zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax).to(torch.int32)
     axis = spec.axis if spec.per_channel else None
     return QParams(scale, zero_point, axis, spec.qmin, spec.qmax, spec.dtype)

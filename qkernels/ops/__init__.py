@@ -9,6 +9,7 @@ from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import fake_quant, fake_quant_backward, fake_quant_backward_out, fake_quant_out
 from qkernels.ops.linear import linear, linear_pack
 from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out
+from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
 
@@ -37,6 +38,10 @@ __all__ = [
     "lsq_backward_out",
     "max_pool",
     "mul",
+    "observe",
+    "observe_fake_quant",
+    "observe_fake_quant_out",
+    "observe_minmax",
     "quantize",
     "quantize_out",
 ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels.ops.eager import is_eager, needs_grad
+
 _ops = torch.ops.qkernels
 
 
@@ -25,7 +27,11 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, q
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    return _ops.fake_quant.default(x, scale, zero_point, axis, qmin, qmax)
+    if not is_eager(x):
+        return _ops.fake_quant.default(x, scale, zero_point, axis, qmin, qmax)
+    if needs_grad(x):
+        return _FakeQuant.apply(x, scale, zero_point, axis, qmin, qmax)
+    return fake_quant_out(x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
 
 
 def fake_quant_out(
@@ -59,6 +65,8 @@ def fake_quant_backward(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    if is_eager(x) and not needs_grad(grad):
+        return fake_quant_backward_out(grad, x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
     return _ops.fake_quant_backward.default(grad, x, scale, zero_point, axis, qmin, qmax)
 
 
@@ -95,6 +103,20 @@ def _(grad, x, scale, zero_point, axis, qmin, qmax):
 @torch.library.register_fake("qkernels::fake_quant_backward_out")
 def _(grad, x, scale, zero_point, axis, qmin, qmax, out):
     return None
+
+
+class _FakeQuant(torch.autograd.Function):
+    """What register_autograd below does, at half its cost for a small tensor."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, axis, qmin, qmax):
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.grid = axis, qmin, qmax
+        return fake_quant_out(x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return fake_quant_backward(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None, None
 
 
 def _keep_forward(ctx, inputs, output):

@@ -22,6 +22,8 @@ FRIENDS = {
     "fake_quant_backward": {"quantize"},
     "gemm": {"pointwise"},
     "plan": {"conv", "gemm", "pointwise", "pool", "quantize"},
+    "foreach": {"fake_quant", "fake_quant_backward", "observe", "quantize"},
+    "observe": {"fake_quant", "quantize"},
 }
 
 # Threads, streams and exceptions belong to the caller.

@@ -165,3 +165,28 @@ _CONVS = [
 ]
 SAMPLES["conv_pack"] = [lambda c=c: _conv_pack_args(*c) for c in _CONVS]
 SAMPLES["conv"] = [lambda c=c: _conv_args(*c) for c in _CONVS]
+
+# ---- observe ----
+
+
+def _observer_state(channels: int, seen: bool) -> tuple:
+    low, high = torch.full((channels,), -1.0), torch.full((channels,), 1.5)
+    if not seen:
+        low, high = torch.full((channels,), float("inf")), torch.full((channels,), float("-inf"))
+    return low, high, torch.zeros(channels), torch.zeros(channels, dtype=torch.int32)
+
+
+SAMPLES["observe_minmax"] = [
+    lambda: (torch.randn(3, 5), None),
+    lambda: (torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), 1),
+    lambda: (torch.randn(0, 4), -1),
+]
+SAMPLES["observe"] = [
+    lambda: (torch.randn(3, 5), *_observer_state(1, False), None, None, 0, 255, False, 1e-12, None, "x"),
+    lambda: (torch.randn(3, 5), *_observer_state(3, True), torch.zeros(2, dtype=torch.int64), 0, -127, 127, True, 1e-12,
+             0.1, "x"),
+]  # fmt: skip
+SAMPLES["observe_fake_quant_out"] = [
+    lambda: (torch.randn(3, 5), *_observer_state(3, True), None, 0, -127, 127, True, 1e-12, 0.1, "x",
+             torch.empty(3, 5)),
+]  # fmt: skip
