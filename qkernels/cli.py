@@ -1,4 +1,4 @@
-"""The command line: `python -m qkernels info | selftest | demo`."""
+"""The command line: `python -m qkernels info | selftest | demo | bench`."""
 
 import argparse
 import json
@@ -26,6 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--out", default="qkernels_demo.png", help="the picture (default: %(default)s)")
     command.add_argument("--json", help="also write the numbers there")
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser("bench", help="time whole networks against the engines that are installed")
+    command.add_argument(
+        "--model",
+        default="mobilenet_v2,resnet18,resnet50,efficientnet_lite0",
+        help="separated by commas; names other than the default ones are torchvision's (default: %(default)s)",
+    )
+    command.add_argument("--batch", default="1", help="batch sizes, separated by commas (default: %(default)s)")
+    command.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
+    command.add_argument("--peers", default="torch,ort,openvino", help="'' for none (default: %(default)s)")
+    command.add_argument("--threads", type=int, default=1, help="of every engine (default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=9, help="blocks of each engine (default: %(default)s)")
+    command.add_argument("--onednn-isa", default="", help="ONEDNN_MAX_CPU_ISA of torch and OpenVINO")
+    command.add_argument("--json", help="also write the numbers there")
+    command.add_argument("--plot", help="also draw them there (needs matplotlib)")
+    command.set_defaults(run=_bench)
 
     options = parser.parse_args(arguments)
     return options.run(options)
@@ -55,3 +71,19 @@ def _demo(options: argparse.Namespace) -> int:
     from qkernels.demo import run
 
     return run(options.data, options.root, options.epochs, options.out, options.json)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from qkernels.bench.command import run
+
+    return run(
+        models=options.model.split(","),
+        batches=[int(batch) for batch in options.batch.split(",")],
+        size=options.size,
+        peers=[peer for peer in options.peers.split(",") if peer],
+        threads=options.threads,
+        rounds=options.rounds,
+        onednn_isa=options.onednn_isa,
+        json_path=options.json,
+        plot_path=options.plot,
+    )

@@ -233,7 +233,7 @@ def main() -> None:
 
     engines = args.engines.split(",")
     env = {"ONEDNN_MAX_CPU_ISA": args.onednn_isa} if args.onednn_isa else {}
-    workers = [Worker(os.path.abspath(__file__), engine, args.threads, env) for engine in engines]
+    workers = [Worker([os.path.abspath(__file__)], engine, args.threads, env) for engine in engines]
     shapes = read_shapes(BENCH / "shapes" / f"{args.kind}.txt")
     results, slower = {}, []
     print(f"{'shape':34s}" + "".join(f"{engine:>14s}" for engine in engines) + f"{'vs best peer':>14s}{'GMAC/s':>9s}")

@@ -1,0 +1,1 @@
+"""`python -m qkernels bench`: whole networks on this machine, against the engines that are installed."""

@@ -1,0 +1,69 @@
+"""`python -m qkernels bench`: the table, the JSON and the picture of what is installed; and its own networks."""
+
+import json
+
+import pytest
+import torch
+
+from qkernels.bench.engines import ENGINES
+from qkernels.bench.networks import NETWORKS, float_network
+from qkernels.bench.table import against_best_int8_peer, table
+from qkernels.cli import main
+from qkernels.errors import InvalidArgument
+
+OURS = [name for name, engine in ENGINES.items() if not engine.peer]
+
+
+def test_command_times_our_engines_and_writes_what_it_found(tmp_path, capfd):
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = ["--model", "mobilenet_v2", "--size", "32", "--rounds", "1", "--peers", "", "--json", str(out)]
+    assert main(["bench", *arguments, "--plot", str(picture)]) == 0
+    printed = capfd.readouterr().out
+    written = json.loads(out.read_text())
+    assert list(written["results"]["mobilenet_v2_b1"]) == OURS
+    assert written["machine"]["cpu"]
+    assert written["packages"]["torch"]
+    assert written["threads"] == 1
+    for name in OURS:
+        assert written["results"]["mobilenet_v2_b1"][name]["ms_per_image"] > 0
+        assert ENGINES[name].label in printed
+    assert picture.stat().st_size > 5000
+
+
+def test_engine_that_fails_is_reported_and_the_command_fails(capfd):
+    arguments = ["bench", "--model", "no_such_network", "--size", "32", "--rounds", "1", "--peers", ""]
+    assert main(arguments) == 1
+    assert "'no_such_network'" in capfd.readouterr().out
+
+
+def test_unknown_peer_is_refused():
+    with pytest.raises(InvalidArgument, match=r"unknown peers \['tvm'\]"):
+        main(["bench", "--peers", "tvm"])
+
+
+def test_ratio_is_against_the_fastest_int8_peer():
+    row = {
+        "openvino_float": {"ms_per_image": 1.0},
+        "openvino_int8": {"ms_per_image": 4.0},
+        "torch_ao": {"ms_per_image": 5.0},
+        "ort_int8": {"error": "too slow"},
+        OURS[0]: {"ms_per_image": 3.0},
+    }
+    assert against_best_int8_peer(row, OURS[0]) == 0.75
+    assert against_best_int8_peer({OURS[0]: {"ms_per_image": 3.0}}, OURS[0]) is None
+    printed = table({"net_b1": row}, {"threads": 1, "packages": {}})
+    assert "0.75" in printed
+    assert "too slow" in printed
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("mobilenet_v2", 3504872), ("resnet18", 11689512),
+                                                  ("resnet50", 25557032), ("efficientnet_lite0", 4652008)])  # fmt: skip
+def test_networks_are_the_published_ones(name, parameters):
+    model = float_network(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_every_network_of_the_list_is_tested():
+    assert set(NETWORKS) == {"mobilenet_v2", "resnet18", "resnet50", "efficientnet_lite0"}
