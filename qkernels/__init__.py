@@ -23,6 +23,18 @@ from qkernels.core.prepare import prepare
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.recipe import Recipe
 from qkernels.core.state import load, save
+from qkernels.core.training import (
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+    freeze,
+    freeze_bn,
+    phase,
+    prepare_qat,
+    reestimate_bn,
+    unfreeze_bn,
+)
 from qkernels.core.verify import verify
 from qkernels.ops.machine import info
 from qkernels.report import compare
@@ -35,13 +47,23 @@ __all__ = [
     "calibrating",
     "compare",
     "convert",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
     "exact",
+    "freeze",
+    "freeze_bn",
     "info",
     "load",
     "nn",
     "ops",
+    "phase",
     "prepare",
+    "prepare_qat",
+    "reestimate_bn",
     "save",
+    "unfreeze_bn",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -159,7 +159,7 @@ class _Converter:
     def _keeps_grid(self, node: fx.Node) -> bool:
         """Whether this is an operation that keeps the grid, and its inputs are codes on one and the same grid."""
         op = self._integer_operation(node)
-        if op is None or op.kind not in o.SAME_GRID | {o.PASS, o.PAD, "cat"}:
+        if op is None or op.kind not in o.SAME_GRID | {o.PASS, o.PAD, o.DROPOUT, "cat"}:
             return False
         grids = [self.grids.get(n) for n in op.inputs]
         return grids[0] is not None and all(grid == grids[0] for grid in grids)
@@ -168,7 +168,9 @@ class _Converter:
         op = o.operation(node, self.modules)
         grid = self.grids[node] = self.grids[op.inputs[0]]
         inputs = tuple(self.codes[n] for n in op.inputs)
-        if op.kind == "cat":
+        if op.kind == o.DROPOUT:
+            self.codes[node] = inputs[0]
+        elif op.kind == "cat":
             layer = lower(unit_of(node, op, (grid,) * len(inputs), grid))
             self.codes[node] = self._call(self._path(node), layer, (list(inputs),), node)
         elif op.kind == o.PAD:
@@ -229,7 +231,11 @@ class _Converter:
             producer = self._integer_operation(before)
             if producer is not None and before not in self.codes and is_fused(producer.kind, op.kind):
                 clamp, node, op = clamp_of(op), before, producer
-        if op is None or op.kind in (o.PASS, o.PAD, "identity") or not all(n in self.codes for n in op.inputs):
+        if (
+            op is None
+            or op.kind in (o.PASS, o.PAD, o.DROPOUT, "identity")
+            or not all(n in self.codes for n in op.inputs)
+        ):
             return None
         try:
             layer = lower(unit_of(node, op, tuple(self.grids[n] for n in op.inputs), output, clamp))

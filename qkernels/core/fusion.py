@@ -5,10 +5,11 @@ layer: no grid between them.
 """
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qkernels.core.graph import modules_of, replace_module, share
 from qkernels.core.lowering import Clamp
+from qkernels.core.norm import scale_shift
 from qkernels.core.operations import BATCH_NORMS, CLAMPS, Operation, operation
 
 FUSED: frozenset[tuple[str, str]] = frozenset(
@@ -41,11 +42,13 @@ def has_constant_clamp(op: Operation) -> bool:
     return all(v is None or isinstance(v, (int, float)) for v in op.options.values())
 
 
-def fold_batch_norms(traced: fx.GraphModule, keep_float) -> None:
+def fold_batch_norms(traced: fx.GraphModule, keep_float, keep_norms: bool = False) -> dict[str, nn.Module]:
     """Folds each BatchNorm (eval mode) into the layer before it; one that follows none becomes a 1x1 convolution.
 
-    `keep_float(node)` says which nodes the recipe leaves alone. Folding is done in float64 and rounded once.
+    `keep_float(node)` says which nodes the recipe leaves alone. Folding is done in float64 and rounded once. With
+    `keep_norms` the layers stay as they are, and the norms that belong to them are returned by the layer's path.
     """
+    norms: dict[str, nn.Module] = {}
     modules = modules_of(traced)
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or type(modules.get(node.target)) not in BATCH_NORMS or keep_float(node):
@@ -60,30 +63,29 @@ def fold_batch_norms(traced: fx.GraphModule, keep_float) -> None:
             and before is not None
             and before.kind in ("linear", "conv")
             and not keep_float(source)
+            and source.target not in norms
             and (before.kind == "conv" or len(source.meta["value"].shape) == 2)
         ):
-            replace_module(traced, source.target, folded(before.module, norm))
+            if keep_norms:
+                norms[source.target] = norm
+            else:
+                replace_module(traced, source.target, folded(before.module, norm))
             source.meta["origin"] = node.meta["origin"]
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
         elif 3 <= len(source.meta["value"].shape) <= 5 and source.meta["value"].kind == "tensor":
-            replace_module(traced, node.target, as_convolution(norm, len(source.meta["value"].shape) - 2))
+            dims = len(source.meta["value"].shape) - 2
+            if keep_norms:
+                norms[node.target] = norm
+            replace_module(traced, node.target, ones(norm, dims) if keep_norms else as_convolution(norm, dims))
         modules = modules_of(traced)
     traced.recompile()
-
-
-def _scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """BatchNorm in eval mode is x * scale + shift; both in float64."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
-    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
-    scale = weight / torch.sqrt(var + norm.eps)
-    return scale, bias - mean * scale
+    return norms
 
 
 def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """`layer` followed by `norm` as one layer of the class of `layer`, with Parameters of its own."""
-    scale, shift = _scale_shift(norm)
+    scale, shift = scale_shift(norm)
     weight = layer.weight.detach().double()
     if getattr(layer, "transposed", False):  # [in, out / groups, ...]: group g of the inputs meets block g of scale
         blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])
@@ -100,9 +102,17 @@ def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
 
 def as_convolution(norm: nn.Module, dims: int) -> nn.Module:
     """The same function as a depthwise 1x1 convolution: one weight a channel, which an integer grid holds exactly."""
-    scale, shift = _scale_shift(norm)
+    scale, shift = scale_shift(norm)
     channels = scale.numel()
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](channels, channels, 1, groups=channels)
     conv.weight = nn.Parameter(scale.float().reshape(conv.weight.shape))
     conv.bias = nn.Parameter(shift.float())
+    return conv.eval()
+
+
+def ones(norm: nn.Module, dims: int) -> nn.Module:
+    """The depthwise 1x1 convolution that changes nothing: what a trained norm with no layer before it belongs to."""
+    channels, device = norm.num_features, norm.running_mean.device
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](channels, channels, 1, groups=channels, bias=False)
+    conv.weight = nn.Parameter(torch.ones_like(conv.weight, device=device), requires_grad=False)
     return conv.eval()

@@ -186,12 +186,15 @@ def modules_of(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
 # --- clean-up --------------------------------------------------------------------------------------------------------
 
 
-def simplify(traced: fx.GraphModule) -> None:
-    """Makes the graph plain: nothing in place, no dropout or identity, weights inside modules, one call a module."""
+def simplify(traced: fx.GraphModule, keep_dropout: bool = False) -> None:
+    """Makes the graph plain: nothing in place, no dropout or identity, weights inside modules, one call a module.
+
+    With `keep_dropout`, for training, dropouts stay, as modules.
+    """
     _positional_inputs(traced)
     _plain_max_pools(traced)
     _drop_in_place(traced)
-    _drop_identities(traced)
+    _drop_identities(traced, keep_dropout)
     _modules_from_calls(traced)
     _one_call_a_module(traced)
     traced.graph.eliminate_dead_code()
@@ -236,12 +239,14 @@ def _drop_in_place(traced: fx.GraphModule) -> None:
                     user.replace_input_with(node.args[0], node)
 
 
-def _drop_identities(traced: fx.GraphModule) -> None:
+def _drop_identities(traced: fx.GraphModule, keep_dropout: bool) -> None:
     modules = modules_of(traced)
     for node in list(traced.graph.nodes):
         op = operation(node, modules)
+        if keep_dropout and op is not None and op.kind == "dropout" and _as_dropout_module(traced, node, op):
+            continue
         skippable = node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth"
-        if op is not None and op.kind == "identity" and op.options.get("training", False) is not True:
+        if op is not None and op.kind in ("identity", "dropout") and op.options.get("training", False) is not True:
             if node.target is F.dropout and "training" not in op.options:
                 continue  # F.dropout drops by default, also in eval mode
             source = op.inputs[0]
@@ -251,6 +256,19 @@ def _drop_identities(traced: fx.GraphModule) -> None:
             continue
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
+
+
+def _as_dropout_module(traced: fx.GraphModule, node: fx.Node, op: Any) -> bool:
+    """Whether this is a dropout that training needs; a call that was off in eval mode becomes a module."""
+    if node.op == "call_module":
+        return op.module.p > 0
+    if op.options.get("training") is not False:
+        return False
+    name = _free_name(traced, node.name)
+    cls = {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}.get(node.target, nn.Dropout)
+    traced.add_module(name, cls(op.options.get("p", 0.5)).eval())
+    node.op, node.target, node.args, node.kwargs = "call_module", name, op.inputs, {}
+    return True
 
 
 def _modules_from_calls(traced: fx.GraphModule) -> None:

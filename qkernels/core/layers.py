@@ -1,7 +1,13 @@
 """Float layers with a quantized weight: torch's own layers with a Quantizer between the weight and the computation.
 
 The layer keeps the original Parameters under their original names; `quantizers.weight` is what is added, and, where
-the recipe asks for corrections, `weight_correction` and `bias_correction`.
+the recipe asks for corrections, `weight_correction` and `bias_correction`. One that is trained may also carry what
+follows it: a batch normalization (`norm`) and a fused activation (`clamp`).
+
+Batch normalization in training is simulated with one convolution. Where every channel has a symmetric grid of its own
+the grid lies on the weight itself: scaling a channel scales its grid and leaves the codes alone, so nothing need be
+scaled before. Otherwise the weight is scaled by gamma / sigma of the running statistics, quantized, and the output
+scaled back.
 """
 
 from collections.abc import Collection
@@ -11,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkernels.core.qspec import QParams
+from qkernels.core.lowering import Clamp
+from qkernels.core.norm import Norm, scale_shift
+from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 
@@ -26,20 +34,26 @@ class Prepared:
     float_class: ClassVar[type[nn.Module]]
     weight_correction: Tensor | None
     bias_correction: Tensor | None
+    norm: Norm | None
+    clamp: Clamp | None
+    trained: bool
 
     @classmethod
-    def of(cls, layer: nn.Module, recipe: TensorRecipe, path: str) -> nn.Module:
+    def of(
+        cls, layer: nn.Module, recipe: TensorRecipe, path: str, norm: nn.Module | None = None, trained: bool = False
+    ) -> nn.Module:
         """A prepared layer with the Parameters, options and hooks of `layer`."""
         prepared = cls.__new__(cls)
         prepared.__dict__.update(layer.__dict__)
         for table in ("_parameters", "_buffers", "_modules"):
             prepared.__dict__[table] = dict(layer.__dict__[table])
         channels = prepared.rows(layer.weight).shape[0]
-        prepared.quantizers = nn.ModuleDict(
-            {"weight": Quantizer(recipe, f"{path}.weight", channels).to(layer.weight.device)}
-        )
+        quantizer = Quantizer(recipe, f"{path}.weight", channels, trained, is_weight=True)
+        prepared.quantizers = nn.ModuleDict({"weight": quantizer.to(layer.weight.device)})
         prepared.register_buffer("weight_correction", None)
         prepared.register_buffer("bias_correction", None)
+        prepared.trained, prepared.clamp = trained, None
+        prepared.norm = None if norm is None else Norm.of(norm)
         return prepared
 
     def with_corrections(self, names: Collection[str]) -> "Prepared":
@@ -55,12 +69,7 @@ class Prepared:
         """What was corrected, by name; empty if the recipe asks for nothing."""
         return {name: c for name in ("weight_correction", "bias_correction") if (c := getattr(self, name)) is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.quantized_weight(), self.corrected_bias())
-
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the float layer computes, with this weight and bias."""
-        raise NotImplementedError
+    # -- what each class says
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight with the output channels first: where per-channel grids have their axis 0."""
@@ -69,13 +78,50 @@ class Prepared:
     def from_rows(self, rows: Tensor) -> Tensor:
         return rows
 
-    def quantized_weight(self) -> Tensor:
-        """The weight as the integers will stand for it."""
-        return self.from_rows(self.quantizers["weight"](self._corrected_rows()))
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the float layer computes, with this weight and bias."""
+        raise NotImplementedError
 
-    def corrected_weight(self) -> Tensor:
-        """What is rounded to nearest to get the codes."""
-        return self.from_rows(self._corrected_rows())
+    # -- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            y = self.normalized(x)
+        else:
+            y = self.compute(x, self.quantized_weight(), self.corrected_bias())
+        clamp = self.clamp
+        if clamp is None:
+            return y
+        return F.relu(y) if clamp == RELU else torch.clamp(y, clamp.low, clamp.high)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight (folded, if there is a norm to fold) as the integers will stand for it."""
+        quantizer, rows = self.quantizers["weight"], self._corrected_rows()
+        if self.norm is None:
+            return self.from_rows(quantizer(rows))
+        scale = along(self.norm.scale(), rows)
+        return self.from_rows(quantizer(rows) * scale if self.grid_is_on_weight() else quantizer(rows * scale))
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """The layer and its batch normalization."""
+        norm, quantizer = self.norm, self.quantizers["weight"]
+        if not norm.live:
+            return self.compute(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
+        rows = self.rows(self.weight)
+        if self.grid_is_on_weight():
+            return norm(self.compute(x, self.from_rows(quantizer(rows)), self.bias))
+        scale = away_from_zero(norm.scale())
+        y = self.compute(x, self.from_rows(quantizer(rows * along(scale, rows))), None)
+        y = y / self.along_output(scale)
+        return norm(y if self.bias is None else y + self.along_output(self.bias))
+
+    def along_output(self, channels: Tensor) -> Tensor:
+        return channels.reshape(-1, *[1] * (self.weight.dim() - 2))
+
+    def grid_is_on_weight(self) -> bool:
+        """Whether the codes do not change when a channel is multiplied by a number."""
+        spec = self.quantizers["weight"].spec
+        return spec.per_channel and spec.symmetric and spec.qmin == -spec.qmax
 
     def corrected_bias(self) -> Tensor | None:
         if self.bias_correction is None or not self._is_rounded():
@@ -89,15 +135,75 @@ class Prepared:
     def _is_rounded(self) -> bool:
         return self.quantizers["weight"].state in (State.FAKE_QUANT, State.FROZEN)
 
-    def weight_qparams(self) -> QParams:
-        """The grid of the weight, its axis in the layout of `weight`."""
-        return self.quantizers["weight"].qparams()
+    # -- calibration and conversion
+
+    def corrected_weight(self) -> Tensor:
+        """What is rounded to nearest to get the codes."""
+        return self.from_rows(self._corrected_rows())
+
+    def observed_weight(self) -> Tensor:
+        """What the weight's Quantizer gets to see."""
+        rows = self.rows(self.weight)
+        if self.norm is None or self.grid_is_on_weight():
+            return rows
+        return rows * along(self.norm.scale(), rows)
 
     def observe_weight(self) -> None:
         """Lets the weight's observer see the weight of now, and nothing else."""
         quantizer = self.quantizers["weight"]
         quantizer.observer.reset()
-        quantizer.observer.observe(self.rows(self.weight))
+        quantizer.observer.observe(self.observed_weight())
+
+    def weight_qparams(self) -> QParams:
+        """The grid of the weight, its axis in the layout of `weight`."""
+        return self.canonical()[2]
+
+    @torch.no_grad()
+    def canonical(self) -> tuple[Tensor, Tensor | None, QParams]:
+        """Weight, bias and weight grid of the integer layer, the norm folded in; the weight of a trained layer lies on
+        its grid already, so that the integers are those it was trained with.
+        """
+        quantizer, bias = self.quantizers["weight"], self.corrected_bias()
+        grid = quantizer.qparams()
+        if not self.trained:
+            return self.corrected_weight().detach(), None if bias is None else bias.detach(), self.in_layout(grid)
+        rows = quantizer.on_grid(self.observed_weight())
+        if self.norm is not None:
+            scale, shift = scale_shift(self.norm)
+            bias = (shift if bias is None else bias.double() * scale + shift).to(torch.float32)
+            if self.grid_is_on_weight():
+                rows, grid = rescaled(rows, grid, scale.to(torch.float32))
+        return self.from_rows(rows), None if bias is None else bias.detach(), self.in_layout(grid)
+
+    def in_layout(self, grid: QParams) -> QParams:
+        """The grid of the rows with its axis in the layout of `weight`."""
+        return grid
+
+
+RELU = Clamp(0.0)
+
+
+def along(channels: Tensor, rows: Tensor) -> Tensor:
+    return channels.reshape(-1, *[1] * (rows.dim() - 1))
+
+
+def away_from_zero(scale: Tensor) -> Tensor:
+    """`scale` with its smallest magnitudes raised: a channel that gamma has switched off can still be divided by."""
+    floor = scale.detach().abs().amax() * 2.0**-10
+    floor = torch.where(floor > 0, floor, torch.ones_like(floor))
+    return torch.where(scale.abs() >= floor, scale, torch.where(scale < 0, -floor, floor))
+
+
+def rescaled(rows: Tensor, grid: QParams, scale: Tensor) -> tuple[Tensor, QParams]:
+    """Rows on a symmetric grid, each multiplied by its element of `scale`: the same codes up to their sign.
+
+    A row that vanishes becomes zero on the old grid.
+    """
+    factor = scale.abs()
+    alive = grid.scale * factor >= MIN_SCALE
+    new = torch.where(alive, grid.scale * factor, grid.scale)
+    codes = torch.round(rows / along(grid.scale, rows)) * along(torch.sign(scale) * alive, rows)
+    return codes * along(new, rows), QParams(new, grid.zero_point, grid.axis, grid.qmin, grid.qmax, grid.dtype)
 
 
 class PreparedLinear(Prepared, nn.Linear):
@@ -137,8 +243,7 @@ class _PreparedConvTranspose(Prepared):
         blocks = rows.reshape(self.groups, group, self.in_channels // self.groups, *rows.shape[2:])
         return blocks.transpose(1, 2).reshape(self.in_channels, group, *rows.shape[2:])
 
-    def weight_qparams(self) -> QParams:
-        grid = super().weight_qparams()
+    def in_layout(self, grid: QParams) -> QParams:
         axis = None if grid.axis is None else 1
         return QParams(grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax, grid.dtype)
 

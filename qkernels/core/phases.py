@@ -56,7 +56,8 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
         hook.remove()
         for quantizer in watched:
             quantizer.choose()
-            quantizer.state = State.FAKE_QUANT
+        for quantizer, (state, _) in zip(watched, before, strict=True):
+            quantizer.state = State.TRAIN if state is State.TRAIN else State.FAKE_QUANT
         for correction in corrections:
             correction.zero_()
         if wanted and samples.count == 0:

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
-from qkernels.core.fusion import fold_batch_norms, has_constant_clamp, is_fused
+from qkernels.core.fusion import clamp_of, fold_batch_norms, has_constant_clamp, is_fused
 from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.lowering import LoweringUnit, lower, lowerable_kinds
@@ -69,20 +70,30 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
     ...     _ = prepared(torch.randn(8, 4))
     >>> converted = qkernels.convert(prepared)
     """
+    check_float(model, "prepare")
+    return prepare_model(model, example_inputs, make_recipe(recipe, **options))
+
+
+def check_float(model: nn.Module, verb: str) -> None:
     if not isinstance(model, nn.Module):
-        raise InvalidType(f"prepare: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise InvalidType(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(m, Quantizer) for m in model.modules()):
-        raise InvalidArgument("prepare: the model is prepared already")
-    recipe = make_recipe(recipe, **options)
+        raise InvalidArgument(f"{verb}: the model is prepared already")
+
+
+def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained: bool = False) -> nn.Module:
+    """`prepare`; with `trained` nothing is folded or dropped that training needs."""
+    if trained:
+        recipe = replace(recipe, corrections=())  # training makes up for rounding by itself
     args, kwargs = g.arguments(example_inputs)
     work = copy.deepcopy(model).eval()
     _bake_parametrizations(work)
     try:
-        prepared: nn.Module = prepare_graph(work, args, kwargs, recipe)
+        prepared: nn.Module = prepare_graph(work, args, kwargs, recipe, trained=trained)
     except Untraceable as error:
-        prepared = _prepare_parts(work, args, kwargs, recipe, str(error))
+        prepared = _prepare_parts(work, args, kwargs, recipe, str(error), trained)
     if not prepared.report.integer:
-        warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=2)
+        warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=3)
     return prepared
 
 
@@ -103,7 +114,9 @@ def _bake_parametrizations(model: nn.Module) -> None:
 # --- a model with a graph --------------------------------------------------------------------------------------------
 
 
-def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, prefix: str = "") -> PreparedModel:
+def prepare_graph(
+    model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, prefix: str = "", trained: bool = False
+) -> PreparedModel:
     """The prepared graph of `model`, which lies at `prefix` in the whole model. Uses up `model`.
 
     Raises:
@@ -117,15 +130,17 @@ def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, p
         next(n for n in traced.graph.nodes if n.target == "layer").meta["path"] = ""
     with torch.no_grad():
         expected = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    g.simplify(traced)
+    g.simplify(traced, keep_dropout=trained)
 
     def rule(node: fx.Node) -> Override:
         path = ".".join(p for p in (prefix, node.meta["path"]) if p)
         return recipe.for_module(path, [type_name(t) for t in node.meta["types"]])
 
-    fold_batch_norms(traced, lambda node: rule(node).skip)
-    plan = _Plan(traced, rule, [correction.name for correction in recipe.corrections])
+    norms = fold_batch_norms(traced, lambda node: rule(node).skip, keep_norms=trained)
+    plan = _Plan(traced, rule, norms, [correction.name for correction in recipe.corrections], trained)
     plan.insert_quantizers()
+    if trained:
+        plan.move_clamps()
     prepared = PreparedModel(traced, traced.graph, type(model).__name__).eval()
     prepared.meta["report"] = plan.report(prefix)
     prepared.meta["recipe"] = recipe
@@ -138,8 +153,11 @@ def prepare_graph(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, p
 class _Plan:
     """Which nodes are integer, and where Quantizers go."""
 
-    def __init__(self, traced: fx.GraphModule, rule, corrections: list[str]):
-        self.traced, self.rule, self.corrections = traced, rule, corrections
+    def __init__(
+        self, traced: fx.GraphModule, rule, norms: dict[str, nn.Module], corrections: list[str], trained: bool
+    ):
+        self.traced, self.rule, self.norms = traced, rule, norms
+        self.corrections, self.trained = corrections, trained
         self.modules = g.modules_of(traced)
         self.nodes = list(traced.graph.nodes)
         self.readers = {node: list(node.users) for node in self.nodes}  # before any Quantizer
@@ -159,13 +177,13 @@ class _Plan:
     def _why_float(self, node: fx.Node) -> str | None:
         """Why this node cannot be integer; None if it can."""
         op, value = self.operations[node], node.meta.get("value")
-        if op is None or op.kind == "identity":
+        if op is None or op.kind == "identity" or (op.kind == o.DROPOUT and node.op != "call_module"):
             return f"no integer layer for {_called(node, self.modules)}"
         if self.rule(node).skip:
             return "skipped by the recipe"
         if not value.is_float or not all(n.meta["value"].is_float for n in op.inputs):
             return "does not compute float32 tensors"
-        if op.kind == o.PASS:
+        if op.kind in (o.PASS, o.DROPOUT):
             return None
         if op.kind == o.PAD:
             return self._why_float_pad(op)
@@ -267,7 +285,7 @@ class _Plan:
     def owns_grid(self, node: fx.Node) -> bool:
         """Whether the output of this integer node goes onto a grid of its own."""
         kind = self.operations[node].kind
-        if kind in o.SAME_GRID or kind in (o.PASS, o.PAD, "cat"):
+        if kind in o.SAME_GRID or kind in (o.PASS, o.PAD, o.DROPOUT, "cat"):
             return False
         readers = self.readers[node]
         if len(readers) == 1 and self._is_fused_clamp(readers[0]):
@@ -296,7 +314,9 @@ class _Plan:
             if owner not in quantizers:
                 path = f"{QUANTIZERS}.{owner.name}"
                 source = self._layer_of(owner).meta["path"]
-                self.traced.add_submodule(path, Quantizer(self.activation(owner), source).to(device))
+                self.traced.add_submodule(
+                    path, Quantizer(self.activation(owner), source, None, self.trained).to(device)
+                )
                 quantizers[owner] = path
             with self.traced.graph.inserting_after(last_input if value.op == "placeholder" else value):
                 node = self.traced.graph.call_module(quantizers[owner], (value,))
@@ -346,7 +366,7 @@ class _Plan:
             kind = self.operations[node].kind
             if kind == "cat" or self.owns_grid(node):
                 return owners.get(node, node)
-            if kind in o.SAME_GRID or kind in (o.PASS, o.PAD):
+            if kind in o.SAME_GRID or kind in (o.PASS, o.PAD, o.DROPOUT):
                 above = self.operations[node].inputs[0]
                 if not self._is_integer_value(above):
                     return above
@@ -376,10 +396,27 @@ class _Plan:
 
     def _wrap_weighted(self) -> None:
         for node in self.nodes:
+            norm = self.norms.get(node.target) if node.op == "call_module" else None
             if node in self.integer and self.operations[node].kind in o.WEIGHTED:
                 layer = self.operations[node].module
-                wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target)
+                wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target, norm, self.trained)
                 g.replace_module(self.traced, node.target, wrapped.with_corrections(self.corrections))
+            elif norm is not None:
+                g.replace_module(self.traced, node.target, nn.Sequential(self.modules[node.target], norm))
+
+    def move_clamps(self) -> None:
+        """Makes each fused clamp part of the weighted layer before it."""
+        modules = g.modules_of(self.traced)
+        for node in self.nodes:
+            layer = self._fused_into(node)
+            if layer is None or self.operations[layer].kind not in o.WEIGHTED:
+                continue
+            modules[layer.target].clamp = clamp_of(self.operations[node])
+            layer.meta["origin"] = node.meta["origin"]
+            node.replace_all_uses_with(layer)
+            self.traced.graph.erase_node(node)
+        self.traced.graph.lint()
+        self.traced.recompile()
 
     def report(self, prefix: str) -> PrepareReport:
         rows = []
@@ -389,7 +426,7 @@ class _Plan:
                 continue
             if value.kind == "other" and node.op != "call_module":
                 continue
-            if op is not None and op.kind == o.PASS:
+            if op is not None and op.kind in (o.PASS, o.DROPOUT):
                 continue
             name = ".".join(p for p in (prefix, node.meta["path"]) if p)
             kind = _called(node, self.modules) if op is None else op.kind
@@ -426,17 +463,19 @@ def unit_of(
     layer = op.module
     if stand_in:
         weight, grid = layer.weight.detach()[:0], QParams.per_tensor(1.0, 0, -127, 127, torch.int8)
+        bias = None if layer.bias is None else layer.bias.detach()
     else:
-        weight, grid = layer.corrected_weight().detach(), layer.weight_qparams()
-    bias = layer.bias if stand_in else layer.corrected_bias()
-    bias = None if bias is None else bias.detach()
+        weight, bias, grid = layer.canonical()
+        clamp = layer.clamp if clamp is None else clamp
     return LoweringUnit(op.kind, inputs, output, layer, options, weight, bias, grid, clamp)
 
 
 # --- a model without a graph -----------------------------------------------------------------------------------------
 
 
-def _prepare_parts(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, reason: str) -> nn.Module:
+def _prepare_parts(
+    model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, reason: str, trained: bool = False
+) -> nn.Module:
     """Prepares every part of `model` that has a graph, in place; the code between the parts stays as it is."""
     with torch.no_grad():
         expected = copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
@@ -457,7 +496,7 @@ def _prepare_parts(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, 
                 why = "skipped by the recipe"
             elif id(child) in calls:
                 try:
-                    prepared = prepare_graph(child, *calls[id(child)], recipe, here)
+                    prepared = prepare_graph(child, *calls[id(child)], recipe, here, trained)
                 except Untraceable as error:
                     why = f"has no graph: {error}"
                 else:

@@ -52,6 +52,11 @@ class QSpec:
         if not MIN_SCALE <= self.min_scale <= MAX_SCALE:
             raise InvalidArgument(f"QSpec: min_scale must be in [2**-50, 2**50], got {self.min_scale}")
 
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return (self.qmin + self.qmax + 1) // 2
+
     @classmethod
     def activation(cls, bits: int = 8, dtype: torch.dtype = torch.uint8, symmetric: bool = False) -> "QSpec":
         """One affine grid for the whole tensor; 8 bit uint8 unless told otherwise."""
@@ -184,13 +189,16 @@ def choose_qparams(spec: QSpec, low: Tensor, high: Tensor) -> QParams:
     low, high = low.detach().to(torch.float32).reshape(-1), high.detach().to(torch.float32).reshape(-1)
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise InvalidArgument(f"choose_qparams: need finite low <= high, got {low.tolist()} and {high.tolist()}")
+    axis = spec.axis if spec.per_channel else None
+    return QParams(*grid_values(spec, low, high), axis, spec.qmin, spec.qmax, spec.dtype)
+
+
+def grid_values(spec: QSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose_qparams` as tensors, unchecked: (scale float32, zero_point int32). For training, where nothing waits."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     steps = spec.qmax - spec.qmin
     scale = torch.maximum(-low, high) / (steps / 2) if spec.symmetric else (high - low) / float(steps)
     scale = torch.where(scale > 0, scale.clamp(spec.min_scale, MAX_SCALE), torch.ones_like(scale))
     if spec.symmetric:
-        zero_point = torch.full_like(scale, (spec.qmin + spec.qmax + 1) // 2, dtype=torch.int32)
-    else:
-        zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax).to(torch.int32)
-    axis = spec.axis if spec.per_channel else None
-    return QParams(scale, zero_point, axis, spec.qmin, spec.qmax, spec.dtype)
+        return scale, torch.full_like(scale, spec.middle, dtype=torch.int32)
+    return scale, (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax).to(torch.int32)

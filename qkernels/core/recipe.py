@@ -13,6 +13,7 @@ from qkernels.core.corrections import Correction, correction_from_config, correc
 from qkernels.core.corrections import corrections as correction_values
 from qkernels.core.observers import OBSERVERS, make_observer
 from qkernels.core.qspec import QSpec
+from qkernels.core.rules import RULES, make_rule
 from qkernels.errors import InvalidArgument, InvalidType
 
 FORMAT = 1
@@ -21,14 +22,26 @@ Options = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class TensorRecipe:
-    """How one kind of tensor gets its grid: the kind of grid, the observer by name, and the observer's options."""
+    """How one kind of tensor gets its grid: the kind of grid, the observer by name, and the observer's options.
+
+    `rule` and `rule_options` say how the grid behaves in training (`prepare_qat`); calibration does without.
+    """
 
     spec: QSpec
     observer: str = "minmax"
     options: Options = ()
+    rule: str = "ste"
+    rule_options: Options = ()
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        object.__setattr__(self, "rule_options", tuple(sorted(dict(self.rule_options).items())))
+        if self.rule not in RULES:
+            raise InvalidArgument(f"unknown rule {self.rule!r}; there are {sorted(RULES)}")
+        try:
+            make_rule(self.rule, self.spec, 1, **dict(self.rule_options))
+        except TypeError as error:
+            raise InvalidArgument(f"rule {self.rule!r}: {error}") from error
         if self.observer not in OBSERVERS:
             raise InvalidArgument(f"unknown observer {self.observer!r}; there are {sorted(OBSERVERS)}")
         try:
@@ -37,11 +50,14 @@ class TensorRecipe:
             raise InvalidArgument(f"observer {self.observer!r}: {error}") from error
 
     def to_config(self) -> dict:
-        return {"spec": self.spec.to_config(), "observer": self.observer, "options": dict(self.options)}
+        config = {"spec": self.spec.to_config(), "observer": self.observer, "options": dict(self.options)}
+        return config | {"rule": self.rule, "rule_options": dict(self.rule_options)}
 
     @classmethod
     def from_config(cls, config: dict) -> "TensorRecipe":
-        return cls(QSpec.from_config(config["spec"]), config["observer"], tuple(config["options"].items()))
+        spec, options = QSpec.from_config(config["spec"]), tuple(config["options"].items())
+        rule_options = tuple(config.get("rule_options", {}).items())
+        return cls(spec, config["observer"], options, config.get("rule", "ste"), rule_options)
 
 
 @dataclass(frozen=True)
@@ -217,6 +233,9 @@ def make_recipe(
     activation_bits: int | None = None,
     symmetric_activations: bool | None = None,
     corrections: "str | Correction | Iterable[str | Correction] | None" = None,
+    rule: str | None = None,
+    weight_rule: str | None = None,
+    activation_rule: str | None = None,
     skip: Iterable["str | type | re.Pattern"] = (),
 ) -> Recipe:
     """A recipe from a name or a Recipe, changed by keyword options.
@@ -230,6 +249,7 @@ def make_recipe(
         symmetric_activations: the zero point is the middle code.
         corrections: what is done against rounding errors at the end of calibration: names ("bias", "adaround") or
             values of `qkernels.core.corrections`; () for nothing.
+        rule: how grids behave in training, see `qkernels.core.rules`; weight_rule and activation_rule set one of them.
         skip: modules to leave float, each by path (its children included), Module class or compiled regex.
     """
     if isinstance(recipe, str):
@@ -260,6 +280,11 @@ def make_recipe(
         weight = replace(weight, spec=replace(weight.spec, per_channel=GRANULARITIES[weight_granularity]))
     if weight_observer is not None:
         weight = replace(weight, observer=weight_observer)
+    weight_rule, activation_rule = weight_rule or rule, activation_rule or rule
+    if weight_rule is not None:
+        weight = replace(weight, rule=weight_rule, rule_options=())
+    if activation_rule is not None:
+        activation = replace(activation, rule=activation_rule, rule_options=())
     if isinstance(skip, (str, type, re.Pattern)):
         skip = (skip,)
     corrections = recipe.corrections if corrections is None else correction_values(corrections)

@@ -1,0 +1,56 @@
+"""Batch normalization as part of the layer before it, while that layer is trained."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Norm(_BatchNorm):
+    """Live in training (batch statistics, running statistics updated); folded into the weight when frozen or in eval.
+
+    Parameters and buffers are those of the batch normalization that it was made of, under their names.
+    """
+
+    frozen: bool
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> "Norm":
+        """The same function, with the same Parameters and buffers."""
+        made = cls.__new__(cls)
+        made.__dict__.update(norm.__dict__)
+        for table in ("_parameters", "_buffers", "_modules"):
+            made.__dict__[table] = dict(norm.__dict__[table])
+        made.frozen = False
+        return made
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank: it was checked where the layer was."""
+
+    @property
+    def live(self) -> bool:
+        return self.training and not self.frozen
+
+    def scale(self) -> Tensor:
+        """The factor of each channel under the running statistics; differentiable by the weight."""
+        inverse = torch.rsqrt(self.running_var + self.eps)
+        return inverse if self.weight is None else self.weight * inverse
+
+    def shift(self, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The bias of the folded layer; differentiable."""
+        shift = -self.running_mean * scale if bias is None else (bias - self.running_mean) * scale
+        return shift if self.bias is None else shift + self.bias
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.frozen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.frozen = bool(state)
+
+
+def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode is x * scale + shift; both in float64."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
+    scale = weight / torch.sqrt(var + norm.eps)
+    return scale, bias - mean * scale

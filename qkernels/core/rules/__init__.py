@@ -1,0 +1,9 @@
+"""Rules: how a tensor gets onto a grid in training, and which gradients that has. One small file each.
+
+To add one, decorate a subclass of `Rule` with `@rule("name")` and import its file here; recipes then know it by name.
+"""
+
+from qkernels.core.rules.base import RULES, Rule, make_rule, rule
+from qkernels.core.rules.ste import StraightThrough
+
+__all__ = ["RULES", "Rule", "StraightThrough", "make_rule", "rule"]

@@ -1,0 +1,175 @@
+"""`prepare_qat` and the phases of training: what is watched, rounded and frozen, and when."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels.core.norm import Norm
+from qkernels.core.phases import run_batch
+from qkernels.core.prepare import check_float, prepare_model, prepared_layers, quantizers
+from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.recipe import Recipe, make_recipe
+from qkernels.errors import InvalidArgument
+
+FORWARDS = ("int8", "float")
+
+
+def prepare_qat(
+    model: nn.Module,
+    example_inputs: Any,
+    recipe: "str | Recipe" = "int8",
+    rule: str | None = None,
+    forward: str = "int8",
+    start_step: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """A copy of `model`, in training mode, that trains with quantized weights and activations.
+
+    Everything that follows calibration also follows training: `exact`, `verify`, `convert`, `save`, with the model in
+    eval mode or not. Batch normalization is folded for good by `convert`; until then it is trained as part of the layer
+    before it. The parameters are new objects: make the optimizer from the returned model.
+
+    Args:
+        model: a float32 module, trained or not.
+        example_inputs: as for `prepare`.
+        recipe: a name, or a `Recipe`. By name, activation ranges follow a moving average instead of a histogram.
+        rule: how grids are trained (see docs/training.md); None: as the recipe says, which is "ste" unless told.
+        forward: "int8": convolutions and linear layers run on the integer kernels in the forward where they have
+            one; "float": everything is simulated in float.
+        start_step: for so many training steps the quantizers of activations and weights only watch.
+        **options: changes to the recipe, as for `prepare`.
+
+    >>> import qkernels
+    >>> model = qkernels.prepare_qat(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(2, 4))
+    >>> model(torch.randn(8, 4)).sum().backward()
+    >>> converted = qkernels.convert(model)
+    """
+    check_float(model, "prepare_qat")
+    if forward not in FORWARDS:
+        raise InvalidArgument(f"prepare_qat: forward must be one of {list(FORWARDS)}, got {forward!r}")
+    if not isinstance(start_step, int) or start_step < 0:
+        raise InvalidArgument(f"prepare_qat: start_step must be a number of steps, got {start_step!r}")
+    if isinstance(recipe, str):
+        options = {"observer": "moving_average", **options}
+    prepared = prepare_model(model, example_inputs, make_recipe(recipe, rule=rule, **options), trained=True)
+    for layer in prepared_layers(prepared):
+        layer.observe_weight()
+        layer.quantizers["weight"].choose()
+    for quantizer in quantizers(prepared):
+        quantizer.state = State.TRAIN
+        quantizer.delay = start_step
+    return prepared.train()
+
+
+# --- phases ----------------------------------------------------------------------------------------------------------
+# Each function works on a whole model and under `model.apply`.
+
+_WATCHES = {State.FAKE_QUANT: State.TRAIN, State.OFF: State.OBSERVE}
+_IGNORES = {State.TRAIN: State.FAKE_QUANT, State.OBSERVE: State.OFF}
+_ROUNDS = {State.OBSERVE: State.TRAIN, State.OFF: State.FAKE_QUANT}
+_PASSES = {State.TRAIN: State.OBSERVE, State.FAKE_QUANT: State.OFF, State.FROZEN: State.OFF}
+
+
+def _move(model: nn.Module, moves: dict[State, State]) -> None:
+    for quantizer in quantizers(model):
+        quantizer.state = moves.get(quantizer.state, quantizer.state)
+
+
+def enable_observer(model: nn.Module) -> None:
+    """Grids follow the data (or are learned) again; frozen ones stay."""
+    _move(model, _WATCHES)
+
+
+def disable_observer(model: nn.Module) -> None:
+    """Grids stay as they are. Learned scales are Parameters: exclude them from the optimizer to stop those."""
+    _move(model, _IGNORES)
+
+
+def enable_fake_quant(model: nn.Module) -> None:
+    """Tensors are rounded to their grids again."""
+    _move(model, _ROUNDS)
+
+
+def disable_fake_quant(model: nn.Module) -> None:
+    """Tensors pass unchanged: the model computes in float."""
+    _move(model, _PASSES)
+
+
+def freeze(model: nn.Module) -> None:
+    """Grids stay as they are, also through calibration."""
+    _move(model, dict.fromkeys((State.TRAIN, State.FAKE_QUANT), State.FROZEN))
+
+
+def freeze_bn(model: nn.Module) -> None:
+    """Batch normalizations use their running statistics and leave them alone; gamma and beta still train."""
+    for norm in norms(model):
+        norm.frozen = True
+
+
+def unfreeze_bn(model: nn.Module) -> None:
+    """Batch normalizations use batch statistics in training, and update the running ones."""
+    for norm in norms(model):
+        norm.frozen = False
+
+
+def norms(model: nn.Module) -> Iterable[Norm]:
+    return (m for m in model.modules() if isinstance(m, Norm))
+
+
+@contextmanager
+def phase(model: nn.Module, *changes: Callable[[nn.Module], None]) -> Iterator[nn.Module]:
+    """Inside the block the model is as `changes` leave it; afterwards everything is as before.
+
+    >>> import qkernels
+    >>> model = qkernels.prepare_qat(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    >>> with qkernels.phase(model, qkernels.disable_fake_quant, qkernels.freeze_bn):
+    ...     y = model(torch.randn(2, 4))
+    """
+    states = [(q, q.state) for q in quantizers(model)]
+    frozen = [(norm, norm.frozen) for norm in norms(model)]
+    try:
+        for change in changes:
+            change(model)
+        yield model
+    finally:
+        for quantizer, state in states:
+            quantizer.state = state
+        for norm, was in frozen:
+            norm.frozen = was
+
+
+@torch.no_grad()
+def reestimate_bn(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> nn.Module:
+    """Replaces the running statistics of every batch normalization by the mean over `batches`, on quantized weights.
+
+    Worth doing at the end of training below 8 bits, where the moving statistics lag behind weights that jump between
+    codes. Grids stay as they are.
+
+    Args:
+        model: from `prepare_qat`.
+        batches, forward: as for `calibrate`.
+    """
+    run = forward or run_batch
+    found = list(norms(model))
+    before = [(norm, norm.training, norm.momentum) for norm in found]
+    with phase(model, disable_observer, unfreeze_bn):
+        try:
+            for norm in found:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch then averages over all batches
+                norm.train()
+            for batch in batches:
+                run(model, batch)
+        finally:
+            for norm, training, momentum in before:
+                norm.training, norm.momentum = training, momentum
+    return model
+
+
+def trained_quantizers(model: nn.Module) -> Iterable[Quantizer]:
+    return (q for q in quantizers(model) if q.rule is not None)
