@@ -54,6 +54,18 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "Tensor(d!) zero_point, Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool "
       "symmetric, float min_scale, float? momentum, str source, Tensor(f!) out) -> Tensor");
 
+  // Many tensors in one call (all weights of a model); axis -1: per tensor.
+  m.def(
+      "foreach_fake_quant(Tensor[] xs, Tensor[] scales, Tensor[] zero_points, int[] axes, int "
+      "qmin, int qmax) -> Tensor[]");
+  m.def(
+      "foreach_fake_quant_backward(Tensor[] grads, Tensor[] xs, Tensor[] scales, Tensor[] "
+      "zero_points, int[] axes, int qmin, int qmax) -> Tensor[]");
+  m.def(
+      "foreach_observe_fake_quant(Tensor[] xs, int[] axes, int qmin, int qmax, bool symmetric, "
+      "float min_scale, ScalarType? code_dtype) -> (Tensor[], Tensor[], Tensor[], Tensor[], "
+      "Tensor)");
+
   // Linear and convolution: *_pack makes an opaque uint8 tensor for the active ISA that holds the
   // weight, all grids and the epilogue; the run op takes it. epilogue: see
   // qkernels/ops/epilogue.py.

@@ -150,6 +150,37 @@ def observe_fake_quant(
     return fake_quant(x, scale, zero_point, axis, qmin, qmax)
 
 
+# -- many tensors ------------------------------------------------------------------------------------------------------
+
+
+def foreach_fake_quant(xs, scales, zero_points, axes, qmin: int, qmax: int) -> list[Tensor]:
+    each = zip(xs, scales, zero_points, axes, strict=True)
+    return [fake_quant(x, scale, zero_point, axis, qmin, qmax) for x, scale, zero_point, axis in each]
+
+
+def foreach_fake_quant_backward(grads, xs, scales, zero_points, axes, qmin: int, qmax: int) -> list[Tensor]:
+    each = zip(grads, xs, scales, zero_points, axes, strict=True)
+    return [fake_quant_backward(*tensors, axis, qmin, qmax) for *tensors, axis in each]
+
+
+def foreach_observe_fake_quant(
+    xs, axes, qmin: int, qmax: int, symmetric: bool, min_scale: float, code_dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    ys, codes, scales, zero_points = [], [], [], []
+    for x, axis in zip(xs, axes, strict=True):
+        channels = 1 if axis is None else x.shape[axis]
+        low, high = torch.full((channels,), float("inf")), torch.full((channels,), float("-inf"))
+        scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+        grid = axis, qmin, qmax
+        observe(x, low, high, scale, zero_point, None, *grid, symmetric, min_scale, None, "x")
+        ys.append(fake_quant(x, scale, zero_point, *grid))
+        if code_dtype is not None:
+            codes.append(quantize(x, scale, zero_point, *grid, code_dtype))
+        scales.append(scale)
+        zero_points.append(zero_point)
+    return ys, codes, scales, zero_points
+
+
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, dtype: torch.dtype
 ) -> Tensor:

@@ -156,7 +156,20 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
   }
 
+  // The least and the greatest lane; no lane is NaN.
+  QK_INLINE float least(F a) {
+    __m128 v = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    v = _mm_min_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_min_ss(v, _mm_movehdup_ps(v)));
+  }
+  QK_INLINE float greatest(F a) {
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+  }
+
   QK_INLINE M none() { return _mm256_setzero_ps(); }
+  QK_INLINE M first_lanes(int64_t n) { return _mm256_castsi256_ps(first(n)); }
   QK_INLINE M ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   QK_INLINE M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   QK_INLINE M le(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }

@@ -185,7 +185,11 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
   }
 
+  QK_INLINE float least(F a) { return _mm512_reduce_min_ps(a); }
+  QK_INLINE float greatest(F a) { return _mm512_reduce_max_ps(a); }
+
   QK_INLINE M none() { return 0; }
+  QK_INLINE M first_lanes(int64_t n) { return lanes(n); }
   QK_INLINE M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   QK_INLINE M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   QK_INLINE M le(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }

@@ -5,44 +5,37 @@ QK_INLINE bool minmax_uniform(const MinMaxRun& run) {
   using F = typename V::F;
   constexpr int64_t kLanes = V::kLanes;
   const T* x = static_cast<const T*>(run.x);
-  F low[4], high[4];
+  F low = V::set(run.low[0]), high = V::set(run.high[0]);
   typename V::M nan = V::none();
-  for (int k = 0; k < 4; ++k) {
-    low[k] = V::set(run.low[0]);
-    high[k] = V::set(run.high[0]);
-  }
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= run.n; i += 4 * kLanes) {
-    F v[4];
-    for (int k = 0; k < 4; ++k) v[k] = V::get(x + i + k * kLanes);
-    for (int k = 0; k < 4; ++k) {
-      low[k] = V::min(v[k], low[k]);  // NaN: the second operand
-      high[k] = V::max(v[k], high[k]);
-    }
-    nan = V::either(nan, V::either(V::unordered(v[0], v[1]), V::unordered(v[2], v[3])));
-  }
-  for (; i + kLanes <= run.n; i += kLanes) {
-    const F v = V::get(x + i);
-    low[0] = V::min(v, low[0]);
-    high[0] = V::max(v, high[0]);
+  const auto take = [&](F v) __attribute__((always_inline)) {
+    low = V::min(v, low);  // NaN: the second operand
+    high = V::max(v, high);
     nan = V::either(nan, V::unordered(v, v));
+  };
+  int64_t i = 0;
+  if (run.n >= 4 * kLanes) {
+    F lows[4] = {low, low, low, low}, highs[4] = {high, high, high, high};
+    for (; i + 4 * kLanes <= run.n; i += 4 * kLanes) {
+      F v[4];
+      for (int k = 0; k < 4; ++k) v[k] = V::get(x + i + k * kLanes);
+      for (int k = 0; k < 4; ++k) {
+        lows[k] = V::min(v[k], lows[k]);
+        highs[k] = V::max(v[k], highs[k]);
+      }
+      nan = V::either(nan, V::either(V::unordered(v[0], v[1]), V::unordered(v[2], v[3])));
+    }
+    low = V::min(V::min(lows[0], lows[1]), V::min(lows[2], lows[3]));
+    high = V::max(V::max(highs[0], highs[1]), V::max(highs[2], highs[3]));
   }
-  for (int k = 1; k < 4; ++k) {
-    low[0] = V::min(low[k], low[0]);
-    high[0] = V::max(high[k], high[0]);
+  for (; i + kLanes <= run.n; i += kLanes) take(V::get(x + i));
+  if (i < run.n && run.n >= kLanes) {
+    take(V::get(x + run.n - kLanes));  // some elements twice: the extremes do not mind
+  } else if (i < run.n) {
+    take(V::select(V::first_lanes(run.n), V::get(x, run.n), V::set(to_float(x[0]))));
   }
-  alignas(64) float lows[kLanes], highs[kLanes];
-  V::put(lows, low[0]);
-  V::put(highs, high[0]);
-  for (int64_t k = 0; k < kLanes; ++k) {
-    if (lows[k] < run.low[0]) run.low[0] = lows[k];
-    if (highs[k] > run.high[0]) run.high[0] = highs[k];
-  }
-  bool any = V::bits(nan) != 0;
-  for (int64_t end = i + ((run.n - i) & (kLanes - 1)); i < end; ++i) {
-    any |= minmax_element<T>(run, i);
-  }
-  return any;
+  run.low[0] = V::least(low);
+  run.high[0] = V::greatest(high);
+  return V::bits(nan) != 0;
 }
 
 template <typename V, typename T>

@@ -7,6 +7,7 @@ from qkernels.ops.conv import conv, conv_output_size, conv_pack, conv_padding
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import fake_quant, fake_quant_backward, fake_quant_backward_out, fake_quant_out
+from qkernels.ops.foreach import foreach_fake_quant, foreach_fake_quant_backward, foreach_observe_fake_quant
 from qkernels.ops.linear import linear, linear_pack
 from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out
 from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
@@ -30,6 +31,9 @@ __all__ = [
     "fake_quant_backward",
     "fake_quant_backward_out",
     "fake_quant_out",
+    "foreach_fake_quant",
+    "foreach_fake_quant_backward",
+    "foreach_observe_fake_quant",
     "linear",
     "linear_pack",
     "lookup",

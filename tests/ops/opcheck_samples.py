@@ -190,3 +190,26 @@ SAMPLES["observe_fake_quant_out"] = [
     lambda: (torch.randn(3, 5), *_observer_state(3, True), None, 0, -127, 127, True, 1e-12, 0.1, "x",
              torch.empty(3, 5)),
 ]  # fmt: skip
+
+# ---- foreach ----
+
+
+def _weights(requires_grad: bool = False) -> list[torch.Tensor]:
+    return [torch.randn(4, 6, requires_grad=requires_grad), torch.randn(3, 2, 3, 3, requires_grad=requires_grad)]
+
+
+def _grids() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [grid(4)[0], grid()[0]], [grid(4)[1], grid()[1]]
+
+
+SAMPLES["foreach_fake_quant"] = [
+    lambda: (_weights(), *_grids(), [0, -1], -8, 7),
+    lambda: (_weights(requires_grad=True), *_grids(), [0, -1], -8, 7),
+]
+SAMPLES["foreach_fake_quant_backward"] = [
+    lambda: (_weights(), _weights(), *_grids(), [0, -1], -8, 7),
+]
+SAMPLES["foreach_observe_fake_quant"] = [
+    lambda: (_weights(), [0, -1], -127, 127, True, 1e-12, None),
+    lambda: (_weights(requires_grad=True), [0, 0], -128, 127, False, 1e-12, torch.int8),
+]
