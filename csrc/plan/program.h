@@ -1,0 +1,123 @@
+// A network made ready for one set of input shapes: a straight list of operations whose arguments
+// are complete except for the addresses of the arena, the inputs and the outputs.
+#pragma once
+
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "csrc/conv/conv.h"
+#include "csrc/gemm/linear.h"
+#include "csrc/plan/memory.h"
+#include "csrc/plan/move.h"
+#include "csrc/plan/shapes.h"
+#include "csrc/pool/pool.h"
+#include "csrc/quantize/quantize.h"
+
+namespace qk::plan {
+
+// An address that is known at the call: bases[base] + offset. Base 0 is the address space itself
+// (constants), 1 the arena, then come the inputs and the outputs.
+struct Ref {
+  int base = 0;
+  int64_t offset = 0;
+};
+
+struct QuantizeOp {
+  QuantizeArgs args;
+  Ref x, q;
+};
+struct DequantizeOp {
+  DequantizeArgs args;
+  Ref q, x;
+};
+struct LinearOp {
+  LinearArgs args;
+  Ref input, out, residual;
+};
+struct ConvOp {
+  ConvArgs args;
+  Ref input, out, residual, workspace;
+};
+struct PairOp {  // add and mul
+  BinaryArgs args;
+  Ref a, b, out;
+};
+struct MoveOp {
+  MoveArgs args;
+  Ref in, out;
+};
+struct FillOp {
+  int value = 0;
+  int64_t bytes = 0;
+  Ref out;
+};
+struct MaxPoolOp {
+  MaxPoolArgs args;
+  Ref q, out;
+};
+struct AvgPoolOp {
+  AvgPoolArgs args;
+  Ref q, out;
+};
+struct ResizeOp {
+  ResizeArgs args;
+  std::vector<int64_t> index[3];
+  Ref in, out;
+};
+
+using Operation = std::variant<QuantizeOp, DequantizeOp, LinearOp, ConvOp, PairOp, MoveOp, FillOp,
+                               MaxPoolOp, AvgPoolOp, ResizeOp>;
+
+// What a description of the plan says of one operation.
+struct OperationInfo {
+  int step = -1;  // of the model
+  std::string kind, kernel;
+  std::vector<std::string> inputs;  // such as "uint8 [1, 3, 224, 224]"
+  std::string output;
+  int64_t macs = 0, bytes = 0;  // read and written, weights included
+  int64_t workspace = 0;
+  int64_t output_offset = -1;  // in the arena; -1: in an output of the plan
+};
+
+// Where an output of the plan has to lie.
+struct OutputSpec {
+  DType dtype = DType::kF32;
+  Sizes size;
+  int64_t stride[kMaxRank] = {};
+  int64_t bytes = 0;
+};
+
+struct Program {
+  std::vector<Operation> operations;
+  std::vector<OperationInfo> info;  // one an operation
+  std::vector<OutputSpec> outputs;
+  int64_t arena_bytes = 0;
+};
+
+// An input's sizes and strides (in elements).
+struct InputLayout {
+  Sizes size;
+  int64_t stride[kMaxRank] = {};
+
+  bool operator==(const InputLayout& other) const {
+    if (!(size == other.size)) return false;
+    for (int d = 0; d < size.rank; ++d) {
+      if (stride[d] != other.stride[d]) return false;
+    }
+    return true;
+  }
+};
+
+// `packed`: one block a step, empty where the step has no weights. The program points into `model`,
+// `constants` (the data of every tensor that is read at run time, by tensor) and `packed`.
+Error make_program(const Model& model, const std::vector<Block>& packed,
+                   const std::vector<const uint8_t*>& constants,
+                   const std::vector<InputLayout>& inputs, const Parallel& parallel,
+                   Program* program);
+
+// bases: see Ref. If step_ns is not nullptr, it gets the time of every operation.
+void run_program(const Program& program, uint8_t* const* bases, const Parallel& parallel,
+                 int64_t* step_ns);
+
+}  // namespace qk::plan
