@@ -34,15 +34,24 @@ Tensor quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
 
 void dequantize_out(Tensor q, const Tensor& scale, const Tensor& zero_point,
                     std::optional<int64_t> axis, Tensor out) {
-  const bool q_signed = check_code_type("dequantize", "q", q.scalar_type());
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Byte || dtype == ScalarType::Char || dtype == ScalarType::Int,
+      "dequantize: q must be uint8, int8 or int32, got ", dtype_text(dtype));
   const FloatType type = check_float_type("dequantize", "the output dtype", out);
   axis = check_axis("dequantize", q, axis);
-  const int64_t lowest = q_signed ? -128 : 0;
+  const int64_t lowest = dtype == ScalarType::Char ? -128 : 0;
   const GridView grid = check_grid("dequantize", q, scale, zero_point, axis, lowest, lowest + 255);
+  for (int64_t c = 0; dtype == ScalarType::Int && c < grid.channels; ++c) {
+    STD_TORCH_CHECK(grid.zero_point[c] == 0, "dequantize: zero_point must be 0 for int32, got ",
+                    grid.zero_point[c], " at channel ", c);
+  }
   check_out("dequantize", q, out, out.scalar_type());
   const GridLayout layout = plan_grid(out, &q, axis, grid);
   qk::dequantize({.q = q.const_data_ptr(),
-                  .q_signed = q_signed,
+                  .q_type = dtype == ScalarType::Int    ? CodeType::kInt32
+                            : dtype == ScalarType::Char ? CodeType::kInt8
+                                                        : CodeType::kUInt8,
                   .x = out.mutable_data_ptr(),
                   .x_type = type,
                   .grid = layout},

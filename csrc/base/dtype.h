@@ -12,6 +12,10 @@ enum class FloatType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t float_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
+enum class CodeType : uint8_t { kUInt8, kInt8, kInt32 };
+
+constexpr int64_t code_bytes(CodeType type) { return type == CodeType::kInt32 ? 4 : 1; }
+
 // The bits of a 16-bit float. Arithmetic is always done in float32.
 struct BFloat16 {
   uint16_t bits;

@@ -49,17 +49,17 @@ void dequantize(const DequantizeArgs& args, const Parallel& parallel) {
   const DequantizeKernel kernel = select_dequantize_kernel(args.x_type);
   const char* q = static_cast<const char*>(args.q);
   char* x = static_cast<char*>(args.x);
-  const int64_t bytes = float_bytes(args.x_type);
+  const int64_t bytes = float_bytes(args.x_type), q_bytes = code_bytes(args.q_type);
   const StridedLayout<2>& in = args.grid.strided;
   const bool stream = in.rows() * in.inner() * bytes >= kStreamBytes;
   for_each_grid_run(
       args.grid, parallel,
       [&](int64_t x_offset, int64_t q_offset, int64_t n, const GridSpan& span) {
-        kernel({.q = q + q_offset,
+        kernel({.q = q + q_offset * q_bytes,
                 .x = x + x_offset * bytes,
                 .n = n,
                 .grid = span,
-                .q_signed = args.q_signed,
+                .q_type = args.q_type,
                 .stream = stream});
       },
       stream_fence);

@@ -4,7 +4,8 @@
 //   dequantize  x = float(q - zp[c]) * scale[c]
 //
 // Layout: any dense layout in memory order, or rows that are contiguous inside (grid.h); x is
-// float32, bfloat16 or float16 (computed in float32), q is uint8 or int8.
+// float32, bfloat16 or float16 (computed in float32), q is uint8 or int8, for dequantize also int32
+// (a sum of products, with zero points 0).
 // Memory: owned by the caller; x and q must not overlap.
 // Numbers: bit-equal on every ISA and for every thread count; the codes are those that fake_quant
 // implies. NaN gives qmin, +-Inf saturate.
@@ -33,7 +34,7 @@ struct QuantizeArgs {
 
 struct DequantizeArgs {
   const void* q;
-  bool q_signed;
+  CodeType q_type;
   void* x;
   FloatType x_type;
   GridLayout grid;
@@ -58,7 +59,7 @@ struct DequantizeRun {
   void* x;
   int64_t n;
   GridSpan grid;
-  bool q_signed;
+  CodeType q_type;
   bool stream;  // store past the caches; the caller fences
 };
 

@@ -16,14 +16,25 @@ void quantize_scalar(const QuantizeRun& run) {
   }
 }
 
-template <typename T>
-void dequantize_scalar(const DequantizeRun& run) {
-  const uint8_t* q = static_cast<const uint8_t*>(run.q);
+template <typename T, typename Q>
+void dequantize_codes(const DequantizeRun& run) {
+  const Q* q = static_cast<const Q*>(run.q);
   T* x = static_cast<T*>(run.x);
   for (int64_t i = 0; i < run.n; ++i) {
     const int64_t c = run.grid.per_element ? i : 0;
-    const int32_t code = run.q_signed ? static_cast<int8_t>(q[i]) : q[i];
-    from_float(dequantize(code, run.grid.scale[c], run.grid.zero_point[c]), x + i);
+    from_float(dequantize(q[i], run.grid.scale[c], run.grid.zero_point[c]), x + i);
+  }
+}
+
+template <typename T>
+void dequantize_scalar(const DequantizeRun& run) {
+  switch (run.q_type) {
+    case CodeType::kUInt8:
+      return dequantize_codes<T, uint8_t>(run);
+    case CodeType::kInt8:
+      return dequantize_codes<T, int8_t>(run);
+    case CodeType::kInt32:
+      return dequantize_codes<T, int32_t>(run);
   }
 }
 

@@ -53,28 +53,29 @@ QK_INLINE void quantize_any(const QuantizeRun& run) {
   }
 }
 
-template <bool kSigned>
 QK_INLINE __m256i load_codes(const uint8_t* q) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q));
-  return kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
 }
+QK_INLINE __m256i load_codes(const int8_t* q) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
+}
+QK_INLINE __m256i load_codes(const int32_t* q) { return load256(q); }
 
-template <typename T, bool kPerElement, bool kSigned>
+template <typename T, bool kPerElement, typename Q>
 QK_INLINE void dequantize_run(const DequantizeRun& run) {
-  const uint8_t* q = static_cast<const uint8_t*>(run.q);
+  const Q* q = static_cast<const Q*>(run.q);
   T* x = static_cast<T*>(run.x);
   const __m256 uniform_scale = _mm256_set1_ps(run.grid.scale[0]);
   const __m256i uniform_zp = _mm256_set1_epi32(run.grid.zero_point[0]);
   const auto value = [&](int64_t i) __attribute__((always_inline)) {
     const __m256 scale = kPerElement ? _mm256_loadu_ps(run.grid.scale + i) : uniform_scale;
     const __m256i zp = kPerElement ? load256(run.grid.zero_point + i) : uniform_zp;
-    const __m256i offset = _mm256_sub_epi32(load_codes<kSigned>(q + i), zp);
+    const __m256i offset = _mm256_sub_epi32(load_codes(q + i), zp);
     return _mm256_mul_ps(_mm256_cvtepi32_ps(offset), scale);
   };
   const auto scalar = [&](int64_t i) __attribute__((always_inline)) {
     const int64_t c = kPerElement ? i : 0;
-    const int32_t code = kSigned ? static_cast<int8_t>(q[i]) : q[i];
-    from_float(dequantize(code, run.grid.scale[c], run.grid.zero_point[c]), x + i);
+    from_float(dequantize(q[i], run.grid.scale[c], run.grid.zero_point[c]), x + i);
   };
   int64_t i = 0;
   if (run.stream) {
@@ -91,13 +92,21 @@ QK_INLINE void dequantize_run(const DequantizeRun& run) {
   for (int64_t k = 0, tail = (run.n - i) & 7; k < tail; ++k) scalar(i + k);
 }
 
+template <typename T, bool kPerElement>
+QK_INLINE void dequantize_codes(const DequantizeRun& run) {
+  switch (run.q_type) {
+    case CodeType::kUInt8:
+      return dequantize_run<T, kPerElement, uint8_t>(run);
+    case CodeType::kInt8:
+      return dequantize_run<T, kPerElement, int8_t>(run);
+    case CodeType::kInt32:
+      return dequantize_run<T, kPerElement, int32_t>(run);
+  }
+}
+
 template <typename T>
 QK_INLINE void dequantize_any(const DequantizeRun& run) {
-  if (run.grid.per_element) {
-    run.q_signed ? dequantize_run<T, true, true>(run) : dequantize_run<T, true, false>(run);
-  } else {
-    run.q_signed ? dequantize_run<T, false, true>(run) : dequantize_run<T, false, false>(run);
-  }
+  run.grid.per_element ? dequantize_codes<T, true>(run) : dequantize_codes<T, false>(run);
 }
 
 }  // namespace

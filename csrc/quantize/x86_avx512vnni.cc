@@ -51,15 +51,19 @@ QK_INLINE void quantize_any(const QuantizeRun& run) {
   }
 }
 
-template <bool kSigned>
 QK_INLINE __m512i load_codes(const uint8_t* q, __mmask16 m) {
-  const __m128i bytes = _mm_maskz_loadu_epi8(m, q);
-  return kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, q));
+}
+QK_INLINE __m512i load_codes(const int8_t* q, __mmask16 m) {
+  return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, q));
+}
+QK_INLINE __m512i load_codes(const int32_t* q, __mmask16 m) {
+  return _mm512_maskz_loadu_epi32(m, q);
 }
 
-template <typename T, bool kPerElement, bool kSigned>
+template <typename T, bool kPerElement, typename Q>
 QK_INLINE void dequantize_run(const DequantizeRun& run) {
-  const uint8_t* q = static_cast<const uint8_t*>(run.q);
+  const Q* q = static_cast<const Q*>(run.q);
   T* x = static_cast<T*>(run.x);
   const __m512 uniform_scale = _mm512_set1_ps(run.grid.scale[0]);
   const __m512i uniform_zp = _mm512_set1_epi32(run.grid.zero_point[0]);
@@ -67,7 +71,7 @@ QK_INLINE void dequantize_run(const DequantizeRun& run) {
     const __m512 scale = kPerElement ? _mm512_maskz_loadu_ps(m, run.grid.scale + i) : uniform_scale;
     const __m512i zp =
         kPerElement ? _mm512_maskz_loadu_epi32(m, run.grid.zero_point + i) : uniform_zp;
-    const __m512i offset = _mm512_sub_epi32(load_codes<kSigned>(q + i, m), zp);
+    const __m512i offset = _mm512_sub_epi32(load_codes(q + i, m), zp);
     return _mm512_mul_ps(_mm512_cvtepi32_ps(offset), scale);
   };
   int64_t i = 0;
@@ -91,13 +95,21 @@ QK_INLINE void dequantize_run(const DequantizeRun& run) {
   for (; i < run.n; i += 16) store(x + i, lanes(run.n - i), value(i, lanes(run.n - i)));
 }
 
+template <typename T, bool kPerElement>
+QK_INLINE void dequantize_codes(const DequantizeRun& run) {
+  switch (run.q_type) {
+    case CodeType::kUInt8:
+      return dequantize_run<T, kPerElement, uint8_t>(run);
+    case CodeType::kInt8:
+      return dequantize_run<T, kPerElement, int8_t>(run);
+    case CodeType::kInt32:
+      return dequantize_run<T, kPerElement, int32_t>(run);
+  }
+}
+
 template <typename T>
 QK_INLINE void dequantize_any(const DequantizeRun& run) {
-  if (run.grid.per_element) {
-    run.q_signed ? dequantize_run<T, true, true>(run) : dequantize_run<T, true, false>(run);
-  } else {
-    run.q_signed ? dequantize_run<T, false, true>(run) : dequantize_run<T, false, false>(run);
-  }
+  run.grid.per_element ? dequantize_codes<T, true>(run) : dequantize_codes<T, false>(run);
 }
 
 }  // namespace

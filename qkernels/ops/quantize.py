@@ -49,9 +49,9 @@ def dequantize(
     """The real values of codes: `(q - zero_point) * scale`, in float32, rounded once to `dtype`.
 
     Args:
-        q: uint8 or int8 tensor of any shape and layout.
+        q: uint8, int8 or int32 tensor of any shape and layout; int32 as `linear` and `conv` give it.
         scale: float32, positive and normal; 1 element, or one a channel of `axis`.
-        zero_point: int32 inside the range of `q`'s dtype, same number of elements as `scale`.
+        zero_point: int32 inside the range of `q`'s dtype (0 for int32), same number of elements as `scale`.
         axis: the channel dimension, or None for one grid for the whole tensor.
         dtype: torch.float32, torch.bfloat16 or torch.float16.
 

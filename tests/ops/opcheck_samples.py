@@ -76,6 +76,7 @@ SAMPLES["quantize_out"] = [
 SAMPLES["dequantize"] = [
     lambda: (codes(3, 5), *grid(), None, torch.float32),
     lambda: (codes(2, 4, 3, dtype=torch.int8), *grid(4), 1, torch.float16),
+    lambda: (codes(2, 4).int(), torch.rand(4) + 0.1, torch.zeros(4, dtype=torch.int32), 1, torch.float32),
 ]
 SAMPLES["dequantize_out"] = [
     lambda: (codes(3, 5), *grid(), None, torch.empty(3, 5)),

@@ -106,6 +106,26 @@ def test_every_layout_and_axis_equals_reference(isa, layout, axis, channels, flo
     assert fake.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize("float_dtype", FLOATS)
+def test_sums_of_products_are_dequantized_as_torch_does(isa, layout, axis, float_dtype):
+    generator = seeded(layout, axis)
+    q = LAYOUTS[layout](torch.randint(-(2**31), 2**31 - 1, (2, 19, 5, 7), generator=generator, dtype=torch.int32))
+    n = 1 if axis is None else q.shape[axis]
+    scale, zero_point = torch.rand(n, generator=generator) * 1e-7 + 1e-9, torch.zeros(n, dtype=torch.int32)
+    along = [1] * 4 if axis is None else [-1 if d == axis % 4 else 1 for d in range(4)]
+    y = ops.dequantize(q, scale, zero_point, axis, float_dtype)
+    assert torch.equal(y, (q.float() * scale.reshape(along)).to(float_dtype))
+    assert y.stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 8193])
+def test_sums_of_every_length(isa, n):
+    q = torch.randint(-(2**20), 2**20, (n + 1,), generator=seeded(n), dtype=torch.int32)[1:]
+    assert torch.equal(ops.dequantize(q, *per_tensor(0.013, 0), None), q.float() * torch.tensor(0.013))
+
+
 def test_wide_innermost_channels_cross_the_block(isa):
     x = torch.randn(13, 1500, generator=seeded(5))
     scale = torch.rand(1500, generator=seeded(6)) * 0.1 + 0.01
@@ -202,7 +222,11 @@ BAD_CALLS = {
         lambda: ops.quantize(X, GOOD[0], torch.zeros(1), None, 0, 255, torch.uint8),
         "zero_point must be int32",
     ),
-    "float q": (lambda: ops.dequantize(X, *GOOD, None), "q must be uint8 or int8"),
+    "float q": (lambda: ops.dequantize(X, *GOOD, None), "q must be uint8, int8 or int32"),
+    "zero point of sums": (
+        lambda: ops.dequantize(X.int(), *per_tensor(0.1, 1), None),
+        "zero_point must be 0 for int32",
+    ),
     "int output": (lambda: ops.dequantize(X.byte(), *GOOD, None, torch.int32), "must be float32, bfloat16 or float16"),
     "out dtype": (
         lambda: ops.fake_quant_out(X, *GOOD, None, 0, 255, X.half()),
