@@ -17,15 +17,21 @@ struct MatrixWeight {
   std::vector<int8_t> values;
 };
 
-int8_t canonical_weight(const ConvSource& source, int64_t out_channel, int64_t group_channel,
-                        int64_t tap) {
+// The weights of one output channel at one tap, over the input channels of its group.
+struct TapWeights {
+  const int8_t* first;
+  int64_t stride;
+};
+
+TapWeights tap_weights(const ConvSource& source, int64_t out_channel, int64_t tap) {
   const ConvShape& s = source.shape;
   const int64_t in_group = s.in_per_group(), out_group = s.out_per_group();
-  const int64_t group = out_channel / out_group;
-  const int64_t row = s.transposed
-                          ? (group * in_group + group_channel) * out_group + out_channel % out_group
-                          : out_channel * in_group + group_channel;
-  return source.weight[row * s.kernel_size() + tap];
+  const int64_t kernel_size = s.kernel_size();
+  if (!s.transposed) {
+    return {source.weight + out_channel * in_group * kernel_size + tap, kernel_size};
+  }
+  const int64_t row = out_channel / out_group * in_group * out_group + out_channel % out_group;
+  return {source.weight + row * kernel_size + tap, out_group * kernel_size};
 }
 
 MatrixWeight matrix_weight(const ConvSource& source, const ConvPhase& phase, int64_t first_group,
@@ -54,9 +60,8 @@ MatrixWeight matrix_weight(const ConvSource& source, const ConvPhase& phase, int
           int8_t* channels = dst + column / out_group * in_group +
                              (plan.runs ? row * plan.depth + t2 * in_group
                                         : (row * phase.dim[2].taps + t2) * plan.depth);
-          for (int64_t c = 0; c < in_group; ++c) {
-            channels[c] = canonical_weight(source, out_channel, c, tap);
-          }
+          const TapWeights weights = tap_weights(source, out_channel, tap);
+          for (int64_t c = 0; c < in_group; ++c) channels[c] = weights.first[c * weights.stride];
         }
       }
     }

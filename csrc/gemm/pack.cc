@@ -51,38 +51,93 @@ bool safe_pair(int32_t w0, int32_t w1) {
   return positive <= 128 && negative >= -128;
 }
 
+// Four weights of one column, of ascending k.
+struct Quad {
+  int8_t w[4];
+};
+
 struct PanelWriter {
   const PackSource& source;
   int64_t first_column, columns, width;
 
-  int8_t weight(int64_t column, int64_t tap, int64_t k) const {
-    if (column >= columns || k >= source.depth) return 0;
-    return source.weight[(first_column + column) * source.stride_n + tap * source.stride_tap +
-                         k * source.stride_k];
+  // k < depth; beyond it the weights are 0.
+  Quad quad(int64_t column, int64_t tap, int64_t k) const {
+    const int8_t* row =
+        source.weight + (first_column + column) * source.stride_n + tap * source.stride_tap;
+    Quad quad{};
+    if (source.stride_k == 1 && k + 4 <= source.depth) {
+      std::memcpy(&quad, row + k, 4);
+    } else {
+      const int64_t left = source.depth - k < 4 ? source.depth - k : 4;
+      for (int64_t i = 0; i < left; ++i) quad.w[i] = row[(k + i) * source.stride_k];
+    }
+    return quad;
   }
-  void write_quad(int64_t tap, int64_t quad, int8_t* dst) const {
-    for (int64_t c = 0; c < width; ++c) {
-      for (int64_t i = 0; i < 4; ++i) dst[c * 4 + i] = weight(c, tap, quad * 4 + i);
+  // The columns beyond the last are 0 already, as all of the panel is.
+  void write_quad(int64_t tap, int64_t index, int8_t* dst) const {
+    for (int64_t c = 0; c < columns; ++c) {
+      const Quad q = quad(c, tap, index * 4);
+      std::memcpy(dst + c * 4, &q, 4);
     }
   }
-  bool safe_quad(int64_t tap, int64_t quad) const {
+  bool safe_quad(int64_t tap, int64_t index) const {
     for (int64_t c = 0; c < columns; ++c) {
-      const int64_t k = quad * 4;
-      if (!safe_pair(weight(c, tap, k), weight(c, tap, k + 1)) ||
-          !safe_pair(weight(c, tap, k + 2), weight(c, tap, k + 3))) {
-        return false;
-      }
+      const Quad q = quad(c, tap, index * 4);
+      if (!safe_pair(q.w[0], q.w[1]) || !safe_pair(q.w[2], q.w[3])) return false;
     }
     return true;
   }
 };
 
+// A line of a row at a time, so that the rows' distance does not matter to the cache.
 void write_panel(const PanelWriter& panel, int64_t taps, int64_t quads, int8_t* dst) {
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t quad = 0; quad < quads; ++quad, dst += panel.width * 4) {
-      panel.write_quad(tap, quad, dst);
+  constexpr int64_t kLineQuads = 16;
+  const PackSource& source = panel.source;
+  const int64_t quad_bytes = panel.width * 4, full = source.depth / 4;
+  for (int64_t tap = 0; tap < taps; ++tap, dst += quads * quad_bytes) {
+    for (int64_t first = 0; first < quads; first += kLineQuads) {
+      const int64_t end = quads - first < kLineQuads ? quads : first + kLineQuads;
+      const int64_t whole = source.stride_k != 1 ? first : end < full ? end : full;
+      for (int64_t c = 0; c < panel.columns; ++c) {
+        const int8_t* row =
+            source.weight + (panel.first_column + c) * source.stride_n + tap * source.stride_tap;
+        int8_t* out = dst + c * 4;
+        int64_t index = first;
+        for (; index < whole; ++index) std::memcpy(out + index * quad_bytes, row + index * 4, 4);
+        for (; index < end; ++index) {
+          const Quad q = panel.quad(c, tap, index * 4);
+          std::memcpy(out + index * quad_bytes, &q, 4);
+        }
+      }
     }
   }
+}
+
+int64_t sum_of(const int8_t* w, int64_t count) {
+  constexpr int64_t kRun = 1 << 16;  // an int32 holds its sum
+  int64_t sum = 0;
+  for (int64_t first = 0; first < count; first += kRun) {
+    const int64_t end = count - first < kRun ? count : first + kRun;
+    int32_t part = 0;
+    for (int64_t i = first; i < end; ++i) part += w[i];
+    sum += part;
+  }
+  return sum;
+}
+
+// The sum of all weights of output channel n.
+int64_t channel_sum(const PackSource& source, int64_t n) {
+  const int64_t taps = source.taps, depth = source.depth;
+  const int8_t* first = source.weight + n * source.stride_n;
+  const bool depth_inside = source.stride_k == 1 && (taps == 1 || source.stride_tap == depth);
+  const bool taps_inside = source.stride_tap == 1 && source.stride_k == taps;
+  if (depth_inside || taps_inside) return sum_of(first, taps * depth);
+  int64_t sum = 0;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int8_t* row = first + tap * source.stride_tap;
+    for (int64_t k = 0; k < depth; ++k) sum += row[k * source.stride_k];
+  }
+  return sum;
 }
 
 // The AVX2 layout: inside a tap, the full quads on which maddubs is exact come first. `order` gets
@@ -164,11 +219,7 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
 
   const int64_t za = source.input_zero_point + (source.input_signed ? 128 : 0);
   for (int64_t n = 0; n < source.n; ++n) {
-    int64_t sum = 0;
-    for (int64_t tap = 0; tap < source.taps; ++tap) {
-      const int8_t* row = source.weight + n * source.stride_n + tap * source.stride_tap;
-      for (int64_t k = 0; k < source.depth; ++k) sum += row[k * source.stride_k];
-    }
+    const int64_t sum = channel_sum(source, n);
     const int64_t grid = source.per_tensor ? 0 : n;
     const int64_t zw = source.weight_zero_point == nullptr ? 0 : source.weight_zero_point[grid];
     // Modulo 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
