@@ -25,7 +25,7 @@ from qkernels.core.lowering import LoweringUnit, lower
 from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
 from qkernels.core.prepare import PreparedModel, quantizers, unit_of
-from qkernels.core.qspec import QParams
+from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.registry import layer_class
 from qkernels.core.report import PrepareReport
@@ -57,7 +57,7 @@ def convert(prepared: nn.Module) -> nn.Module:
         )
     converted = {id(part): _Converter(part, path).build() for path, part in parts.items()}
     # The memo puts each converted part in the place of its prepared one.
-    return copy.deepcopy(prepared, dict(converted))
+    return copy.deepcopy(prepared, dict(converted)).eval()
 
 
 class _Converter:
@@ -203,8 +203,12 @@ class _Converter:
 
     def _onto_grid(self, node: fx.Node) -> None:
         """A Quantizer call: what comes before it becomes an integer layer with this grid as output."""
-        grid = self.grids[node] = self._quantizer(node).qparams()
+        quantizer = self._quantizer(node)
+        grid = self.grids[node] = quantizer.qparams()
         source = node.args[0]
+        if quantizer.rule is not None and quantizer.rule.is_sign:
+            self.codes[node] = self._signs(node, source, grid)
+            return
         if source in self.codes:
             if self.grids[source] == grid:
                 self.codes[node] = self.codes[source]
@@ -213,6 +217,16 @@ class _Converter:
                 self.codes[node] = self._call(f"{node.name}_requantize", layer, (self.codes[source],), source)
             return
         self.codes[node] = self._integer_layer(source, grid) or self._quantized(source, grid)
+
+    def _signs(self, node: fx.Node, source: fx.Node, grid: QParams) -> fx.Node:
+        """Codes of plus and minus one. What is computed first goes onto a grid so fine that only the sign is left."""
+        codes, before = self.codes.get(source), self.grids.get(source)
+        if codes is None:
+            zero = grid.item()[1]
+            before = QParams.per_tensor(MIN_SCALE, zero, zero - 1, zero + 1, grid.dtype)
+            codes = self._integer_layer(source, before) or self._quantized(source, before)
+        layer = lower(LoweringUnit("binarize", (before,), grid))
+        return self._call(f"{node.name}_binarize", layer, (codes,), source)
 
     def _quantized(self, source: fx.Node, grid: QParams) -> fx.Node:
         """A float tensor on its way onto a grid; one that belongs to the model is rounded now."""

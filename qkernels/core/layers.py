@@ -119,9 +119,11 @@ class Prepared:
         return channels.reshape(-1, *[1] * (self.weight.dim() - 2))
 
     def grid_is_on_weight(self) -> bool:
-        """Whether the codes do not change when a channel is multiplied by a number."""
-        spec = self.quantizers["weight"].spec
-        return spec.per_channel and spec.symmetric and spec.qmin == -spec.qmax
+        """Whether the codes do not change when a channel is multiplied by a number, or it is multiplied afterwards."""
+        quantizer, spec = self.quantizers["weight"], self.quantizers["weight"].spec
+        return (quantizer.rule is not None and quantizer.rule.reshapes) or (
+            spec.per_channel and spec.symmetric and spec.qmin == -spec.qmax
+        )
 
     def corrected_bias(self) -> Tensor | None:
         if self.bias_correction is None or not self._is_rounded():
@@ -203,7 +205,8 @@ def rescaled(rows: Tensor, grid: QParams, scale: Tensor) -> tuple[Tensor, QParam
     alive = grid.scale * factor >= MIN_SCALE
     new = torch.where(alive, grid.scale * factor, grid.scale)
     codes = torch.round(rows / along(grid.scale, rows)) * along(torch.sign(scale) * alive, rows)
-    return codes * along(new, rows), QParams(new, grid.zero_point, grid.axis, grid.qmin, grid.qmax, grid.dtype)
+    zero_point = torch.zeros_like(new, dtype=torch.int32)
+    return codes * along(new, rows), QParams(new, zero_point, 0, grid.qmin, grid.qmax, grid.dtype)
 
 
 class PreparedLinear(Prepared, nn.Linear):

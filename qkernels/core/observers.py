@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from qkernels.core.qspec import QParams, QSpec, choose_qparams
 from qkernels.errors import CalibrationError, InvalidArgument
@@ -54,15 +54,24 @@ class Observer(nn.Module):
         self.register_buffer("low", torch.full((size,), float("inf")))
         self.register_buffer("high", torch.full((size,), float("-inf")))
 
-    def observe(self, x: Tensor) -> None:
-        """Takes notice of the values of `x`; NaN and infinities are a CalibrationError."""
+    def observe(self, x: Tensor, merged: bool = True) -> None:
+        """Takes notice of the values of `x`; NaN and infinities are a CalibrationError.
+
+        With `merged`, in a distributed run, each rank takes notice of the values of all ranks.
+        """
         if x.numel() == 0:
             return
         x = x.detach().to(torch.float32)
         low, high = self.extremes(x)
-        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            raise CalibrationError(f"calibration: the output of {self.source} has {describe_non_finite(x)}")
+        if not torch.compiler.is_compiling() and not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            self.check_finite(x)
+        if merged and is_distributed():
+            low, high = merge_extremes(low, high)
         self.update(x, low, high)
+
+    def check_finite(self, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError(f"calibration: the output of {self.source} has {describe_non_finite(x)}")
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.spec.per_channel:
@@ -99,6 +108,17 @@ class Observer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"low={self.low.tolist()}, high={self.high.tolist()}" if self.low.numel() == 1 else ""
+
+
+def is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def merge_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and largest value of all ranks."""
+    both = torch.cat([-low, high])
+    distributed.all_reduce(both, distributed.ReduceOp.MAX)
+    return -both[: low.numel()], both[low.numel() :]
 
 
 def describe_non_finite(x: Tensor) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops
-from qkernels.core.observers import make_observer
+from qkernels.core.observers import is_distributed, make_observer
 from qkernels.core.qspec import QParams, grid_values
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.rules import make_rule
@@ -57,7 +57,9 @@ class Quantizer(nn.Module):
         self.is_weight = is_weight
         self.observer = make_observer(recipe.observer, recipe.spec, channels, **dict(recipe.options))
         self.observer.source = source or "a tensor"
-        self.rule = make_rule(recipe.rule, recipe.spec, channels, **dict(recipe.rule_options)) if trained else None
+        self.rule = None
+        if trained:
+            self.rule = make_rule(recipe.rule, recipe.spec, channels, is_weight, **dict(recipe.rule_options))
         self.state = State.OFF
         self.delay = 0  # training steps that TRAIN still only watches
         size = self.observer.low.numel()
@@ -65,6 +67,8 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.zeros(size))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
         self._chosen = False
+        # The op does what these two do together, in one pass.
+        self._fused = trained and recipe.rule == "ste" and recipe.observer in ("minmax", "moving_average")
 
     @property
     def spec(self):
@@ -81,13 +85,11 @@ class Quantizer(nn.Module):
         if state is State.OBSERVE:
             self.observer.observe(x)
             return x
-        if state is State.TRAIN and self.training:
-            grid = self._train_on(x)
+        if state is State.TRAIN and self.training and x.numel() > 0:
             if self.delay > 0:
-                self.delay -= 1
-                return x
-            if grid is not None:
-                return self.rule(x, *grid)
+                return self._wait(x)
+            if self.rule.observes or not self._chosen:
+                return self._follow(x)
         return self.on_grid(x)
 
     def on_grid(self, x: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ class Quantizer(nn.Module):
         if self.rule is None and x.dtype != torch.float32:
             raise InvalidType(f"the quantizer of {self.source} takes float32, got {x.dtype}")
         if not self._chosen:
-            if x.numel() == 0:
+            if x.numel() == 0 or self.delay > 0:
                 return x
             raise InvalidState(
                 f"the quantizer of {self.source} has no grid yet: run a training batch, or batches inside `calibrating`"
@@ -105,21 +107,45 @@ class Quantizer(nn.Module):
         spec = self.spec
         return ops.fake_quant(x, self.scale, self.zero_point, self.axis, spec.qmin, spec.qmax)
 
-    def _train_on(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Lets the grid follow `x`, or start from it; None where `x` says nothing about it.
+    def _wait(self, x: Tensor) -> Tensor:
+        """A training step before rounding begins."""
+        self.delay -= 1
+        if not self.is_weight:
+            self.observer.observe(x)
+        return x
 
-        The result is not the buffers: those change again before the backward if this is called twice.
-        """
-        if x.numel() == 0 or (self._chosen and not self.rule.observes):
-            return None
+    def _follow(self, x: Tensor) -> Tensor:
+        """Lets the grid follow `x`, or start from it, and rounds `x` to it."""
         if self.is_weight:
             self.observer.reset()
-        self.observer.observe(x)
-        scale, zero_point = grid_values(self.spec, *self.observer.range())
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+        if self._fused and self._chosen and (self.is_weight or not is_distributed()):
+            return self._observe_fake_quant(x)
+        self._measure(x)
+        # Not the buffers: those change before the backward if this is called twice.
+        return self.rule(x, *self.rule.grid(self.scale.clone(), self.zero_point.clone()))
+
+    @torch.no_grad()
+    def _measure(self, x: Tensor) -> None:
+        scale = self.rule.measure(x)
+        if scale is None or not self._chosen:
+            self.observer.observe(x, merged=not self.is_weight)
+            values, zero_point = grid_values(self.spec, *self.observer.range())
+            self.scale.copy_(values)
+            self.zero_point.copy_(zero_point)
+        if scale is not None:
+            self.scale.copy_(scale)
         self._take_over(x)
-        return self.rule.grid(scale, zero_point) if self.rule.observes else None
+
+    def _observe_fake_quant(self, x: Tensor) -> Tensor:
+        observer, spec = self.observer, self.spec
+        state = observer.low, observer.high, self.scale, self.zero_point, None
+        momentum = getattr(observer, "momentum", None)
+        grid = self.axis, spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, momentum
+        try:
+            return ops.observe_fake_quant(x, *state, *grid, observer.source)
+        except RuntimeError:
+            observer.check_finite(x)
+            raise
 
     def _take_over(self, x: Tensor | None = None) -> None:
         if not self._chosen and self.rule is not None:

@@ -14,6 +14,7 @@ from qkernels.errors import InvalidArgument, Unsupported
 UNARY: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "abs": (torch.abs, ()),
     "add_scalar": (torch.add, ("other",)),
+    "binarize": (lambda x: torch.where(x >= 0, 1.0, -1.0).to(x), ()),
     "celu": (F.celu, ("alpha",)),
     "clamp": (torch.clamp, ("min", "max")),
     "elu": (F.elu, ("alpha",)),

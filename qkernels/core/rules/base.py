@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from qkernels.core.qspec import QSpec
+from qkernels.core.qspec import MAX_SCALE, MIN_SCALE, QSpec
 from qkernels.errors import InvalidArgument
 
 RULES: dict[str, type["Rule"]] = {}
@@ -22,37 +23,78 @@ def rule(name: str) -> Callable[[type["Rule"]], type["Rule"]]:
     return register
 
 
-def make_rule(name: str, spec: QSpec, channels: int | None = None, **options) -> "Rule":
+def make_rule(name: str, spec: QSpec, channels: int | None = None, is_weight: bool = False, **options) -> "Rule":
     """The rule `name` for grids of kind `spec`; `channels` is the size of `spec.axis` if it is per channel."""
     if name not in RULES:
         raise InvalidArgument(f"unknown rule {name!r}; there are {sorted(RULES)}")
-    return RULES[name](spec, channels, **options)
+    return RULES[name](spec, channels, is_weight, **options)
 
 
 class Rule(nn.Module):
     """Base class. A rule maps a tensor to values on a grid, differentiably, and says which grid that is.
 
-    observes: the grid comes from the observer, batch by batch; otherwise the rule owns it.
+    The Quantizer keeps a first grid in buffers, the observer's; `grid` gives the one in use.
+
+    observes: the grid follows the observer, batch by batch; otherwise the observer gives the first grid only.
+    reshapes: a weight is changed by more than rounding, so that a batch norm is folded behind the rule.
+    is_sign: an activation becomes plus or minus the scale.
     """
 
     observes = True
+    reshapes = False
+    is_sign = False
 
-    def __init__(self, spec: QSpec, channels: int | None = None):
+    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False):
         super().__init__()
         self.spec = spec
         self.size = channels if spec.per_channel else 1
+        self.is_weight = is_weight
+        if is_weight and type(self).reshapes and spec.middle != 0:
+            raise InvalidArgument(f"{type(self).__name__}: weights need a grid around 0, got {spec}")
 
     @property
     def axis(self) -> int | None:
         return self.spec.axis if self.spec.per_channel else None
 
-    def start(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        """Takes over from the observer: `x` is the first tensor, scale and zero_point its grid."""
+    def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
+        """Changes the first grid in place if the rule wants another; `x` is the tensor it was chosen for, if known."""
+
+    def measure(self, x: Tensor) -> Tensor | None:
+        """The scale for `x` where the rule has a formula of its own instead of an observer."""
+        return None
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and (float or int32) zero point in use, given those that the observer chose."""
+        """Scale and (float or int32) zero point in use, given the first or observed grid."""
         return scale, zero_point
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """`x` on the grid that `grid` gave, with the gradients of this rule."""
         raise NotImplementedError
+
+    def signed(self, zero_point: Tensor) -> bool:
+        """Whether the observed grid reaches below zero."""
+        return self.spec.symmetric or bool((zero_point > self.spec.qmin).any())
+
+
+class _Grown(torch.autograd.Function):
+    """`first * exp(log_ratio)`, whose gradient by log_ratio is the gradient of the result divided by the result.
+
+    So a step of SGD changes the result by as much as it would change a plain Parameter, the result stays positive
+    whatever the step, and optimizers that normalize gradients take steps relative to its size.
+    """
+
+    @staticmethod
+    def forward(ctx, log_ratio: Tensor, first: Tensor) -> Tensor:
+        result = (first * torch.exp(log_ratio)).clamp(MIN_SCALE, MAX_SCALE)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return grad / result, None
+
+
+def grown(log_ratio: Tensor, first: Tensor) -> Tensor:
+    """A learned positive number: `first` at the beginning, when `log_ratio` is 0."""
+    return _Grown.apply(log_ratio, first)

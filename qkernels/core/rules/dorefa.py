@@ -1,0 +1,69 @@
+"""DoReFa: weights through tanh onto [-1, 1], activations clipped to [0, 1], gradients optionally in few bits too.
+
+Zhou et al. 2016. Weights change by more than rounding: a batch norm behind the layer takes up their size.
+"""
+
+import torch
+from torch import Tensor
+
+from qkernels import ops
+from qkernels.core.qspec import QSpec
+from qkernels.core.rules.base import Rule, rule
+from qkernels.errors import InvalidArgument
+
+
+@rule("dorefa")
+class DoReFa(Rule):
+    """
+    Args:
+        gradient_bits: the gradient of an activation is rounded to so many bits, stochastically (with noise from torch's
+            generator); None: it is not.
+    """
+
+    observes = False
+    reshapes = True
+
+    def __init__(
+        self,
+        spec: QSpec,
+        channels: int | None = None,
+        is_weight: bool = False,
+        gradient_bits: int | None = None,
+    ):
+        super().__init__(spec, channels, is_weight)
+        if gradient_bits is not None and not 1 <= gradient_bits <= 16:
+            raise InvalidArgument(f"dorefa: gradient_bits must be from 1 to 16, got {gradient_bits}")
+        self.gradient_bits = gradient_bits
+
+    @torch.no_grad()
+    def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
+        spec = self.spec
+        zero_point.fill_(spec.middle if self.is_weight or self.signed(zero_point) else spec.qmin)
+        scale.copy_(1.0 / (spec.qmax - zero_point).clamp(min=1))
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        spec = self.spec
+        if self.is_weight:
+            x = torch.tanh(x)
+            x = x / x.abs().amax().clamp(min=1e-12)
+        y = ops.fake_quant(x, scale, zero_point, self.axis, spec.qmin, spec.qmax)
+        if self.is_weight or self.gradient_bits is None or not self.training:
+            return y
+        return _RoundGradient.apply(y, self.gradient_bits)
+
+
+class _RoundGradient(torch.autograd.Function):
+    """The identity; its gradient is rounded stochastically to a grid of 2**bits values for each sample."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        steps = 2**ctx.bits - 1
+        largest = grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True).clamp(min=1e-30)
+        noise = torch.rand_like(grad) - 0.5
+        codes = torch.round((grad / (2 * largest) + 0.5) * steps + noise).clamp(0, steps)
+        return (codes / steps - 0.5) * (2 * largest), None

@@ -1,0 +1,63 @@
+"""LSQ: the scale is learned; the zero point stays. Learned step size quantization, Esser et al. 2020."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import ops
+from qkernels.core.observers import Mse
+from qkernels.core.qspec import MAX_SCALE, MIN_SCALE, QSpec, grid_values
+from qkernels.core.rules.base import Rule, grown, rule
+from qkernels.errors import InvalidArgument
+
+INITS = ("mean", "mse", "range")
+
+
+@rule("lsq")
+class LearnedStep(Rule):
+    """The scale is `first * exp(log_ratio)`: positive whatever the optimizer does, with the steps of plain LSQ.
+
+    Args:
+        init: the first scale. "mean": 2 * mean|x| / sqrt(Qp), as in the paper; "mse": the scale with the least squared
+            error; "range": the observer's.
+    """
+
+    observes = False
+
+    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False, init: str = "mean"):
+        super().__init__(spec, channels, is_weight)
+        if init not in INITS:
+            raise InvalidArgument(f"lsq: init must be one of {list(INITS)}, got {init!r}")
+        self.init = init
+        self.log_ratio = nn.Parameter(torch.zeros(self.size))
+
+    @torch.no_grad()
+    def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
+        self.log_ratio.zero_()
+        if x is None or self.init == "range":
+            return
+        if self.init == "mse":
+            scale.copy_(self.least_error(x)[0])
+            return
+        if not self.spec.symmetric and self.signed(zero_point):
+            zero_point.fill_(self.spec.middle)
+        x = x.float()
+        rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+        mean = rows.abs().mean(1)
+        first = 2.0 * mean / torch.sqrt((self.spec.qmax - zero_point).clamp(min=1).float())
+        scale.copy_(torch.where(first > MIN_SCALE, first.clamp(max=MAX_SCALE), scale))
+
+    def least_error(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        search = Mse(self.spec, self.size).to(x.device)
+        search.observe(x)
+        return grid_values(self.spec, *search.range())
+
+    def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        return grown(self.log_ratio, scale), zero_point.to(torch.float32)
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        spec = self.spec
+        positive = spec.qmax - (spec.middle if spec.symmetric else spec.qmin)
+        factor = 1.0 / math.sqrt(max(x.numel() // self.size, 1) * positive)
+        return ops.lsq(x, scale, zero_point, self.axis, spec.qmin, spec.qmax, factor)

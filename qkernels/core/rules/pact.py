@@ -1,0 +1,39 @@
+"""PACT: activations are clipped at a learned level. Choi et al. 2018. Weights are straight-through."""
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import ops
+from qkernels.core.qspec import MIN_SCALE, QSpec
+from qkernels.core.rules.base import Rule, grown, rule
+
+
+@rule("pact")
+class LearnedClip(Rule):
+    """Values above the learned level become the level, which gets the sum of their gradients.
+
+    The level is `first * exp(log_ratio)`, so it stays positive. Data that reaches below zero is clipped at minus the
+    level too.
+    """
+
+    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False):
+        super().__init__(spec, channels, is_weight)
+        self.observes = is_weight
+        self.log_ratio = None if is_weight else nn.Parameter(torch.zeros(self.size))
+
+    @torch.no_grad()
+    def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
+        if self.log_ratio is not None:
+            self.log_ratio.zero_()
+
+    def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        if self.log_ratio is None:
+            return scale, zero_point
+        steps = (self.spec.qmax - zero_point).clamp(min=1)
+        return (grown(self.log_ratio, scale * steps) / steps).clamp(min=MIN_SCALE), zero_point
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        spec = self.spec
+        if self.log_ratio is not None:
+            x = torch.minimum(torch.maximum(x, (spec.qmin - zero_point) * scale), (spec.qmax - zero_point) * scale)
+        return ops.fake_quant(x, scale.detach(), zero_point, self.axis, spec.qmin, spec.qmax)
