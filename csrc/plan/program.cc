@@ -208,7 +208,8 @@ class Builder {
     program_.info.push_back(std::move(info));
   }
 
-  // The operation emitted next may write `to` over `from`, if nothing reads `from` later.
+  // The operation emitted next may write `to` over `from`, if nothing reads `from` later. Not for
+  // residuals: the kernels store the requantized bytes first and add to them in place.
   void may_overwrite(const View& from, const View& to, std::initializer_list<const View*> others) {
     if (!same_strides(from, to) || dtype_bytes(from.dtype) != dtype_bytes(to.dtype) ||
         !fills_buffer(from)) {
@@ -427,7 +428,6 @@ class Builder {
     const View residual = as_rows(input(step, 1), &op.args.residual_row_stride);
     op.args.residual_signed = is_signed(residual);
     op.residual = ref(residual);
-    may_overwrite(residual, *out, {&x});
     emit(op, "linear", kernel, {&x, &residual}, *out, cost);
   }
 
@@ -471,8 +471,6 @@ class Builder {
     const View residual = as_channels_last(input(step, 1));
     op.args.residual_signed = is_signed(residual);
     op.residual = ref(residual);
-    // A fill writes outputs that the phases write again.
-    if (!header.has_fill) may_overwrite(residual, *out, {&x});
     emit(op, "conv", kernel, {&x, &residual}, *out, cost);
   }
 

@@ -92,7 +92,7 @@ bool is_dense(const View& view) {
 
 bool same_strides(const View& a, const View& b) { return a.size == b.size && strides_agree(a, b); }
 
-bool reshape_view(const View& view, const Sizes& size, View* reshaped) {
+bool reshape_view(const View& view, Sizes size, View* reshaped) {
   *reshaped = view;
   reshaped->size = size;
   if (size.elements() == 0) {

@@ -56,7 +56,7 @@ bool is_dense(const View& view);  // in any order, no element twice
 bool same_strides(const View& a, const View& b);
 
 // torch's rule: the strides of `view` seen with other sizes, if no copy is needed.
-bool reshape_view(const View& view, const Sizes& size, View* reshaped);
+bool reshape_view(const View& view, Sizes size, View* reshaped);
 
 // The dimensions of K operands of one shape, in the memory order of operand 0, neighbours merged.
 // Dimension `keep` stays alone; *kept is where it went.
