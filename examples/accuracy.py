@@ -7,16 +7,17 @@ python examples/accuracy.py lenet --data mnist-5k
 wide:  the network of AIMET's quick start (two convolutions of 128 and 256 channels), Adam 1e-4, 4 epochs
 lenet: the network of NNI's quick start (two 5x5 convolutions, ReLU6), SGD 0.01 with momentum, 5 epochs
 
-Every row starts from the same float network. Accuracy is on the test split, that of int8 kernels after `convert`
-where it says so, with the codes that differ from the evaluated model counted (0).
+Every row starts from the same float network. Accuracy is on the test split: of the float network, and of what `convert`
+makes of the others, run by the integer kernels. The codes that differ from the evaluated model are counted (0).
 """
 
 import argparse
+import copy
 import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qkernels
+from qkernels.core.recipe import Match, Override, Recipe, make_recipe
 from qkernels.data import Images, load_images
 
 CALIBRATION = 1024
@@ -78,13 +80,20 @@ class Setup:
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: Callable[[list], torch.optim.Optimizer]
     unit_range: bool  # pixels in [0, 1], else mean 0 and deviation 1
+    ends: tuple[str, str]  # the first and the last layer
+
+
+def adam(parameters: list) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-4)
+
+
+def sgd(parameters: list) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
 SETUPS = {
-    "wide": Setup(Wide, 4, 128, F.cross_entropy, lambda p: torch.optim.Adam(p, lr=1e-4), True),
-    "lenet": Setup(
-        LeNet, 5, 64, F.nll_loss, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=5e-4), False
-    ),
+    "wide": Setup(Wide, 4, 128, F.cross_entropy, adam, True, ("conv1", "linear")),
+    "lenet": Setup(LeNet, 5, 64, F.nll_loss, sgd, False, ("conv1", "fc2")),
 }
 
 
@@ -143,12 +152,48 @@ class Experiment:
         prepared = qkernels.prepare(model, self.train_x[:1], recipe)
         return self.shipped(qkernels.calibrate(prepared, self.calibration()))
 
+    def with_training(self, model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+        """One epoch; learned grids take steps of their own size."""
+        prepared = qkernels.prepare_qat(model, self.train_x[:1], recipe, forward="float")
+        prepared(self.train_x[: self.setup.batch])  # grids start from the first batch
+        grids = [p for name, p in prepared.named_parameters() if ".rule." in name]
+        others = [p for name, p in prepared.named_parameters() if ".rule." not in name]
+        optimizer = self.setup.optimizer([{"params": others}])
+        if grids:
+            optimizer.add_param_group({"params": grids, "lr": 1e-3, "weight_decay": 0.0})
+        self.train(prepared, optimizer, 1)
+        return self.shipped(prepared)
+
+    def with_8_bit_ends(self, recipe: Recipe) -> Recipe:
+        """As is usual below 8 bits: the input and the weights of the first and last layer keep 8."""
+        eight = make_recipe("int8", observer="moving_average", weight_rule=recipe.weight.rule)
+        ends = [Override(Match.of(name), weight=eight.weight) for name in self.setup.ends]
+        return replace(recipe, overrides=(Override(Match.of("x"), activation=eight.activation), *ends))
+
 
 Run = Callable[[Experiment, nn.Module], dict[str, Any]]
 
 
 def ptq(recipe: str) -> Run:
     return lambda experiment, model: experiment.after_training(model, recipe)
+
+
+def qat(name: str) -> Run:
+    """Straight-through: activation ranges by moving average, weight ranges by the largest value of a channel."""
+    recipe = make_recipe(name, observer="moving_average", weight_observer="minmax")
+    return lambda experiment, model: experiment.with_training(model, recipe)
+
+
+def lsq(name: str) -> Run:
+    """Learned scales."""
+    recipe = make_recipe(name, observer="moving_average", rule="lsq")
+    return lambda experiment, model: experiment.with_training(model, experiment.with_8_bit_ends(recipe))
+
+
+def longer(experiment: Experiment, model: nn.Module) -> dict[str, Any]:
+    """What an epoch more gives by itself."""
+    experiment.train(model, experiment.setup.optimizer(list(model.parameters())), 1)
+    return plain(experiment, model)
 
 
 def plain(experiment: Experiment, model: nn.Module) -> dict[str, Any]:
@@ -163,6 +208,12 @@ RUNS: dict[str, tuple[str, Run]] = {
     "w4a8": ("calibrated", ptq("w4a8")),
     "w4a8-bias": ("calibrated, bias correction", ptq("w4a8-bias")),
     "w4a8-adaround": ("calibrated, learned rounding", ptq("w4a8-adaround")),
+    "float-longer": ("float32, one epoch more", longer),
+    "int8-qat": ("one epoch, straight-through", qat("int8")),
+    "w4a8-qat": ("one epoch, straight-through", qat("w4a8")),
+    "w4a4-lsq": ("one epoch, learned scales, 8-bit ends", lsq("w4a4")),
+    "w3a3-lsq": ("one epoch, learned scales, 8-bit ends", lsq("w3a3")),
+    "w2a2-lsq": ("one epoch, learned scales, 8-bit ends", lsq("w2a2")),
 }
 
 
@@ -195,7 +246,11 @@ def main() -> None:
         print(name, flush=True)
         torch.manual_seed(options.seed)
         start = time.perf_counter()
-        rows[name] = {"what": what, **run(experiment, model), "seconds": round(time.perf_counter() - start, 1)}
+        rows[name] = {
+            "what": what,
+            **run(experiment, copy.deepcopy(model)),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
         rows = {key: rows[key] for key in RUNS if key in rows}
         if options.json is not None:
             facts = {
