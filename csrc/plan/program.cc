@@ -375,7 +375,8 @@ class Builder {
     allocate(out);
     if (out->size.elements() == 0) return;
     DequantizeOp op;
-    op.args = {nullptr, is_signed(q), nullptr, float_type(out->dtype), grid_layout(s, *out, q)};
+    op.args = {nullptr, is_signed(q) ? CodeType::kInt8 : CodeType::kUInt8, nullptr,
+               float_type(out->dtype), grid_layout(s, *out, q)};
     op.q = ref(q);
     op.x = ref(*out);
     emit(op, "dequantize", dequantize_kernel_name(op.args.x_type), {&q}, *out);
