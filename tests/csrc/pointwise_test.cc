@@ -72,7 +72,9 @@ void grid_kernels_equal_scalar(Rng& rng) {
 
       Guarded<uint8_t> y(x.size(), side), expected_y(x.size(), side);
       rng.fill(q);
-      DequantizeRun dequantize_run{q.data(), expected_y.data(), n, span, is_signed, false};
+      DequantizeRun dequantize_run{
+          q.data(), expected_y.data(), n, span, is_signed ? CodeType::kInt8 : CodeType::kUInt8,
+          false};
       select_dequantize_kernel(type, kCpuScalar)(dequantize_run);
       dequantize_run.x = y.data();
       dequantize_run.stream = rng.chance(0.5);
