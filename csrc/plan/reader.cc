@@ -13,6 +13,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the records are read as they lie");
 
 constexpr int64_t kLimit = int64_t{1} << 40;  // of sizes and amounts
+constexpr int64_t kWindow = 65535;            // of strides, paddings, dilations and pool windows
 
 constexpr const char* kSectionNames[kSectionCount] = {"strings", "metadata", "tensors", "values",
                                                       "scalars", "steps",    "cells",   "inputs",
@@ -553,14 +554,14 @@ class Reader {
     ConvShape& c = s->conv;
     c.spatial_dims = dims;
     for (int d = 0; d < dims; ++d) c.kernel[first + d] = weight.dims[2 + d];
-    for (int d = 0; d < dims; ++d) c.stride[first + d] = integer("stride", 1, INT32_MAX);
+    for (int d = 0; d < dims; ++d) c.stride[first + d] = integer("stride", 1, kWindow);
     for (int d = 0; d < dims; ++d) {
-      c.pad_lo[first + d] = integer("padding", 0, INT32_MAX);
-      c.pad_hi[first + d] = integer("padding", 0, INT32_MAX);
+      c.pad_lo[first + d] = integer("padding", 0, kWindow);
+      c.pad_hi[first + d] = integer("padding", 0, kWindow);
     }
-    for (int d = 0; d < dims; ++d) c.dilation[first + d] = integer("dilation", 1, INT32_MAX);
+    for (int d = 0; d < dims; ++d) c.dilation[first + d] = integer("dilation", 1, kWindow);
     for (int d = 0; d < dims; ++d) {
-      s->output_padding[first + d] = integer("output_padding", 0, INT32_MAX);
+      s->output_padding[first + d] = integer("output_padding", 0, kWindow);
     }
     c.groups = integer("groups", 1, INT32_MAX);
     c.transposed = flag("transposed");
@@ -636,11 +637,11 @@ class Reader {
             integer("output size", -1, static_cast<int64_t>(model_.scalars.size()) - 1));
       }
     } else {
-      for (int d = 0; d < s.dims; ++d) s.kernel[first + d] = integer("kernel", 1, INT32_MAX);
-      for (int d = 0; d < s.dims; ++d) s.stride[first + d] = integer("stride", 1, INT32_MAX);
-      for (int d = 0; d < s.dims; ++d) s.padding[first + d] = integer("padding", 0, INT32_MAX);
+      for (int d = 0; d < s.dims; ++d) s.kernel[first + d] = integer("kernel", 1, kWindow);
+      for (int d = 0; d < s.dims; ++d) s.stride[first + d] = integer("stride", 1, kWindow);
+      for (int d = 0; d < s.dims; ++d) s.padding[first + d] = integer("padding", 0, kWindow);
       if (step_.kind == StepKind::kMaxPool) {
-        for (int d = 0; d < s.dims; ++d) s.dilation[first + d] = integer("dilation", 1, INT32_MAX);
+        for (int d = 0; d < s.dims; ++d) s.dilation[first + d] = integer("dilation", 1, kWindow);
       }
       s.ceil_mode = flag("ceil_mode");
     }

@@ -9,6 +9,7 @@ namespace qk::plan {
 namespace {
 
 constexpr int64_t kMaxElements = int64_t{1} << 40;  // of one value
+constexpr int64_t kMaxResized = int64_t{1} << 24;   // of one dimension
 
 int64_t floor_div(int64_t a, int64_t b) {
   const int64_t q = a / b;
@@ -328,9 +329,11 @@ class Inference {
         if (!scalar(s.size[d], &size)) return false;
       } else {
         const double scaled = std::floor(static_cast<double>(in[2 + i]) * s.factor[d]);
-        size = scaled < 1e12 ? static_cast<int64_t>(scaled) : kMaxElements + 1;
+        size = scaled < 1e12 ? static_cast<int64_t>(scaled) : kMaxElements;
       }
-      if (size < 1) return fail("the output size must be positive, got ", size);
+      if (size < 1 || size > kMaxResized) {
+        return fail("the output size must be in [1, ", kMaxResized, "], got ", size);
+      }
       (*out)[2 + i] = size;
     }
     return true;
