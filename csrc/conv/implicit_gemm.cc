@@ -10,6 +10,9 @@ namespace {
 // Output pixels of a block: a multiple of the rows of a register tile, large enough that the
 // weights are read from L2 rarely, small enough that pointers and input stay in L1.
 constexpr int64_t kMaxBlock = 192, kMinBlock = 24;
+// AMX reads the weights for every 32 rows anyway; every block costs a tile configuration and an
+// epilogue that nothing hides.
+constexpr int64_t kEvenBlock = 1024;
 // Limits of a block's pointer table and of its window copies, in bytes.
 constexpr int64_t kTableBytes = 128 * 1024, kWindowBytes = 1024 * 1024;
 // Padded images at a time.
@@ -58,8 +61,7 @@ PaddedImage padded_image(const ConvArgs& args, const DimPhase& dim, int64_t coun
   const int64_t first = dim.position(0, 0);
   image.left = -first;
   image.pixels = dim.position(count - 1, dim.taps - 1) + 1 - first;
-  image.row_bytes = (dim.position(count - 1, 0) - first) * channels + depth;
-  image.row_bytes = most(image.row_bytes, image.pixels * channels);
+  image.row_bytes = align_up(image.pixels * channels + 4 * ceil_div(depth, kTileDepth));
   image.rows = e.batch * e.in[0] * e.in[1];
   return image;
 }
@@ -87,6 +89,13 @@ void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_
   for (int64_t x = end; x < image.pixels; ++x) pixel(x);
 }
 
+// Blocks of nearly the same size: whole output rows, or in a plain matrix whole pairs of tiles.
+int64_t even_block(const PhaseRun& run) {
+  const int64_t blocks = most(ceil_div(run.pixels, kEvenBlock), 1);
+  const int64_t unit = run.direct ? 32 : most(run.count[2], 1);
+  return most(ceil_div(ceil_div(run.pixels, blocks), unit), 1) * unit;
+}
+
 PhaseRun phase_run(const ConvArgs& args, int64_t index) {
   const PackedConvHeader& packed = *args.packed;
   const ConvExtent& e = args.extent;
@@ -108,11 +117,12 @@ PhaseRun phase_run(const ConvArgs& args, int64_t index) {
   const int64_t window_bytes = run.plan.runs ? run.plan.taps * run.plan.depth : 1;
   const int64_t limit = clamp(kTableBytes / pointer_bytes, 0, kWindowBytes / window_bytes);
   run.block = clamp(limit / kMinBlock * kMinBlock, kMinBlock, kMaxBlock);
+  if (run.plan.even_rows) run.block = even_block(run);
   run.blocks = ceil_div(run.pixels, run.block);
   run.windows = 0;
   if (run.plan.padded_image) {
     run.image = padded_image(args, run.phase.dim[2], run.count[2], run.plan.depth);
-  } else if (run.plan.runs && run.count[2] > 0) {
+  } else if (run.plan.runs && !run.plan.even_rows && run.count[2] > 0) {
     const int64_t border = run.count[2] - (run.inner_end - run.inner_begin);
     const int64_t rows = (run.block - 1) / run.count[2] + 2;
     run.windows = border * rows < run.block ? border * rows : run.block;
@@ -139,7 +149,8 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
     const PhaseRun run = phase_run(args, p);
     const int64_t block = run.block < run.pixels ? run.block : run.pixels;
     if (!run.direct) {
-      bytes.pointers = most(bytes.pointers, align_up(block * run.plan.taps * 8));
+      const int64_t sharing = run.plan.even_rows ? run.count[2] : 1;
+      bytes.pointers = most(bytes.pointers, align_up(ceil_div(block, sharing) * run.plan.taps * 8));
       bytes.windows = most(bytes.windows, align_up(run.windows * run.plan.taps * run.plan.depth));
     }
     if (!run.phase.dense_output()) bytes.offsets = most(bytes.offsets, align_up(block * 8));
@@ -147,16 +158,17 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
   return bytes;
 }
 
-// A row of the matrix that is all padding, at the start of the workspace: as long as a run of taps,
-// and as a pixel, because pointers to it move along with the groups.
-int64_t padding_bytes(const ConvShape& shape) {
-  const int64_t run = shape.kernel[2] * shape.in_channels;
-  return align_up(most(run, kFillBytes));
+// Only an ordinary convolution pads its image, and it has one phase.
+PaddedImage image_of(const ConvArgs& args) {
+  return args.packed->shape.transposed ? PaddedImage{} : phase_run(args, 0).image;
 }
 
-// Only an ordinary convolution pads its image, and it has one phase.
-int64_t image_bytes(const ConvArgs& args) {
-  return args.packed->shape.transposed ? 0 : phase_run(args, 0).image.bytes();
+// A row of the matrix that is all padding, at the start of the workspace: as long as a run of taps,
+// and as a pixel, because pointers to it move along with the groups; and as a padded row.
+int64_t padding_bytes(const ConvArgs& args) {
+  const ConvShape& shape = args.packed->shape;
+  const int64_t run = most(shape.kernel[2] * shape.in_channels, image_of(args).row_bytes);
+  return align_up(most(run, kFillBytes));
 }
 
 // Where the pixels of a block lie: walks the runs of pixels that share an output row.
@@ -196,11 +208,6 @@ class BlockRows {
             const int64_t iz = source(0, z, t / dim[1].taps), iy = source(1, y, t % dim[1].taps);
             const int64_t image_index = (n * e.in[0] + iz) * e.in[1] + iy;
             const bool outside = iz < 0 || iy < 0;
-            if (run_.plan.padded_image) {
-              find_padded_runs(outside ? nullptr : image_ + image_index * run_.image.row_bytes,
-                               segment + t, x0, x1);
-              continue;
-            }
             const uint8_t* image_row =
                 outside ? nullptr : args_.input + image_index * e.in[2] * pixel_bytes + channel;
             if (run_.plan.runs) {
@@ -214,9 +221,34 @@ class BlockRows {
         });
   }
 
-  // Moves the pointers to the channels `bytes` further on.
-  void move(int64_t begin, int64_t end, int64_t bytes) {
-    const int64_t pointers = (end - begin) * run_.plan.taps;
+  // Fills the pointers of the output rows that are pixels [begin, end), for channels from `channel`
+  // on.
+  void find_even(int64_t begin, int64_t end, int64_t channel) {
+    const DimPhase* dim = run_.phase.dim;
+    const ConvExtent& e = args_.extent;
+    const int64_t channels = args_.packed->shape.in_channels;
+    const int64_t taps_in_row = run_.plan.runs ? 1 : dim[2].taps;
+    const bool padded = run_.plan.padded_image;
+    const uint8_t* image = padded ? image_ : args_.input;
+    const int64_t row_bytes = padded ? run_.image.row_bytes : e.in[2] * channels;
+    const uint8_t** pointer = scratch_.pointers;
+    for (int64_t row = begin / run_.count[2]; row < end / run_.count[2]; ++row) {
+      const int64_t y = row % run_.count[1], z = row / run_.count[1] % run_.count[0];
+      const int64_t n = row / (run_.count[1] * run_.count[0]);
+      for (int64_t t = 0; t < dim[0].taps * dim[1].taps; ++t) {
+        const int64_t iz = source(0, z, t / dim[1].taps), iy = source(1, y, t % dim[1].taps);
+        const uint8_t* from =
+            iz < 0 || iy < 0 ? padding_ : image + ((n * e.in[0] + iz) * e.in[1] + iy) * row_bytes;
+        for (int64_t x = 0; x < taps_in_row; ++x) {
+          *pointer++ = from + x * dim[2].in_dilation * channels + channel;
+        }
+      }
+    }
+  }
+
+  // Moves `count` pointers to the channels `bytes` further on.
+  void move(int64_t count, int64_t bytes) {
+    const int64_t pointers = count * run_.plan.taps;
     for (int64_t i = 0; i < pointers; ++i) scratch_.pointers[i] += bytes;
   }
 
@@ -243,16 +275,6 @@ class BlockRows {
   int64_t source(int d, int64_t j, int64_t tap) const {
     return source_index(args_.packed->shape.padding_mode, run_.phase.dim[d].position(j, tap),
                         args_.extent.in[d]);
-  }
-
-  void find_padded_runs(const uint8_t* row, const uint8_t** pointers, int64_t x0,
-                        int64_t x1) const {
-    const DimPhase& dim = run_.phase.dim[2];
-    const int64_t taps = run_.plan.taps, pixel_bytes = args_.packed->shape.in_channels;
-    const uint8_t* p =
-        row == nullptr ? padding_ : row + (dim.position(x0, 0) + run_.image.left) * pixel_bytes;
-    const int64_t step = row == nullptr ? 0 : dim.in_stride * pixel_bytes;
-    for (int64_t x = x0; x < x1; ++x, pointers += taps, p += step) *pointers = p;
   }
 
   // Whole rows of windows: inside the image the image itself, at its edges a copy.
@@ -357,12 +379,19 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
       gemm.a = args.input + begin * shape.in_channels + set * in_set;
       gemm.a_row_stride = shape.in_channels;
     } else {
-      if (set == first_set) {
-        rows.find(begin, end, set * in_set);
+      const bool even = run.plan.even_rows;
+      if (set > first_set) {
+        rows.move(even ? (end - begin) / run.count[2] : end - begin, in_set);
+      } else if (even) {
+        rows.find_even(begin, end, set * in_set);
       } else {
-        rows.move(begin, end, in_set);
+        rows.find(begin, end, set * in_set);
       }
       gemm.pointers = scratch.pointers;
+      if (even) {
+        gemm.run = run.count[2];
+        gemm.a_row_stride = run.phase.dim[2].in_stride * shape.in_channels;
+      }
     }
     const int64_t first = dense ? begin * shape.out_channels : 0;
     gemm.out = static_cast<uint8_t*>(args.out) + (first + set * out_set) * element;
@@ -382,9 +411,9 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
   const PackedConvHeader& packed = *args.packed;
   const ConvShape& shape = packed.shape;
   auto* workspace = static_cast<uint8_t*>(args.workspace);
-  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding_bytes(shape)));
-  uint8_t* image = workspace + padding_bytes(shape);
-  uint8_t* scratches = image + image_bytes(args);
+  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding_bytes(args)));
+  uint8_t* image = workspace + padding_bytes(args);
+  uint8_t* scratches = image + image_of(args).bytes();
   const Shared shared{workspace, image};
   const ScratchBytes bytes = scratch_bytes(args);
 
@@ -422,7 +451,7 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
 
 // The images that are padded together: they stay in L2 until they have been read.
 int64_t images_at_once(const ConvArgs& args) {
-  const int64_t batch = args.extent.batch, bytes = image_bytes(args);
+  const int64_t batch = args.extent.batch, bytes = image_of(args).bytes();
   if (bytes <= kImageBytes || batch < 2) return batch;
   return clamp(kImageBytes / (bytes / batch), 1, batch);
 }
@@ -467,7 +496,7 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
 
 int64_t implicit_gemm_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
   const ConvArgs part = images(args, 0, images_at_once(args));
-  return padding_bytes(args.packed->shape) + image_bytes(part) +
+  return padding_bytes(args) + image_of(part).bytes() +
          parallel.threads * scratch_bytes(part).total();
 }
 

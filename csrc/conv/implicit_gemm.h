@@ -9,25 +9,34 @@ namespace qk {
 // How one phase becomes a GEMM: rows are output pixels, columns output channels of one set.
 struct GemmPlan {
   bool runs;  // a row of the window is one contiguous run of taps * channels bytes
-  // Runs of whole AMX tiles, read from a padded copy of the image: no window overhangs it, and what
-  // follows a short run in its tile meets weights that count as zero.
+  // AMX: rows of A are the pixels of an output row, evenly spaced in a padded copy of the image
+  // (or, without padding, in the image itself), so that tiles are loaded where they lie.
+  bool even_rows;
   bool padded_image;
   int64_t taps, depth;
 };
 
-// Shorter runs than the least fill a tile too poorly: there the copies of the GEMM are faster.
-inline constexpr int64_t kAmxTileDepth = 64, kLeastPaddedDepth = 16;
+inline bool is_padded(const ConvShape& shape) {
+  bool padded = false;
+  for (int d = 0; d < kConvDims; ++d) padded |= shape.pad_lo[d] > 0 || shape.pad_hi[d] > 0;
+  return padded;
+}
 
 inline GemmPlan gemm_plan(const ConvShape& shape, const ConvPhase& phase, int64_t groups_in_set,
                           Isa isa) {
   const int64_t rows = phase.dim[0].taps * phase.dim[1].taps, columns = phase.dim[2].taps;
-  const bool runs = shape.groups == 1 && columns > 1 && phase.dim[2].in_dilation == 1;
-  if (!runs) return {false, false, rows * columns, groups_in_set * shape.in_per_group()};
-  const int64_t depth = columns * shape.in_channels;
-  const bool tiles =
-      depth % kAmxTileDepth == 0 || (depth < kAmxTileDepth && depth >= kLeastPaddedDepth);
-  const bool padded_image = isa == Isa::kAmx && !shape.transposed && tiles;
-  return {true, padded_image, rows, padded_image && depth < kAmxTileDepth ? kAmxTileDepth : depth};
+  const int64_t channels = groups_in_set * shape.in_per_group();
+  GemmPlan plan;
+  plan.runs = shape.groups == 1 && columns > 1 && phase.dim[2].in_dilation == 1;
+  plan.taps = plan.runs ? rows : rows * columns;
+  plan.depth = plan.runs ? columns * channels : channels;
+  plan.even_rows = isa == Isa::kAmx && !shape.transposed && plan.taps <= kMaxTileTaps &&
+                   fills_tiles(groups_in_set * shape.out_per_group(), plan.taps, plan.depth);
+  // Without padding and with one tap to a row the image does, if nothing is read past a pixel.
+  plan.padded_image = plan.even_rows && (is_padded(shape) || columns > 1);
+  // What follows a run in the padded image meets weights that count as zero.
+  if (plan.padded_image) plan.depth = tile_depth(plan.depth);
+  return plan;
 }
 
 // Narrow groups are merged, block-diagonally, until they fill a vector of outputs.

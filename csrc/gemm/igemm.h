@@ -44,10 +44,33 @@ struct alignas(64) PackedHeader {
   int64_t order_offset;  // see x86_avx2.cc; 0 elsewhere
   int32_t input_signed;
   int32_t has_weight_zero_point;
-  int32_t wide;  // (acc + addend) * mult may leave the int32 range
+  int32_t wide;  // a value may leave the int32 range before it is clamped
   int32_t reserved;
   Epilogue epilogue;
 };
+
+// What AMX reads in place: at most so many taps, cut into equal steps of whole quads, the bytes of
+// a tile or fewer, but no more than twice as many steps as full tiles would take. 0: no such step.
+inline constexpr int64_t kMaxTileTaps = 64, kTileDepth = 64;
+inline constexpr int64_t tile_step(int64_t depth) {
+  const int64_t least = (depth + kTileDepth - 1) / kTileDepth;
+  for (int64_t steps = least; steps > 0 && steps < 2 * least; ++steps) {
+    if (depth % (4 * steps) == 0) return depth / steps;
+  }
+  return 0;
+}
+// The least depth from `depth` on that has a step.
+inline constexpr int64_t tile_depth(int64_t depth) {
+  const int64_t quantum = (depth + kTileDepth - 1) / kTileDepth * 4;
+  return (depth + quantum - 1) / quantum * quantum;
+}
+// With fewer rows or fewer weights in a panel a tile is mostly empty, and its store costs more than
+// the sums: measured break-even against AVX512-VNNI.
+inline constexpr int64_t kMinTileRows = 5, kNarrowColumns = 16, kMinPanelWeights = 2048;
+inline constexpr bool fills_tiles(int64_t columns, int64_t taps, int64_t depth) {
+  return columns > kNarrowColumns &&
+         taps * ((depth + 3) / 4 * 4) * (columns < 64 ? columns : 64) >= kMinPanelWeights;
+}
 
 // A checked view of packed bytes.
 struct PackedMatrix {
@@ -102,6 +125,9 @@ struct IgemmArgs {
   const uint8_t* a = nullptr;
   int64_t a_row_stride = 0;
   const uint8_t* const* pointers = nullptr;  // wins over `a`
+  // Rows that share the pointers of their first: `a_row_stride` further on for each. AMX only;
+  // row_begin, row_end are multiples of it then.
+  int64_t run = 1;
   int64_t row_begin = 0, row_end = 0;
   int64_t panel_begin = 0, panel_end = 0;
   void* out = nullptr;

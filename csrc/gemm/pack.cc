@@ -56,6 +56,14 @@ struct Quad {
   int8_t w[4];
 };
 
+// Whether no sum of an 8-bit output and a residual leaves the int32 range before it is clamped.
+bool narrow_residual(const ResidualAdd& add) {
+  const double most = std::fabs(double{add.offset}) + 255 * std::fabs(double{add.scale}) +
+                      std::fabs(double{add.residual_offset}) +
+                      255 * std::fabs(double{add.residual_scale});
+  return most * add.inv_scale < 2147480000.0;
+}
+
 struct PanelWriter {
   const PackSource& source;
   int64_t first_column, columns, width;
@@ -216,6 +224,8 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
   header.order_offset = layout.order_offset;
   header.input_signed = source.input_signed;
   header.epilogue = source.epilogue;
+
+  if (source.epilogue.has_residual && !narrow_residual(source.epilogue.residual)) header.wide = 1;
 
   const int64_t za = source.input_zero_point + (source.input_signed ? 128 : 0);
   for (int64_t n = 0; n < source.n; ++n) {

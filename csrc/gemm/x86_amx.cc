@@ -1,14 +1,20 @@
-// AMX: blocks of up to 32 rows x 32 columns in four tile registers; small blocks go to AVX512-VNNI.
+// AMX: pairs of tiles of up to 16 rows x 64 columns; small problems go to AVX512-VNNI.
 //
 // Trick: the panel layout of AVX512-VNNI is what tdpbusd wants: 16 quads of K are the 16 rows of a
-//   tile of B, 16 columns x 4 bytes its 64 bytes. Rows of A are loaded where they lie if their taps
-//   are whole tiles and evenly spaced, as the pixels of an image row are; a half of a block is cut
-//   to such a run, with as many rows in the tile configuration. Everything else is first copied to
-//   a stack buffer that all panels reuse. There the taps follow each other without a gap, so K is
-//   one run whose last tile is partial: A is zero there, and what B holds does not matter (the
-//   packed bytes end with kAmxTailBytes of slack). The sums start from init by a tile load with
-//   stride 0.
+//   tile of B, 16 columns x 4 bytes its 64 bytes. Rows of A are loaded where they lie if they are
+//   evenly spaced (a matrix, or the pixels of an image row) and depth cuts into equal steps of
+//   whole quads; the tile configuration has the bytes of a step, so nothing is padded or read too
+//   far. A stretch of evenly spaced rows is cut into tiles of one height, so that one configuration
+//   serves the whole call; the last tile of a stretch starts early instead of being lower, and what
+//   it computes twice is stored once. Other rows are first copied to a stack buffer that all panels
+//   reuse: taps follow each other without a gap, zero up to a whole tile, and what B holds there
+//   does not matter (the packed bytes end with kAmxTailBytes of slack).
+//   The sums of a panel go to memory, and their epilogue runs row by row between the tile products
+//   of the next panel: the tile unit and the vector units work side by side. They start from init
+//   by a tile load with stride 0.
 #include <immintrin.h>
+
+#include <initializer_list>
 
 #include "csrc/base/target.h"
 #include "csrc/gemm/igemm.h"
@@ -23,15 +29,13 @@ namespace {
 
 #include "csrc/gemm/x86_avx512_store.h"
 
-constexpr int64_t kTileRows = 16, kTileBytes = 64, kBlockRows = 32;
-// With fewer rows or fewer weights in a panel a tile is mostly empty, and its store costs more than
-// the sums: measured break-even against AVX512-VNNI.
-// In a single column of tiles, as grouped convolutions have them, the copies of A cost more.
-constexpr int64_t kMinRows = 5, kMinPanelWeights = 2048, kNarrow = 16;
+constexpr int64_t kTileRows = 16, kTileBytes = 64, kPairRows = 2 * kTileRows;
 // Copies of A on the stack; longer rows go to AVX512-VNNI.
 constexpr int64_t kBufferBytes = 256 * 1024;
-// Taps that are loaded in place, and the shortest run of rows worth a tile of its own.
-constexpr int64_t kMaxTaps = 64, kMinRun = 4;
+// Shorter stretches leave too much of a tile empty: copied.
+constexpr int64_t kMinStretch = 4;
+// The fewest rows of an epilogue that are worth its call.
+constexpr int64_t kMinSlice = 4;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -45,77 +49,29 @@ struct alignas(64) TileConfig {
                       kTileRows, kTileRows, kTileRows, kTileRows};
 };
 
-// Up to 16 rows of A, evenly spaced.
+// Rows of A of one tile, evenly spaced.
 struct TileRows {
   const uint8_t* a;
   int64_t stride;
 };
 
-// A block's rows of A: two halves of up to 16 rows. K is cut into segments (the taps, or one that
-// holds them all) of `steps` tiles; in a segment each half has its own place and spacing.
-struct BlockRows {
-  const TileRows (*segments)[2];
-  int64_t count, steps;
+// A panel's sums that wait for their epilogue, and where it goes.
+struct Pending {
+  StoreRows store = nullptr;
+  const int32_t* acc = nullptr;
+  int64_t next = 0, rows = 0;
+  IgemmTile tile = {};
+  uint8_t* out[kPairRows];
+  const uint8_t* residual[kPairRows];
+  uint32_t row_sums[kPairRows];
+
+  inline __attribute__((always_inline)) void run(int64_t count) {
+    if (next == rows) return;
+    const int64_t end = rows - next < count ? rows : next + count;
+    store(tile, acc, next, end);
+    next = end;
+  }
 };
-
-// c[32][64] = init + a * b, for R halves and C * 16 columns, R and C in {1, 2}.
-template <int R, int C>
-QK_INLINE void multiply_tiles(const BlockRows& block, const int8_t* b, int64_t b_stride,
-                              const int32_t* init, int32_t* c) {
-  const int64_t zero = 0, c_stride = 256;
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(init), "r"(zero) : "memory");
-  if (R == 2) __asm__ volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(init), "r"(zero) : "memory");
-  if (C == 2) {
-    __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm1" ::"r"(init), "r"(zero) : "memory");
-    if (R == 2) __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm3" ::"r"(init), "r"(zero) : "memory");
-  }
-  for (int64_t segment = 0; segment < block.count; ++segment) {
-    TileRows upper = block.segments[segment][0], lower = block.segments[segment][1];
-    for (int64_t step = 0; step < block.steps; ++step) {
-      __asm__ volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(upper.a), "r"(upper.stride) : "memory");
-      __asm__ volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(b_stride) : "memory");
-      if (R == 2) {
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(lower.a), "r"(lower.stride)
-                         : "memory");
-      }
-      if (C == 2) {
-        __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm7" ::"r"(b), "r"(b_stride) : "memory");
-      }
-      __asm__ volatile("tdpbusd %%tmm6, %%tmm4, %%tmm0" ::: "memory");
-      if (C == 2) __asm__ volatile("tdpbusd %%tmm7, %%tmm4, %%tmm1" ::: "memory");
-      if (R == 2) __asm__ volatile("tdpbusd %%tmm6, %%tmm5, %%tmm2" ::: "memory");
-      if (R == 2 && C == 2) __asm__ volatile("tdpbusd %%tmm7, %%tmm5, %%tmm3" ::: "memory");
-      upper.a += kTileBytes;
-      lower.a += kTileBytes;
-      b += 16 * b_stride;
-    }
-  }
-  __asm__ volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
-  if (C == 2) {
-    __asm__ volatile("tilestored %%tmm1, 64(%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
-  }
-  if (R == 2) {
-    int32_t* half = c + kTileRows * 64;
-    __asm__ volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(half), "r"(c_stride) : "memory");
-    if (C == 2) {
-      __asm__ volatile("tilestored %%tmm3, 64(%0,%1,1)" ::"r"(half), "r"(c_stride) : "memory");
-    }
-  }
-}
-
-template <int R>
-QK_INLINE void multiply_panel(const BlockRows& block, const IgemmTile& tile, int64_t vectors,
-                              int32_t* c) {
-  const int32_t* init = tile.matrix.init + tile.first_column;
-  for (int64_t j = 0; j < vectors; j += 2) {
-    const int8_t* b = tile.panel + 64 * j;
-    if (vectors - j >= 2) {
-      multiply_tiles<R, 2>(block, b, 64 * vectors, init + 16 * j, c + 16 * j);
-    } else {
-      multiply_tiles<R, 1>(block, b, 64 * vectors, init + 16 * j, c + 16 * j);
-    }
-  }
-}
 
 // Copies rows of A; int8 becomes uint8.
 class RowCopier {
@@ -130,13 +86,14 @@ class RowCopier {
         flip_(_mm512_set1_epi8(static_cast<char>(header.input_signed ? 0x80 : 0))) {}
 
   // One row, its taps one after the other, zero up to a whole tile.
-  void all_taps(const uint8_t* const* taps, uint8_t* dst, int64_t row_bytes) const {
+  void row(const uint8_t* const* taps, int64_t offset, uint8_t* dst, int64_t row_bytes) const {
     uint8_t* const end = dst + row_bytes;
-    for (int64_t tap = 0; tap < taps_; ++tap, dst += padded_depth_) one_tap(taps[tap], dst);
+    for (int64_t tap = 0; tap < taps_; ++tap, dst += padded_depth_) copy(taps[tap] + offset, dst);
     if (dst < end) _mm512_mask_storeu_epi8(dst, mask64(end - dst), _mm512_setzero_si512());
   }
 
-  void one_tap(const uint8_t* a, uint8_t* dst) const {
+ private:
+  void copy(const uint8_t* a, uint8_t* dst) const {
     for (int64_t k = 0; k < whole_; k += 64) {
       _mm512_storeu_si512(dst + k, _mm512_xor_si512(_mm512_loadu_si512(a + k), flip_));
     }
@@ -146,187 +103,306 @@ class RowCopier {
     }
   }
 
- private:
   int64_t taps_, depth_, whole_, padded_depth_;
   __mmask64 load_mask_, store_mask_;
   __m512i flip_;
 };
 
-// How many of `most` pointers, `step` apart, are evenly spaced from the first on.
-QK_INLINE int64_t evenly_spaced(const uint8_t* const* pointers, int64_t step, int64_t most) {
-  if (most < 3) return most;
-  const int64_t spacing = pointers[step] - pointers[0];
-  int64_t n = 2;
-  while (n < most && pointers[n * step] - pointers[(n - 1) * step] == spacing) ++n;
-  return n;
+// How rows become tiles: stretches of `length` rows in `tiles` tiles of `height` rows.
+struct Stretches {
+  int64_t length, tiles, height;
+};
+QK_INLINE Stretches cut_stretches(int64_t rows, int64_t length) {
+  // One long stretch is cut into pairs of tiles.
+  const int64_t most = length == rows && rows > kTileRows ? kPairRows : kTileRows;
+  int64_t tiles = (length + most - 1) / most * (most / kTileRows);
+  const int64_t height = (length + tiles - 1) / tiles;
+  tiles = (length + height - 1) / height;
+  return {length, tiles, height};
 }
 
-// Of eight taps side by side in `rows` rows of pointers, those that are evenly spaced.
-QK_INLINE __mmask8 evenly_spaced_taps(const uint8_t* const* pointers, int64_t taps, int64_t rows,
-                                      __mmask8 lanes) {
-  if (rows < 3) return lanes;
-  __m512i before = _mm512_maskz_loadu_epi64(lanes, pointers + taps);
-  const __m512i spacing = _mm512_sub_epi64(before, _mm512_maskz_loadu_epi64(lanes, pointers));
-  __mmask8 even = lanes;
-  for (int64_t i = 2; i < rows; ++i) {
-    const __m512i now = _mm512_maskz_loadu_epi64(lanes, pointers + i * taps);
-    even = _mm512_mask_cmpeq_epi64_mask(even, _mm512_sub_epi64(now, before), spacing);
-    before = now;
-  }
-  return even;
-}
-
-class AmxTile {
+class AmxRows {
  public:
-  static constexpr Isa kIsa = Isa::kAmx;
-  static constexpr int64_t max_rows(int64_t) { return kBlockRows; }
-
-  AmxTile(const IgemmArgs& args, uint8_t* buffer)
-      : header_(*args.matrix.header),
+  AmxRows(const IgemmBlock& block, bool in_place, uint8_t* buffer)
+      : block_(block),
+        args_(block.args),
+        header_(*args_.matrix.header),
         copier_(header_),
         buffer_(buffer),
+        in_place_(in_place),
         row_bytes_(round_up(header_.taps * round_up(header_.depth, 4), kTileBytes)),
-        whole_taps_(header_.depth % kTileBytes == 0 && header_.taps <= kMaxTaps &&
-                    !header_.input_signed) {
-    block_ = whole_taps_ ? BlockRows{segments_, header_.taps, header_.depth / kTileBytes}
-                         : BlockRows{segments_, 1, row_bytes_ / kTileBytes};
-  }
-
-  // Two halves; with row pointers a half ends where the even spacing of the first tap ends (an
-  // image row), and long runs are cut evenly: 28 pixels are 14 + 14.
-  int64_t next_rows(const IgemmArgs& args, int64_t row, int64_t left) {
-    int64_t run = left < kBlockRows ? left : kBlockRows;
-    const bool pointers = args.pointers != nullptr && whole_taps_;
-    if (pointers) run = evenly_spaced(args.pointers + row * header_.taps, header_.taps, run);
-    rows_[0] = half_rows(run, left);
-    left -= rows_[0];
-    row += rows_[0];
-    if (run > rows_[0]) {
-      run -= rows_[0];
+        element_(output_bytes(header_.epilogue.output)),
+        rows_(block.row_end - block.row_begin),
+        stretches_(cut_stretches(rows_, in_place && args_.pointers ? args_.run : rows_)) {
+    if (in_place) {
+      step_bytes_ = tile_step(header_.depth);
+      steps_ = header_.depth / step_bytes_;
+      segments_ = header_.taps;
     } else {
-      run = left < kTileRows ? left : kTileRows;
-      if (pointers) run = evenly_spaced(args.pointers + row * header_.taps, header_.taps, run);
+      steps_ = row_bytes_ / kTileBytes;
     }
-    rows_[1] = half_rows(run, left);
-    return rows_[0] + rows_[1];
   }
 
-  void begin_rows(const uint8_t* const* sources, int64_t, const IgemmArgs& args) {
+  void run() {
     configure();
-    for (int half = 0; half < 2 && rows_[half] > 0; ++half) {
-      const uint8_t* const* first = sources + (half == 0 ? 0 : rows_[0]) * header_.taps;
-      if (!whole_taps_) {
-        segments_[0][half] = copied_rows(first, half);
-      } else if (args.pointers == nullptr) {
-        segments_[0][half] = strided_rows(first, half);
-      } else {
-        find_taps(first, half);
+    const int64_t tiles = rows_ / stretches_.length * stretches_.tiles;
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      const int64_t halves = tiles - tile < 2 ? 1 : 2;
+      for (int64_t half = 0; half < halves; ++half) {
+        find_half(tile + half, half);
+        find_rows(half);
       }
+      stored_ = halves_[0].rows + (halves == 2 ? halves_[1].rows : 0);
+      halves == 2 ? all_panels<2>() : all_panels<1>();
     }
-  }
-
-  void tile(int64_t, int64_t vectors, const IgemmTile& tile) const {
-    alignas(64) int32_t sums[kBlockRows][64];
-    if (rows_[1] > 0) {
-      multiply_panel<2>(block_, tile, vectors, sums[0]);
-    } else {
-      multiply_panel<1>(block_, tile, vectors, sums[0]);
-    }
-    store_sums(tile, sums[0], rows_[0], vectors);
-    if (rows_[1] == 0) return;
-    IgemmTile lower = tile;
-    lower.advance(rows_[0]);
-    store_sums(lower, sums[kTileRows], rows_[1], vectors);
+    pending_[next_ ^ 1].run(kPairRows);
+    __asm__ volatile("tilerelease");
   }
 
  private:
-  // Rows of a half from a run of `run` evenly spaced rows (known up to two halves).
-  static int64_t half_rows(int64_t run, int64_t left) {
-    const int64_t most = left < kTileRows ? left : kTileRows;
-    if (run < kMinRun) return most;
-    return run <= kTileRows ? run : (run + 1) / 2;
-  }
+  // The rows of one tile: `skip` of them are already stored.
+  struct Half {
+    int64_t first, skip, rows;
+  };
 
-  // The tiles' rows of this block; loading a configuration zeroes all tiles, which are unused here.
-  void configure() {
-    if (rows_[0] == configured_[0] && rows_[1] == configured_[1]) return;
-    configured_[0] = rows_[0];
-    configured_[1] = rows_[1];
+  void configure() const {
     TileConfig config;
-    const auto upper = static_cast<uint8_t>(rows_[0]);
-    const auto lower = static_cast<uint8_t>(rows_[1] > 0 ? rows_[1] : kTileRows);
-    config.rows[0] = config.rows[1] = config.rows[4] = upper;
-    config.rows[2] = config.rows[3] = config.rows[5] = lower;
+    for (int i : {0, 1, 2, 3, 4, 5}) config.rows[i] = static_cast<uint8_t>(stretches_.height);
+    for (int i : {4, 5}) config.row_bytes[i] = static_cast<uint16_t>(step_bytes_);
+    for (int i : {6, 7}) config.rows[i] = static_cast<uint8_t>(step_bytes_ / 4);
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
   }
 
-  // The taps of one half where they lie, or a copy where the rows are not evenly spaced.
-  void find_taps(const uint8_t* const* pointers, int half) {
-    const int64_t taps = header_.taps, rows = rows_[half];
-    for (int64_t tap = 0; tap < taps; tap += 8) {
-      const __mmask8 lanes =
-          static_cast<__mmask8>(taps - tap >= 8 ? 0xff : (1 << (taps - tap)) - 1);
-      const __mmask8 even = evenly_spaced_taps(pointers + tap, taps, rows, lanes);
-      for (int64_t t = tap; t < taps && t < tap + 8; ++t) {
-        segments_[t][half] =
-            (even >> (t - tap)) & 1
-                ? TileRows{pointers[t], rows > 1 ? pointers[taps + t] - pointers[t] : 0}
-                : copied_tap(pointers + t, t, half);
+  void find_half(int64_t tile, int64_t half) {
+    const int64_t height = stretches_.height;
+    const int64_t begin = tile % stretches_.tiles * height;
+    const int64_t over = begin + height - stretches_.length;
+    const int64_t skip = over > 0 ? over : 0;
+    const int64_t stretch = block_.row_begin + tile / stretches_.tiles * stretches_.length;
+    halves_[half] = {stretch + begin - skip, skip, height - skip};
+  }
+
+  // Where the taps of row 0 of a half lie: pointers and an offset to be added.
+  const uint8_t* const* taps_of(int64_t row, int64_t* offset) const {
+    *offset = row % args_.run * args_.a_row_stride;
+    return args_.pointers + row / args_.run * header_.taps;
+  }
+
+  void find_rows(int64_t half) {
+    const int64_t first = halves_[half].first;
+    if (!in_place_) {
+      copy_rows(half);
+    } else if (args_.pointers == nullptr) {
+      a_[0][half] = args_.a + first * args_.a_row_stride;
+    } else {
+      int64_t offset;
+      const uint8_t* const* taps = taps_of(first, &offset);
+      for (int64_t tap = 0; tap < header_.taps; ++tap) a_[tap][half] = taps[tap] + offset;
+    }
+    a_stride_ = in_place_ ? args_.a_row_stride : row_bytes_ | kTileBytes;
+  }
+
+  void copy_rows(int64_t half) {
+    const int64_t stride = row_bytes_ | kTileBytes;  // an odd number of lines: spread over L1
+    uint8_t* dst = buffer_ + half * kTileRows * stride;
+    a_[0][half] = dst;
+    for (int64_t i = 0; i < stretches_.height; ++i, dst += stride) {
+      const int64_t row = halves_[half].first + i;
+      if (args_.pointers == nullptr) {
+        const uint8_t* const a = args_.a + row * args_.a_row_stride;
+        copier_.row(&a, 0, dst, row_bytes_);
+      } else {
+        int64_t offset;
+        const uint8_t* const* taps = taps_of(row, &offset);
+        copier_.row(taps, offset, dst, row_bytes_);
       }
     }
   }
 
-  TileRows copied_tap(const uint8_t* const* pointers, int64_t tap, int half) const {
-    const int64_t taps = header_.taps, stride = header_.depth | kTileBytes;
-    uint8_t* dst = buffer_ + (half * taps + tap) * kTileRows * stride;
-    for (int64_t i = 0; i < rows_[half]; ++i) copier_.one_tap(pointers[i * taps], dst + i * stride);
-    return {dst, stride};
-  }
-
-  // Rows a multiple of 2 KiB apart fall into few sets of L1: those are copied.
-  TileRows strided_rows(const uint8_t* const* rows, int half) const {
-    const int64_t stride = rows_[half] > 1 ? rows[1] - rows[0] : 0;
-    if (stride % 2048 == 0 && rows_[half] > 1) return copied_rows(rows, half);
-    return {rows[0], stride};
-  }
-
-  TileRows copied_rows(const uint8_t* const* sources, int half) const {
-    const int64_t stride = row_bytes_ | kTileBytes;  // an odd number of lines: spread over L1
-    uint8_t* dst = buffer_ + half * kTileRows * stride;
-    for (int64_t i = 0; i < rows_[half]; ++i) {
-      copier_.all_taps(sources + i * header_.taps, dst + i * stride, row_bytes_);
+  uint32_t row_sum(int64_t row) const {
+    if (args_.pointers == nullptr) {
+      const uint8_t* const a = args_.a + row * args_.a_row_stride;
+      return igemm_row_sum(&a, 0, header_);
     }
-    return {dst, stride};
+    int64_t offset;
+    const uint8_t* const* taps = taps_of(row, &offset);
+    return igemm_row_sum(taps, offset, header_);
   }
 
+  template <int R>
+  void all_panels() {
+    for (int64_t panel = block_.panel_begin; panel < block_.panel_end; ++panel) {
+      const int64_t column = panel * 64, rest = header_.n - column;
+      const int64_t columns = rest < 64 ? rest : 64, vectors = (columns + 15) / 16;
+      int32_t* c = sums_[next_];
+      const int64_t products = segments_ * steps_ * ((vectors + 1) / 2);
+      Pending& before = pending_[next_ ^ 1];
+      const int64_t left = before.rows - before.next, share = (left + products - 1) / products;
+      slice_ = share < kMinSlice ? kMinSlice : share;
+      const int8_t* b = args_.matrix.panels + panel * header_.panel_bytes;
+      const int32_t* init = args_.matrix.init + column;
+      for (int64_t j = 0; j < vectors; j += 2) {
+        if (vectors - j >= 2) {
+          multiply<R, 2>(b + 64 * j, 64 * vectors, init + 16 * j, c + 16 * j);
+        } else {
+          multiply<R, 1>(b + 64 * j, 64 * vectors, init + 16 * j, c + 16 * j);
+        }
+      }
+      before.run(kPairRows);
+      wait_for_epilogue(panel, column, columns, vectors);
+    }
+  }
+
+  // c = init + a * b, for R tiles of rows and C * 16 columns, R and C in {1, 2}; between the steps
+  // of K rows of the panel before are finished.
+  template <int R, int C>
+  inline __attribute__((always_inline)) void multiply(const int8_t* b, int64_t b_stride,
+                                                      const int32_t* init, int32_t* c) {
+    const int64_t zero = 0, c_stride = 256, a_stride = a_stride_;
+    const int64_t step_bytes = step_bytes_, b_step = step_bytes / 4 * b_stride;
+    Pending& before = pending_[next_ ^ 1];
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(init), "r"(zero) : "memory");
+    if (R == 2) __asm__ volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(init), "r"(zero) : "memory");
+    if (C == 2) {
+      __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm1" ::"r"(init), "r"(zero) : "memory");
+      if (R == 2)
+        __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm3" ::"r"(init), "r"(zero) : "memory");
+    }
+    for (int64_t segment = 0; segment < segments_; ++segment) {
+      const uint8_t* upper = a_[segment][0];
+      const uint8_t* lower = a_[segment][1];
+      for (int64_t step = 0; step < steps_; ++step) {
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(b_stride) : "memory");
+        if (R == 2) {
+          __asm__ volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(lower), "r"(a_stride) : "memory");
+        }
+        if (C == 2) {
+          __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm7" ::"r"(b), "r"(b_stride) : "memory");
+        }
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(upper), "r"(a_stride) : "memory");
+        if (R == 2) __asm__ volatile("tdpbusd %%tmm6, %%tmm5, %%tmm2" ::: "memory");
+        if (R == 2 && C == 2) __asm__ volatile("tdpbusd %%tmm7, %%tmm5, %%tmm3" ::: "memory");
+        __asm__ volatile("tdpbusd %%tmm6, %%tmm4, %%tmm0" ::: "memory");
+        if (C == 2) __asm__ volatile("tdpbusd %%tmm7, %%tmm4, %%tmm1" ::: "memory");
+        upper += step_bytes;
+        lower += step_bytes;
+        b += b_step;
+        before.run(slice_);
+      }
+    }
+    // The lower tile first: the rows that it repeats are overwritten with the same sums.
+    if (R == 2) {
+      int32_t* half = c + (stretches_.height - halves_[1].skip) * 64;
+      __asm__ volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(half), "r"(c_stride) : "memory");
+      if (C == 2) {
+        __asm__ volatile("tilestored %%tmm3, 64(%0,%1,1)" ::"r"(half), "r"(c_stride) : "memory");
+      }
+    }
+    __asm__ volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
+    if (C == 2) {
+      __asm__ volatile("tilestored %%tmm1, 64(%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
+    }
+  }
+
+  // The stored rows follow each other, from half to half.
+  void wait_for_epilogue(int64_t panel, int64_t column, int64_t columns, int64_t vectors) {
+    Pending& now = pending_[next_];
+    const int64_t first = halves_[0].first + halves_[0].skip;
+    now.store = select_store(header_, vectors, args_.residual_signed);
+    now.acc = sums_[next_] + halves_[0].skip * 64;
+    now.next = 0;
+    now.rows = stored_;
+    find_outputs(first, column, now);
+    if (args_.matrix.weight_zero_point != nullptr) {
+      for (int64_t i = 0; i < stored_; ++i) now.row_sums[i] = row_sum(first + i);
+    }
+    now.tile = {nullptr,      &args_.matrix, nullptr, panel,        column,
+                columns,      now.row_sums,  now.out, now.residual, args_.residual_signed,
+                block_.lookup};
+    next_ ^= 1;
+  }
+
+  void find_outputs(int64_t first, int64_t column, Pending& now) const {
+    uint8_t* out = static_cast<uint8_t*>(args_.out) + column * element_;
+    if (args_.out_row_offset == nullptr) {
+      out += first * args_.out_row_stride;
+      for (int64_t i = 0; i < kPairRows; ++i) now.out[i] = out + i * args_.out_row_stride;
+    } else {
+      for (int64_t i = 0; i < stored_; ++i) now.out[i] = out + args_.out_row_offset[first + i];
+    }
+    if (args_.residual == nullptr) return;
+    const uint8_t* residual = args_.residual + column;
+    if (args_.residual_row_offset == nullptr) {
+      residual += first * args_.residual_row_stride;
+      for (int64_t i = 0; i < kPairRows; ++i) {
+        now.residual[i] = residual + i * args_.residual_row_stride;
+      }
+    } else {
+      for (int64_t i = 0; i < stored_; ++i) {
+        now.residual[i] = residual + args_.residual_row_offset[first + i];
+      }
+    }
+  }
+
+  const IgemmBlock& block_;
+  const IgemmArgs& args_;
   const PackedHeader& header_;
   const RowCopier copier_;
   uint8_t* const buffer_;
+  const bool in_place_;
   const int64_t row_bytes_;
-  const bool whole_taps_;
-  TileRows segments_[kMaxTaps][2];
-  BlockRows block_;
-  int64_t rows_[2] = {}, configured_[2] = {};
+  const int64_t element_;
+  const int64_t rows_;
+  const Stretches stretches_;
+  int64_t segments_ = 1, steps_, step_bytes_ = kTileBytes;
+  Half halves_[2] = {};
+  const uint8_t* a_[kMaxTileTaps][2] = {};
+  int64_t a_stride_ = 0, slice_ = 0;
+  int64_t stored_ = 0;
+  int next_ = 0;
+  Pending pending_[2];
+  alignas(64) int32_t sums_[2][kPairRows * 64];
 };
+
+// Rows with pointers of their own, for AVX512-VNNI.
+void expand_runs(const IgemmBlock& block) {
+  const IgemmArgs& args = block.args;
+  const int64_t taps = args.matrix.header->taps;
+  const uint8_t* pointers[kMaxTileTaps * kMaxBlockRows];
+  for (int64_t row = block.row_begin; row < block.row_end; row += kMaxBlockRows) {
+    const int64_t left = block.row_end - row, count = left < kMaxBlockRows ? left : kMaxBlockRows;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* const* from = args.pointers + (row + i) / args.run * taps;
+      const int64_t offset = (row + i) % args.run * args.a_row_stride;
+      for (int64_t tap = 0; tap < taps; ++tap) pointers[i * taps + tap] = from[tap] + offset;
+    }
+    IgemmArgs part = args;
+    part.pointers = pointers;
+    part.run = 1;
+    part.out = static_cast<uint8_t*>(args.out) + row * args.out_row_stride;
+    if (args.residual != nullptr) part.residual = args.residual + row * args.residual_row_stride;
+    igemm_avx512vnni({part, 0, count, block.panel_begin, block.panel_end, block.lookup});
+  }
+}
 
 }  // namespace
 
 void igemm_amx(const IgemmBlock& block) {
-  const PackedHeader& header = *block.args.matrix.header;
-  const int64_t row_bytes = header.taps * round_up(header.depth, 4);
-  const int64_t columns = header.n - 64 * block.panel_begin;
-  const bool mostly_empty = block.row_end - block.row_begin < kMinRows || columns <= kNarrow ||
-                            row_bytes * (columns < 64 ? columns : 64) < kMinPanelWeights;
-  const int64_t copied_bytes =
-      kBlockRows * (round_up(row_bytes, kTileBytes) + kTileBytes * header.taps);
-  if (mostly_empty || copied_bytes > kBufferBytes) {
-    igemm_avx512vnni(block);
+  const IgemmArgs& args = block.args;
+  const PackedHeader& header = *args.matrix.header;
+  const int64_t rows = block.row_end - block.row_begin;
+  const bool even = args.pointers == nullptr || args.run >= kMinStretch;
+  const bool in_place =
+      even && !header.input_signed && tile_step(header.depth) > 0 && header.taps <= kMaxTileTaps;
+  const int64_t row_bytes = round_up(header.taps * round_up(header.depth, 4), kTileBytes);
+  const bool fits = in_place || kPairRows * (row_bytes + kTileBytes) <= kBufferBytes;
+  if (rows < kMinTileRows || !fits ||
+      !fills_tiles(header.n - 64 * block.panel_begin, header.taps, header.depth)) {
+    args.run > 1 ? expand_runs(block) : igemm_avx512vnni(block);
     return;
   }
   alignas(64) uint8_t buffer[kBufferBytes];
-  AmxTile kernel(block.args, buffer);
-  igemm_blocks(block, kernel);
-  __asm__ volatile("tilerelease");
+  AmxRows(block, in_place, buffer).run();
 }
 
 }  // namespace qk

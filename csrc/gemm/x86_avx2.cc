@@ -32,14 +32,14 @@ struct Avx2Multiply {
 
   template <int R, int V>
   QK_INLINE void run(const IgemmTile& tile, __m256i (&acc)[R][V]) {
-    const PackedHeader& header = *tile.matrix.header;
+    const PackedHeader& header = *tile.matrix->header;
     const int64_t taps = header.taps, quads = header.depth / 4, tail = header.depth % 4;
     const __m256i* b = reinterpret_cast<const __m256i*>(tile.panel);
-    const int32_t* order = tile.matrix.order + tile.panel_index * taps * (1 + quads);
+    const int32_t* order = tile.matrix->order + tile.panel_index * taps * (1 + quads);
 #pragma GCC unroll 2
     for (int j = 0; j < V; ++j) {
       const __m256i init = _mm256_load_si256(
-          reinterpret_cast<const __m256i*>(tile.matrix.init + tile.first_column + 8 * j));
+          reinterpret_cast<const __m256i*>(tile.matrix->init + tile.first_column + 8 * j));
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) acc[i][j] = init;
     }

@@ -55,13 +55,21 @@ struct Requantize64 {
   __m512i zero_point, low, high, flip, order;
 };
 
-QK_INLINE Requantize64 requantize64_constants(const Epilogue& e) {
-  const int shift = e.is_signed() ? 128 : 0;
-  return {_mm512_set1_epi16(static_cast<int16_t>(e.zero_point + shift)),
-          _mm512_set1_epi8(static_cast<char>(e.qmin + shift)),
-          _mm512_set1_epi8(static_cast<char>(e.qmax + shift)),
+QK_INLINE Requantize64 requantize64_constants(int32_t zero_point, int32_t qmin, int32_t qmax,
+                                              bool is_signed) {
+  const int shift = is_signed ? 128 : 0;
+  return {_mm512_set1_epi16(static_cast<int16_t>(zero_point + shift)),
+          _mm512_set1_epi8(static_cast<char>(qmin + shift)),
+          _mm512_set1_epi8(static_cast<char>(qmax + shift)),
           _mm512_set1_epi8(static_cast<char>(shift)),
           _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)};
+}
+QK_INLINE Requantize64 requantize64_constants(const Epilogue& e) {
+  return requantize64_constants(e.zero_point, e.qmin, e.qmax, e.is_signed());
+}
+QK_INLINE Requantize64 residual64_constants(const Epilogue& e) {
+  const ResidualAdd& r = e.residual;
+  return requantize64_constants(r.zero_point, r.qmin, r.qmax, e.is_signed());
 }
 
 // Four vectors of RNE((acc + addend) * mult), columns in order, to 64 bytes.
@@ -120,4 +128,34 @@ struct ResidualAddX16 {
   __m512 scale, offset, residual_scale, residual_offset, inv, low, high;
   __m512i zero_point;
   bool output_signed, residual_signed;
+};
+
+// residual_add() on values that are not yet bytes: valid under PackedHeader::wide == 0, like the
+// packed store. A clamp at integers and the rounding may change places; adding 1.5 * 2^23 rounds a
+// small float to an integer in the current mode (to nearest even) and subtracting that number less
+// the zero point leaves the code.
+struct FusedAddX16 {
+  explicit FusedAddX16(const Epilogue& e)
+      : low(_mm512_set1_ps(static_cast<float>(e.qmin - e.zero_point))),
+        high(_mm512_set1_ps(static_cast<float>(e.qmax - e.zero_point))),
+        up(_mm512_set1_ps(0x1.8p23f)),
+        down(_mm512_set1_ps(0x1.8p23f - static_cast<float>(e.zero_point))),
+        scale(_mm512_set1_ps(e.residual.scale)),
+        offset(_mm512_set1_ps(e.residual.offset)),
+        residual_scale(_mm512_set1_ps(e.residual.residual_scale)),
+        residual_offset(_mm512_set1_ps(e.residual.residual_offset)),
+        inv(_mm512_set1_ps(e.residual.inv_scale)) {}
+
+  // RNE of the sum over the output scale, from v = (acc + addend) * mult and 16 residual bytes.
+  template <bool ResidualSigned>
+  inline __attribute__((always_inline)) __m512i run(__m512 v, __m128i r) const {
+    v = _mm512_min_ps(_mm512_max_ps(v, low), high);
+    const __m512 q = _mm512_sub_ps(_mm512_add_ps(v, up), down);
+    const __m512 a = _mm512_fmadd_ps(q, scale, offset);
+    const __m512 b =
+        _mm512_fmadd_ps(bytes_to_float(r, ResidualSigned), residual_scale, residual_offset);
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_add_ps(a, b), inv));
+  }
+
+  __m512 low, high, up, down, scale, offset, residual_scale, residual_offset, inv;
 };

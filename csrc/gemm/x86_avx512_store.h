@@ -1,13 +1,33 @@
 // From a block of accumulators in memory, [rows][64], to the output: the stages that AVX512-VNNI
 // and AMX share. Include it after x86_driver.h and x86_avx512_epilogue.h.
 
-// Every other output: from the accumulators in memory, [rows][64].
+// Rows [begin, end) of a tile, from `acc` on: 64 accumulators a row.
+using StoreRows = void (*)(const IgemmTile& tile, const int32_t* acc, int64_t begin, int64_t end);
+
+// Table and residual of rows [begin, end), in place on the bytes just written (still in L1).
+__attribute__((noinline)) void finish_bytes_avx512(const IgemmTile& tile, int64_t begin,
+                                                   int64_t end) {
+  const Epilogue& e = tile.matrix->header->epilogue;
+  if (e.has_table) {
+    for (int64_t i = begin; i < end; ++i) {
+      tile.lookup({tile.out[i], tile.out[i], e.table, 1, tile.columns, 0, 0});
+    }
+  }
+  if (e.has_residual) {
+    const ResidualAddX16 residual(e, tile.residual_signed);
+    for (int64_t i = begin; i < end; ++i) {
+      residual.run(tile.out[i], tile.residual[i], tile.columns);
+    }
+  }
+}
+
+// Every output.
 __attribute__((noinline)) void store_general_avx512(const IgemmTile& tile, const int32_t* acc,
-                                                    int64_t rows) {
-  const PackedMatrix& m = tile.matrix;
+                                                    int64_t begin, int64_t end) {
+  const PackedMatrix& m = *tile.matrix;
   const Epilogue& e = m.header->epilogue;
   const int64_t element = output_bytes(e.output);
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     for (int64_t c = 0; c < tile.columns; c += 16) {
       __m512i sum = _mm512_load_si512(acc + 64 * i + c);
       if (m.weight_zero_point != nullptr) {
@@ -20,69 +40,74 @@ __attribute__((noinline)) void store_general_avx512(const IgemmTile& tile, const
                 mask16(tile.columns - c));
     }
   }
+  if (e.has_table || e.has_residual) finish_bytes_avx512(tile, begin, end);
 }
 
-// Table and residual, in place on the bytes just written (still in L1).
-__attribute__((noinline)) void finish_bytes_avx512(const IgemmTile& tile, int64_t rows) {
-  const Epilogue& e = tile.matrix.header->epilogue;
-  if (e.has_table) {
-    for (int64_t i = 0; i < rows; ++i) {
-      tile.lookup({tile.out[i], tile.out[i], e.table, 1, tile.columns, 0, 0});
-    }
-  }
-  if (e.has_residual) {
-    const ResidualAddX16 residual(e, tile.residual_signed);
-    for (int64_t i = 0; i < rows; ++i) {
-      residual.run(tile.out[i], tile.residual[i], tile.columns);
-    }
-  }
-}
+// What is added to an 8-bit output before it is stored.
+enum class Residual { kNone, kU8, kS8 };
 
-// One row of the 8-bit store without weight zero points.
-template <int V>
-QK_INLINE void store_bytes_row(const IgemmTile& tile, const Requantize64& constants,
-                               const int32_t* acc, uint8_t* out, __mmask64 mask) {
-  const float* addend = tile.matrix.addend + tile.first_column;
-  const float* mult = tile.matrix.mult + tile.first_column;
-  __m512i q[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    q[j] = j < V ? scale_x16(_mm512_load_si512(acc + 16 * j), _mm512_load_ps(addend + 16 * j),
-                             _mm512_load_ps(mult + 16 * j))
-                 : _mm512_setzero_si512();
-  }
-  _mm512_mask_storeu_epi8(out, mask, pack_x64(constants, q[0], q[1], q[2], q[3]));
-}
-
-template <int V>
-QK_INLINE void store_bytes_rows(const IgemmTile& tile, const int32_t* acc, int64_t rows) {
-  const Requantize64 constants = requantize64_constants(tile.matrix.header->epilogue);
+// 8-bit outputs without weight zero points: constants and a whole row in registers.
+template <int V, Residual R>
+__attribute__((noinline)) void store_bytes_avx512(const IgemmTile& tile, const int32_t* acc,
+                                                  int64_t begin, int64_t end) {
+  const Epilogue& e = tile.matrix->header->epilogue;
+  const Requantize64 constants =
+      R == Residual::kNone ? requantize64_constants(e) : residual64_constants(e);
+  const FusedAddX16 add(e);
   const __mmask64 mask = mask64(tile.columns);
-  for (int64_t i = 0; i < rows; ++i) {
-    store_bytes_row<V>(tile, constants, acc + 64 * i, tile.out[i], mask);
+  __m512 addend[V], mult[V];
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    addend[j] = _mm512_load_ps(tile.matrix->addend + tile.first_column + 16 * j);
+    mult[j] = _mm512_load_ps(tile.matrix->mult + tile.first_column + 16 * j);
+  }
+  uint8_t* const* out = tile.out;
+  const uint8_t* const* residual = tile.residual;
+  for (int64_t i = begin; i < end; ++i) {
+    __m512i bytes = _mm512_setzero_si512();
+    if (R != Residual::kNone) bytes = _mm512_maskz_loadu_epi8(mask, residual[i]);
+    __m512i q[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if (j >= V) {
+        q[j] = _mm512_setzero_si512();
+      } else if (R == Residual::kNone) {
+        q[j] = scale_x16(_mm512_load_si512(acc + 64 * i + 16 * j), addend[j], mult[j]);
+      } else {
+        const __m512 v = _mm512_mul_ps(
+            _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_load_si512(acc + 64 * i + 16 * j)), addend[j]),
+            mult[j]);
+        q[j] = add.run<R == Residual::kS8>(v, _mm512_extracti32x4_epi32(bytes, j));
+      }
+    }
+    _mm512_mask_storeu_epi8(out[i], mask, pack_x64(constants, q[0], q[1], q[2], q[3]));
   }
 }
 
-// The whole epilogue of `rows` rows of sums.
-QK_INLINE void store_sums(const IgemmTile& tile, const int32_t* acc, int64_t rows,
-                          int64_t vectors) {
-  const PackedHeader& header = *tile.matrix.header;
-  if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
-    switch (vectors) {
-      case 1:
-        store_bytes_rows<1>(tile, acc, rows);
-        break;
-      case 2:
-        store_bytes_rows<2>(tile, acc, rows);
-        break;
-      case 3:
-        store_bytes_rows<3>(tile, acc, rows);
-        break;
-      default:
-        store_bytes_rows<4>(tile, acc, rows);
-    }
-  } else {
-    store_general_avx512(tile, acc, rows);
+template <Residual R>
+QK_INLINE StoreRows store_bytes_of(int64_t vectors) {
+  switch (vectors) {
+    case 1:
+      return store_bytes_avx512<1, R>;
+    case 2:
+      return store_bytes_avx512<2, R>;
+    case 3:
+      return store_bytes_avx512<3, R>;
+    default:
+      return store_bytes_avx512<4, R>;
   }
-  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx512(tile, rows);
+}
+
+QK_INLINE bool stores_plain_bytes(const PackedHeader& header) {
+  return header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point &&
+         !header.epilogue.has_table;
+}
+
+// The store of a panel that is `vectors` wide.
+QK_INLINE StoreRows select_store(const PackedHeader& header, int64_t vectors,
+                                 bool residual_signed) {
+  if (!stores_plain_bytes(header)) return store_general_avx512;
+  if (!header.epilogue.has_residual) return store_bytes_of<Residual::kNone>(vectors);
+  return residual_signed ? store_bytes_of<Residual::kS8>(vectors)
+                         : store_bytes_of<Residual::kU8>(vectors);
 }

@@ -37,7 +37,7 @@ constexpr int sums_in_flight(int tile) { return tile >= 10 ? 1 : tile >= 5 ? 2 :
 template <int R, int V, bool Flip>
 QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   constexpr int S = sums_in_flight(R * V);
-  const PackedHeader& header = *tile.matrix.header;
+  const PackedHeader& header = *tile.matrix->header;
   const int64_t taps = header.taps, quads = header.depth / 4;
   const __mmask16 tail = static_cast<__mmask16>((1u << (header.depth % 4)) - 1u);
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -45,7 +45,7 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   __m512i sum[S][R][V];
 #pragma GCC unroll 8
   for (int j = 0; j < V; ++j) {
-    const __m512i init = _mm512_load_si512(tile.matrix.init + tile.first_column + 16 * j);
+    const __m512i init = _mm512_load_si512(tile.matrix->init + tile.first_column + 16 * j);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
@@ -107,12 +107,12 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
 // The 8-bit store without weight zero points, straight from the accumulators.
 template <int R, int V>
 QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
-  const Requantize64 constants = requantize64_constants(tile.matrix.header->epilogue);
+  const Requantize64 constants = requantize64_constants(tile.matrix->header->epilogue);
   __m512 addend[V], mult[V];
 #pragma GCC unroll 4
   for (int j = 0; j < V; ++j) {
-    addend[j] = _mm512_load_ps(tile.matrix.addend + tile.first_column + 16 * j);
-    mult[j] = _mm512_load_ps(tile.matrix.mult + tile.first_column + 16 * j);
+    addend[j] = _mm512_load_ps(tile.matrix->addend + tile.first_column + 16 * j);
+    mult[j] = _mm512_load_ps(tile.matrix->mult + tile.first_column + 16 * j);
   }
   const __mmask64 mask = mask64(tile.columns);
 #pragma GCC unroll 8
@@ -130,19 +130,18 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
 
 template <int R, int V>
 QK_INLINE void store_tile(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
-  const PackedHeader& header = *tile.matrix.header;
-  if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
+  const PackedHeader& header = *tile.matrix->header;
+  if (stores_plain_bytes(header) && !header.epilogue.has_residual) {
     store_bytes<R, V>(tile, acc);
-  } else {
-    alignas(64) int32_t memory[R][64];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) _mm512_store_si512(&memory[i][16 * j], acc[i][j]);
-    }
-    store_general_avx512(tile, memory[0], R);
+    return;
   }
-  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx512(tile, R);
+  alignas(64) int32_t memory[R][64];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) _mm512_store_si512(&memory[i][16 * j], acc[i][j]);
+  }
+  select_store(header, V, tile.residual_signed)(tile, memory[0], 0, R);
 }
 
 // `tiles` tiles of R rows, one below the other.

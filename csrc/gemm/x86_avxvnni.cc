@@ -29,14 +29,14 @@ struct AvxVnniMultiply {
   template <int R, int V>
   QK_INLINE void run(const IgemmTile& tile, __m256i (&acc)[R][V]) {
     constexpr int S = sums_in_flight(R * V);
-    const PackedHeader& header = *tile.matrix.header;
+    const PackedHeader& header = *tile.matrix->header;
     const int64_t taps = header.taps, quads = header.depth / 4, tail = header.depth % 4;
     const __m256i* b = reinterpret_cast<const __m256i*>(tile.panel);
     __m256i sum[S][R][V];
 #pragma GCC unroll 2
     for (int j = 0; j < V; ++j) {
       const __m256i init = _mm256_load_si256(
-          reinterpret_cast<const __m256i*>(tile.matrix.init + tile.first_column + 8 * j));
+          reinterpret_cast<const __m256i*>(tile.matrix->init + tile.first_column + 8 * j));
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4

@@ -4,17 +4,14 @@
 //
 // A Kernel has kIsa, max_rows(vectors): the most rows of a tile that is `vectors` wide, and
 //   void tile(int64_t rows, int64_t vectors, const IgemmTile&): all rows of a block, one panel.
-// It may have begin_rows(sources, rows, args), called before the panels of a block of rows, and
-//   next_rows(args, row, left): how many of the `left` rows from `row` on the next block takes.
-//   Without it a block is as many tiles as keep its rows of A in L1, so that short rows pay for the
-//   loops once.
+// A block is as many tiles as keep its rows of A in L1, so that short rows pay for the loops once.
 
 constexpr int64_t kMaxBlockRows = 96;
 constexpr int64_t kBlockBytes = 24 * 1024;
 
 struct IgemmTile {
   const uint8_t* const* rows;  // [tile row * taps + tap]
-  const PackedMatrix& matrix;
+  const PackedMatrix* matrix;
   const int8_t* panel;
   int64_t panel_index;
   int64_t first_column, columns;  // of this panel
@@ -26,19 +23,21 @@ struct IgemmTile {
 
   // On to the next rows of the block.
   inline __attribute__((always_inline)) void advance(int64_t count) {
-    rows += count * matrix.header->taps;
+    rows += count * matrix->header->taps;
     row_sums += count;
     out += count;
     residual += count;
   }
 };
 
-// Sum of the bytes of a row as the kernel sees them (int8 flipped to uint8).
-QK_INLINE uint32_t igemm_row_sum(const uint8_t* const* taps, const PackedHeader& header) {
+// Sum of the bytes of the row `offset` bytes behind `taps`, as the kernel sees them (int8 flipped
+// to uint8).
+QK_INLINE uint32_t igemm_row_sum(const uint8_t* const* taps, int64_t offset,
+                                 const PackedHeader& header) {
   const uint32_t flip = header.input_signed ? 0x80 : 0;
   uint32_t sum = 0;
   for (int64_t tap = 0; tap < header.taps; ++tap) {
-    const uint8_t* a = taps[tap];
+    const uint8_t* a = taps[tap] + offset;
     for (int64_t k = 0; k < header.depth; ++k) sum += a[k] ^ flip;
   }
   return sum;
@@ -65,7 +64,7 @@ QK_INLINE int64_t block_rows(int64_t left, int64_t most, int64_t row_bytes) {
 }
 
 template <typename Kernel>
-QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel& kernel) {
+QK_INLINE void igemm_blocks(const IgemmBlock& block) {
   const IgemmArgs& args = block.args;
   const PackedHeader& header = *args.matrix.header;
   constexpr PanelShape shape = panel_shape(Kernel::kIsa);
@@ -84,12 +83,7 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel& kernel) {
   uint32_t row_sums[kMaxBlockRows];
   int64_t row = block.row_begin;
   while (row < block.row_end) {
-    int64_t count;
-    if constexpr (requires { kernel.next_rows(args, row, row); }) {
-      count = kernel.next_rows(args, row, block.row_end - row);
-    } else {
-      count = block_rows(block.row_end - row, tile_rows, header.taps * header.depth);
-    }
+    const int64_t count = block_rows(block.row_end - row, tile_rows, header.taps * header.depth);
     const uint8_t* const* sources = strided;
     if (args.pointers != nullptr) {
       sources = args.pointers + row * header.taps;
@@ -107,17 +101,14 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel& kernel) {
                                                            : r * args.residual_row_stride);
       }
       if (args.matrix.weight_zero_point != nullptr) {
-        row_sums[i] = igemm_row_sum(sources + i * header.taps, header);
+        row_sums[i] = igemm_row_sum(sources + i * header.taps, 0, header);
       }
-    }
-    if constexpr (requires { kernel.begin_rows(sources, count, args); }) {
-      kernel.begin_rows(sources, count, args);
     }
     for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
       const int64_t column = panel * shape.columns, rest = header.n - column;
       const int64_t columns = rest < shape.columns ? rest : shape.columns;
       const IgemmTile tile{sources,
-                           args.matrix,
+                           &args.matrix,
                            args.matrix.panels + panel * header.panel_bytes,
                            panel,
                            column,
@@ -127,7 +118,7 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel& kernel) {
                            residual,
                            args.residual_signed,
                            block.lookup};
-      kernel.tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
+      Kernel::tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
       for (int64_t i = 0; i < count; ++i) {
         out[i] += shape.columns * element;
         if (epilogue.has_residual) residual[i] += shape.columns;
@@ -135,10 +126,4 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block, Kernel& kernel) {
     }
     row += count;
   }
-}
-
-template <typename Kernel>
-QK_INLINE void igemm_blocks(const IgemmBlock& block) {
-  Kernel kernel;
-  igemm_blocks(block, kernel);
 }

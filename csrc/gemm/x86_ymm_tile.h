@@ -22,12 +22,12 @@ QK_INLINE __m256i broadcast_tail(const uint8_t* p, int64_t n) {
 // The 8-bit store without weight zero points, straight from the accumulators.
 template <int R, int V>
 QK_INLINE void store_bytes(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
-  const Requantize16 constants = requantize16_constants(tile.matrix.header->epilogue);
+  const Requantize16 constants = requantize16_constants(tile.matrix->header->epilogue);
   __m256 addend[V], mult[V];
 #pragma GCC unroll 2
   for (int j = 0; j < V; ++j) {
-    addend[j] = _mm256_load_ps(tile.matrix.addend + tile.first_column + 8 * j);
-    mult[j] = _mm256_load_ps(tile.matrix.mult + tile.first_column + 8 * j);
+    addend[j] = _mm256_load_ps(tile.matrix->addend + tile.first_column + 8 * j);
+    mult[j] = _mm256_load_ps(tile.matrix->mult + tile.first_column + 8 * j);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -49,7 +49,7 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
 // Every other output: from the accumulators in memory, [rows][16].
 __attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, const int32_t* acc,
                                                   int64_t rows) {
-  const PackedMatrix& m = tile.matrix;
+  const PackedMatrix& m = *tile.matrix;
   const Epilogue& e = m.header->epilogue;
   const int64_t element = output_bytes(e.output);
   for (int64_t i = 0; i < rows; ++i) {
@@ -70,7 +70,7 @@ __attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, const i
 
 // Table and residual, in place on the bytes just written (still in L1).
 __attribute__((noinline)) void finish_bytes_avx2(const IgemmTile& tile, int64_t rows) {
-  const Epilogue& e = tile.matrix.header->epilogue;
+  const Epilogue& e = tile.matrix->header->epilogue;
   for (int64_t i = 0; i < rows; ++i) {
     if (e.has_table) tile.lookup({tile.out[i], tile.out[i], e.table, 1, tile.columns, 0, 0});
     if (e.has_residual) {
@@ -81,7 +81,7 @@ __attribute__((noinline)) void finish_bytes_avx2(const IgemmTile& tile, int64_t 
 
 template <int R, int V>
 QK_INLINE void store_tile(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
-  const PackedHeader& header = *tile.matrix.header;
+  const PackedHeader& header = *tile.matrix->header;
   if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
     store_bytes<R, V>(tile, acc);
   } else {
