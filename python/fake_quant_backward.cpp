@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "csrc/fake_quant/fake_quant.h"
+#include "csrc/fake_quant_mask/mask.h"
 #include "python/layout.h"
 
 namespace qk::seam {
@@ -95,12 +96,12 @@ GridView check_learned_grid(const char* op, const Tensor& x, const Tensor& scale
   return check_grid(op, x, scale, rounded, axis, qmin, qmax);
 }
 
-Tensor lsq(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
-           int64_t qmin, int64_t qmax, double) {
+void lsq_out(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
+             int64_t qmin, int64_t qmax, Tensor out) {
   const FloatType type = check_float_type("lsq", "x", x);
   axis = check_axis("lsq", x, axis);
   const GridView grid = check_learned_grid("lsq", x, scale, zero_point, axis, qmin, qmax);
-  Tensor out = empty_like(x, x.scalar_type());
+  check_out("lsq", x, out, x.scalar_type());
   const GridLayout layout = plan_grid(out, &x, axis, grid);
   qk::fake_quant({.x = x.const_data_ptr(),
                   .y = out.mutable_data_ptr(),
@@ -109,6 +110,66 @@ Tensor lsq(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optiona
                   .qmax = static_cast<int32_t>(qmax),
                   .grid = layout},
                  torch_threads());
+}
+
+Tensor lsq(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+           std::optional<int64_t> axis, int64_t qmin, int64_t qmax, double) {
+  Tensor out = empty_like(x, x.scalar_type());
+  lsq_out(x, scale, zero_point, axis, qmin, qmax, out);
+  return out;
+}
+
+// The walk of a mask: over a dense tensor in its own layout, so that shape, strides and axis
+// decide.
+std::tuple<Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, const Tensor& scale,
+                                                   const Tensor& zero_point,
+                                                   std::optional<int64_t> axis, int64_t qmin,
+                                                   int64_t qmax) {
+  const char* op = "fake_quant_mask";
+  const FloatType type = check_float_type(op, "x", input);
+  axis = check_axis(op, input, axis);
+  check_grid_ends(op, qmin, qmax);
+  const GridView view = check_grid(op, input, scale, zero_point, axis, qmin, qmax);
+  Tensor y = empty_like(input, input.scalar_type());
+  Tensor x = same_layout(input, y) ? input : copy_in_layout(input, y);
+  const GridLayout grid = plan_grid(y, &x, axis, view);
+  Tensor mask = torch::stable::empty({mask_layout(grid).bytes}, ScalarType::Byte);
+  Tensor clipped = torch::stable::empty({}, ScalarType::Bool);
+  *clipped.mutable_data_ptr<bool>() = qk::fake_quant_mask({.x = x.const_data_ptr(),
+                                                           .y = y.mutable_data_ptr(),
+                                                           .mask = mask.mutable_data_ptr<uint8_t>(),
+                                                           .type = type,
+                                                           .qmin = static_cast<int32_t>(qmin),
+                                                           .qmax = static_cast<int32_t>(qmax),
+                                                           .grid = grid},
+                                                          torch_threads());
+  return {y, mask, clipped};
+}
+
+Tensor fake_quant_mask_backward(const Tensor& grad, const Tensor& mask,
+                                std::optional<int64_t> axis) {
+  const char* op = "fake_quant_mask_backward";
+  const FloatType type = check_float_type(op, "grad", grad);
+  axis = check_axis(op, grad, axis);
+  STD_TORCH_CHECK(grad.is_cpu() && mask.is_cpu(), op, ": grad and mask must be on the CPU");
+  STD_TORCH_CHECK(is_dense(grad), op,
+                  ": grad must be dense, in the layout of the output that the mask is of, got "
+                  "shape ",
+                  shape_text(grad), " with other strides");
+  Tensor out = empty_like(grad, grad.scalar_type());
+  Tensor walked = grad;
+  const GridLayout grid = plan_grid(out, &walked, axis, {});
+  const int64_t bytes = mask_layout(grid).bytes;
+  STD_TORCH_CHECK(
+      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() && mask.numel() == bytes, op,
+      ": mask must be a contiguous uint8 tensor of ", bytes, " elements, got ",
+      dtype_text(mask.scalar_type()), " of shape ", shape_text(mask));
+  qk::fake_quant_mask_backward({.grad = grad.const_data_ptr(),
+                                .mask = mask.const_data_ptr<uint8_t>(),
+                                .out = out.mutable_data_ptr(),
+                                .type = type,
+                                .grid = grid},
+                               torch_threads());
   return out;
 }
 
@@ -152,7 +213,10 @@ std::tuple<Tensor, Tensor, Tensor> lsq_backward(const Tensor& grad, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("fake_quant_backward", TORCH_BOX(&fake_quant_backward));
   m.impl("fake_quant_backward_out", TORCH_BOX(&fake_quant_backward_out));
+  m.impl("fake_quant_mask", TORCH_BOX(&fake_quant_mask));
+  m.impl("fake_quant_mask_backward", TORCH_BOX(&fake_quant_mask_backward));
   m.impl("lsq", TORCH_BOX(&lsq));
+  m.impl("lsq_out", TORCH_BOX(&lsq_out));
   m.impl("lsq_backward", TORCH_BOX(&lsq_backward));
   m.impl("lsq_backward_out", TORCH_BOX(&lsq_backward_out));
 }

@@ -11,6 +11,7 @@
 #include "csrc/conv/depthwise.h"
 #include "csrc/fake_quant/fake_quant.h"
 #include "csrc/fake_quant_backward/backward.h"
+#include "csrc/fake_quant_mask/mask.h"
 #include "csrc/gemm/igemm.h"
 #include "csrc/observe/observe.h"
 #include "csrc/pointwise/pointwise.h"
@@ -37,6 +38,13 @@ KernelLists list_kernels() {
   lists["fake_quant_backward"].emplace_back(#name, has_features(active, need));
 #include "csrc/fake_quant_backward/kernels.inc"
 #undef QK_FAKE_QUANT_BACKWARD_KERNEL
+#define QK_FAKE_QUANT_MASK_KERNEL(need, type, name) \
+  lists["fake_quant_mask"].emplace_back(#name, has_features(active, need));
+#define QK_MASK_BACKWARD_KERNEL(need, bytes, name) \
+  lists["fake_quant_mask_backward"].emplace_back(#name, has_features(active, need));
+#include "csrc/fake_quant_mask/kernels.inc"
+#undef QK_FAKE_QUANT_MASK_KERNEL
+#undef QK_MASK_BACKWARD_KERNEL
 #define QK_MINMAX_KERNEL(need, type, name) \
   lists["observe"].emplace_back(#name, has_features(active, need));
 #include "csrc/observe/kernels.inc"

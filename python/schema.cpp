@@ -33,6 +33,15 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "fake_quant_backward_out(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, "
       "int qmin, int qmax, Tensor(a!) out) -> ()");
   m.def(
+      "fake_quant_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) "
+      "-> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("fake_quant_mask_backward(Tensor grad, Tensor mask, int? axis) -> Tensor");
+  m.def(
+      "lsq_out(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
+      "Tensor(a!) "
+      "out) -> ()");
+  m.def(
       "lsq(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, float "
       "grad_factor) -> Tensor");
   m.def(

@@ -42,6 +42,18 @@ def fake_quant_backward(
     return torch.where((rounded >= qmin - z) & (rounded <= qmax - z), grad, torch.zeros_like(grad))
 
 
+def fake_quant_mask(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """The output, and where the gradient passes as bools (the op packs them in rows of its own choice)."""
+    passes = fake_quant_backward(torch.ones_like(x), x, scale, zero_point, axis, qmin, qmax) == 1
+    return fake_quant(x, scale, zero_point, axis, qmin, qmax), passes
+
+
+def fake_quant_mask_backward(grad: Tensor, passes: Tensor, axis: int | None) -> Tensor:
+    return torch.where(passes, grad, torch.zeros_like(grad))
+
+
 def lsq_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return torch.round(zero_point).clamp(qmin, qmax).to(torch.int32)
 

@@ -130,6 +130,25 @@ struct Vec {
     store(part, v);
     for (int64_t i = 0; i < n && i < kLanes; ++i) x[i] = part[i];
   }
+  template <typename T>
+  QK_INLINE void stream(T* x, F v) {
+    avx2::stream(x, v);
+  }
+  // out = in where m is set, else 0, bit by bit.
+  template <bool kStream>
+  QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m) {
+    const __m256i v = _mm256_and_si256(_mm256_castps_si256(m), load256(in));
+    kStream ? _mm256_stream_si256(reinterpret_cast<__m256i*>(out), v) : store256(out, v);
+  }
+  template <bool kStream>
+  QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m) {
+    const __m256i wide = _mm256_castps_si256(m);
+    const __m128i narrow =
+        _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    const __m128i v = _mm_and_si128(narrow, load128(in));
+    __m128i* target = reinterpret_cast<__m128i*>(out);
+    kStream ? _mm_stream_si128(target, v) : _mm_storeu_si128(target, v);
+  }
   // Integers of the grid as floats.
   QK_INLINE F get(const int32_t* x) { return _mm256_cvtepi32_ps(load256(x)); }
   QK_INLINE F get(const int32_t* x, int64_t n) {

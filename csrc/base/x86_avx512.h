@@ -162,6 +162,23 @@ struct Vec {
   QK_INLINE void put(T* x, F v, int64_t n) {
     store(x, lanes(n), v);
   }
+  QK_INLINE void stream(float* x, F v) { _mm512_stream_ps(x, v); }
+  QK_INLINE void stream(BFloat16* x, F v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(x), to_bfloat16(v));
+  }
+  QK_INLINE void stream(Float16* x, F v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, kNearestEven));
+  }
+  template <bool kStream>
+  QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m) {
+    store64_bytes<kStream>(out, _mm512_maskz_loadu_epi32(m, in));
+  }
+  template <bool kStream>
+  QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m) {
+    const __m256i v = _mm256_maskz_loadu_epi16(m, in);
+    __m256i* target = reinterpret_cast<__m256i*>(out);
+    kStream ? _mm256_stream_si256(target, v) : _mm256_storeu_si256(target, v);
+  }
   QK_INLINE F get(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
   QK_INLINE F get(const int32_t* x, int64_t n) {
     return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(lanes(n), x));

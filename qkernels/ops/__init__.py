@@ -6,10 +6,17 @@ This package is the only user of `torch.ops.qkernels`. `qkernels.reference` hold
 from qkernels.ops.conv import conv, conv_output_size, conv_pack, conv_padding
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
-from qkernels.ops.fake_quant import fake_quant, fake_quant_backward, fake_quant_backward_out, fake_quant_out
+from qkernels.ops.fake_quant import (
+    fake_quant,
+    fake_quant_backward,
+    fake_quant_backward_out,
+    fake_quant_mask,
+    fake_quant_mask_backward,
+    fake_quant_out,
+)
 from qkernels.ops.foreach import foreach_fake_quant, foreach_fake_quant_backward, foreach_observe_fake_quant
 from qkernels.ops.linear import linear, linear_pack
-from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out
+from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out, lsq_out
 from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
@@ -30,6 +37,8 @@ __all__ = [
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_backward_out",
+    "fake_quant_mask",
+    "fake_quant_mask_backward",
     "fake_quant_out",
     "foreach_fake_quant",
     "foreach_fake_quant_backward",
@@ -40,6 +49,7 @@ __all__ = [
     "lsq",
     "lsq_backward",
     "lsq_backward_out",
+    "lsq_out",
     "max_pool",
     "mul",
     "observe",

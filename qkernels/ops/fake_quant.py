@@ -4,11 +4,21 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.groups import by_group
 
 _ops = torch.ops.qkernels
 
 
-def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int) -> Tensor:
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    keep: str = "input",
+    group_size: int | None = None,
+) -> Tensor:
     """Rounds `x` to the grid and back: `(clamp(RNE(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
 
     Args:
@@ -17,8 +27,13 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, q
         zero_point: int32 in [qmin, qmax], same number of elements as `scale`.
         axis: the channel dimension, or None for one grid for the whole tensor.
         qmin, qmax: the ends of the integer grid.
+        keep: what the backward needs. "input": `x` itself, from which it recomputes where values were clipped; best if
+            something else keeps `x` anyway (a weight). "mask": one bit an element, and not even that if nothing was
+            clipped: the backward then returns the incoming gradient itself. The gradients have the same bits.
+        group_size: one grid for each run of so many elements along `axis`, instead of one a channel; `scale` and
+            `zero_point` then have the shape of `x` with that dimension divided by it. Fast where `axis` is innermost.
 
-    Its gradient by `x` is the straight-through estimator, recomputed from `x` (`fake_quant_backward`).
+    Its gradient by `x` is the straight-through estimator (`fake_quant_backward`).
 
     Returns:
         A tensor of the dtype, shape and layout of `x`, bit-equal to `torch.fake_quantize_per_tensor_affine` on finite
@@ -27,6 +42,14 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, q
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    if keep not in ("input", "mask"):
+        raise ValueError(f'fake_quant: keep must be "input" or "mask", got {keep!r}')
+    if group_size is not None:
+        return by_group(fake_quant, "fake_quant", x, scale, zero_point, axis, group_size, qmin, qmax, keep)
+    if keep == "mask" and needs_grad(x):
+        if is_eager(x):
+            return _FakeQuantMask.apply(x, scale, zero_point, axis, qmin, qmax)
+        return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)[0]
     if not is_eager(x):
         return _ops.fake_quant.default(x, scale, zero_point, axis, qmin, qmax)
     if needs_grad(x):
@@ -83,6 +106,37 @@ def fake_quant_backward_out(
     """`fake_quant_backward` into `out` (dense; dtype, shape and layout of `x`; may be `grad`); returns `out`."""
     _ops.fake_quant_backward_out.default(grad, x, scale, zero_point, axis, qmin, qmax, out)
     return out
+
+
+def fake_quant_mask(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fake_quant` and one bit an element that says where the gradient passes.
+
+    Args:
+        x, scale, zero_point, axis, qmin, qmax: as in `fake_quant`.
+
+    Returns:
+        The rounded tensor; the bits, an opaque uint8 tensor for `fake_quant_mask_backward`; and a bool tensor of no
+        dimension: whether a bit is 0.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, size or range; the message names it.
+    """
+    return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)
+
+
+def fake_quant_mask_backward(grad: Tensor, mask: Tensor, axis: int | None) -> Tensor:
+    """The gradient of `fake_quant` from the bits of `fake_quant_mask`: `grad` where they are 1, else 0.
+
+    Args:
+        grad: the gradient of the output, in the output's memory layout.
+        mask: from `fake_quant_mask` with the same `axis`.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, size or layout; the message names it.
+    """
+    return _ops.fake_quant_mask_backward.default(grad, mask, axis)
 
 
 @torch.library.register_fake("qkernels::fake_quant")
@@ -142,4 +196,65 @@ torch.library.register_autograd(
     "qkernels::fake_quant_backward",
     lambda ctx, grad: (_straight_through(ctx, grad), None, None, None, None, None, None),
     setup_context=_keep_backward,
+)
+
+
+class _FakeQuantMask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, axis, qmin, qmax):
+        y, mask, clipped = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)
+        ctx.mask, ctx.axis, ctx.like = mask if clipped else None, axis, y.stride()
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if ctx.mask is not None:
+            grad = _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), ctx.mask, ctx.axis)
+        return grad, None, None, None, None, None
+
+
+def _in_layout(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if grad.stride() == stride:
+        return grad
+    return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+# Mirrors csrc/fake_quant_mask and csrc/quantize/grid.h: where rows of the mask start.
+def _mask_bytes(x: Tensor, axis: int | None) -> int:
+    if x.numel() == 0:
+        return 0
+    if axis is None:
+        return (x.numel() + 7) // 8
+    stride = torch.empty_like(x).stride(axis)
+    channels = x.shape[axis]
+    inner = stride if channels > 1 else x.numel()
+    row = inner if inner > 1 else channels * (512 // channels if channels <= 256 else 1)
+    return x.numel() // row * ((row + 7) // 8) + (x.numel() % row + 7) // 8
+
+
+@torch.library.register_fake("qkernels::fake_quant_mask")
+def _(x, scale, zero_point, axis, qmin, qmax):
+    mask = x.new_empty(_mask_bytes(x, axis), dtype=torch.uint8)
+    return torch.empty_like(x), mask, x.new_empty((), dtype=torch.bool)
+
+
+@torch.library.register_fake("qkernels::fake_quant_mask_backward")
+def _(grad, mask, axis):
+    return torch.empty_like(grad)
+
+
+def _keep_mask(ctx, inputs, output):
+    ctx.axis, ctx.like = inputs[3], output[0].stride()
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[1])
+
+
+torch.library.register_autograd(
+    "qkernels::fake_quant_mask",
+    lambda ctx, grad, *others: (
+        _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), *ctx.saved_tensors, ctx.axis),
+        *[None] * 5,
+    ),
+    setup_context=_keep_mask,
 )

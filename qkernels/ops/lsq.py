@@ -3,11 +3,21 @@
 import torch
 from torch import Tensor
 
+from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.groups import by_group
+
 _ops = torch.ops.qkernels
 
 
 def lsq(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, grad_factor: float
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    grad_factor: float,
+    group_size: int | None = None,
 ) -> Tensor:
     """`fake_quant` on a learned grid: differentiable by `x`, `scale` and `zero_point`.
 
@@ -22,6 +32,7 @@ def lsq(
         qmin, qmax: the ends of the integer grid.
         grad_factor: multiplies the gradients of `scale` and `zero_point`; LSQ takes 1 / sqrt(N * qmax), N the number
             of elements that share a scale.
+        group_size: one grid for each run of so many elements along `axis`, as in `fake_quant`.
 
     Returns:
         What `fake_quant` gives with the rounded zero point.
@@ -29,7 +40,21 @@ def lsq(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    return _ops.lsq.default(x, scale, zero_point, axis, qmin, qmax, grad_factor)
+    if group_size is not None:
+        return by_group(lsq, "lsq", x, scale, zero_point, axis, group_size, qmin, qmax, grad_factor)
+    if not is_eager(x, scale, zero_point):
+        return _ops.lsq.default(x, scale, zero_point, axis, qmin, qmax, grad_factor)
+    if needs_grad(x, scale, zero_point):
+        return _Lsq.apply(x, scale, zero_point, axis, qmin, qmax, grad_factor)
+    return lsq_out(x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
+
+
+def lsq_out(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, out: Tensor
+) -> Tensor:
+    """The forward of `lsq` into `out` (dense; dtype, shape and layout of `x`; may be `x`); returns `out`."""
+    _ops.lsq_out.default(x, scale, zero_point, axis, qmin, qmax, out)
+    return out
 
 
 def lsq_backward(
@@ -94,6 +119,26 @@ def _(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor):
 @torch.library.register_fake("qkernels::lsq_backward_out")
 def _(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor, out):
     return _empty_sum(scale), _empty_sum(zero_point)
+
+
+class _Lsq(torch.autograd.Function):
+    """What register_autograd below does, at half its cost for a small tensor."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, axis, qmin, qmax, grad_factor):
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.grid = axis, qmin, qmax, grad_factor
+        return lsq_out(x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *_ops.lsq_backward.default(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None
+
+
+@torch.library.register_fake("qkernels::lsq_out")
+def _(x, scale, zero_point, axis, qmin, qmax, out):
+    return None
 
 
 def _keep(ctx, inputs, output):

@@ -22,6 +22,7 @@ FRIENDS = {
     "fake_quant_backward": {"quantize"},
     "gemm": {"pointwise"},
     "plan": {"conv", "gemm", "pointwise", "pool", "quantize"},
+    "fake_quant_mask": {"fake_quant", "quantize"},
     "foreach": {"fake_quant", "fake_quant_backward", "observe", "quantize"},
     "observe": {"fake_quant", "quantize"},
 }

@@ -214,3 +214,18 @@ SAMPLES["foreach_observe_fake_quant"] = [
     lambda: (_weights(), [0, -1], -127, 127, True, 1e-12, None),
     lambda: (_weights(requires_grad=True), [0, 0], -128, 127, False, 1e-12, torch.int8),
 ]
+
+# ---- masks ----
+
+SAMPLES["fake_quant_mask"] = [
+    lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8),
+    lambda: (torch.randn(2, 4, 3), *grid(4), 1, -7, 8),
+    lambda: (torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), *grid(4), 1, -7, 8),
+]
+SAMPLES["fake_quant_mask_backward"] = [
+    lambda: (torch.randn(3, 5), torch.randint(0, 256, (2,), dtype=torch.uint8), None),
+    lambda: (torch.randn(3, 5), torch.randint(0, 256, (3,), dtype=torch.uint8), 0),
+]
+SAMPLES["lsq_out"] = [
+    lambda: (torch.randn(3, 5), *(t.detach() for t in learned_grid()), None, -7, 8, torch.empty(3, 5)),
+]
