@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
 from qkernels.core.lowering import Clamp
 from qkernels.core.norm import Norm, scale_shift
 from qkernels.core.qspec import MIN_SCALE, QParams
@@ -37,6 +38,7 @@ class Prepared:
     norm: Norm | None
     clamp: Clamp | None
     trained: bool
+    source: tuple[Quantizer] | None  # where the input got onto its grid, if the forward is to run on integers
 
     @classmethod
     def of(
@@ -52,7 +54,7 @@ class Prepared:
         prepared.quantizers = nn.ModuleDict({"weight": quantizer.to(layer.weight.device)})
         prepared.register_buffer("weight_correction", None)
         prepared.register_buffer("bias_correction", None)
-        prepared.trained, prepared.clamp = trained, None
+        prepared.trained, prepared.clamp, prepared.source = trained, None, None
         prepared.norm = None if norm is None else Norm.of(norm)
         return prepared
 
@@ -88,7 +90,7 @@ class Prepared:
         if self.norm is not None:
             y = self.normalized(x)
         else:
-            y = self.compute(x, self.quantized_weight(), self.corrected_bias())
+            y = self.run(x, self.quantizers["weight"](self._corrected_rows()), self.corrected_bias())
         clamp = self.clamp
         if clamp is None:
             return y
@@ -106,14 +108,36 @@ class Prepared:
         """The layer and its batch normalization."""
         norm, quantizer = self.norm, self.quantizers["weight"]
         if not norm.live:
-            return self.compute(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
+            return self.folded(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
         rows = self.rows(self.weight)
         if self.grid_is_on_weight():
-            return norm(self.compute(x, self.from_rows(quantizer(rows)), self.bias))
+            return norm(self.run(x, quantizer(rows), self.bias))
         scale = away_from_zero(norm.scale())
-        y = self.compute(x, self.from_rows(quantizer(rows * along(scale, rows))), None)
-        y = y / self.along_output(scale)
+        y = self.run(x, quantizer(rows * along(scale, rows)), None) / self.along_output(scale)
         return norm(y if self.bias is None else y + self.along_output(self.bias))
+
+    def run(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with a weight on its grid, on the integer kernels if it can."""
+        weight = self.from_rows(rows)
+        if not self.runs_on_integers(x):
+            return self.compute(x, weight, bias)
+        quantizer = self.quantizers["weight"]
+        scale, zero_point = quantizer.grid()
+        codes = self.from_rows(quantizer.codes(rows.detach()))
+        zero_point = None if quantizer.spec.symmetric and quantizer.spec.middle == 0 else zero_point
+        return IntegerForward.apply(x, weight, bias, self, self.source[0], codes, scale, zero_point, bias)
+
+    def folded(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The layer with the norm folded into weight and bias: computed with the numbers that `convert` will take."""
+        if not self.runs_on_integers(x):
+            return self.compute(x, weight, bias)
+        rows, number, grid = self.canonical_rows()
+        zero_point = grid.zero_point if bool(grid.zero_point.any()) else None
+        arguments = (self.source[0], self.from_rows(grid.quantize(rows)), grid.scale, zero_point, number)
+        return IntegerForward.apply(x, weight, bias, self, *arguments)
+
+    def runs_on_integers(self, x: Tensor) -> bool:
+        return self.source is not None and takes_integers(self, x, self.source[0])
 
     def along_output(self, channels: Tensor) -> Tensor:
         return channels.reshape(-1, *[1] * (self.weight.dim() - 2))
@@ -160,22 +184,28 @@ class Prepared:
         """The grid of the weight, its axis in the layout of `weight`."""
         return self.canonical()[2]
 
-    @torch.no_grad()
     def canonical(self) -> tuple[Tensor, Tensor | None, QParams]:
         """Weight, bias and weight grid of the integer layer, the norm folded in; the weight of a trained layer lies on
         its grid already, so that the integers are those it was trained with.
         """
+        rows, bias, grid = self.canonical_rows()
+        return self.from_rows(rows), bias, self.in_layout(grid)
+
+    @torch.no_grad()
+    def canonical_rows(self) -> tuple[Tensor, Tensor | None, QParams]:
+        """`canonical` with the output channels of the weight first."""
         quantizer, bias = self.quantizers["weight"], self.corrected_bias()
-        grid = quantizer.qparams()
+        bias, grid = None if bias is None else bias.detach(), quantizer.qparams()
         if not self.trained:
-            return self.corrected_weight().detach(), None if bias is None else bias.detach(), self.in_layout(grid)
+            return self._corrected_rows().detach(), bias, grid
         rows = quantizer.on_grid(self.observed_weight())
-        if self.norm is not None:
-            scale, shift = scale_shift(self.norm)
-            bias = (shift if bias is None else bias.double() * scale + shift).to(torch.float32)
-            if self.grid_is_on_weight():
-                rows, grid = rescaled(rows, grid, scale.to(torch.float32))
-        return self.from_rows(rows), None if bias is None else bias.detach(), self.in_layout(grid)
+        if self.norm is None:
+            return rows, bias, grid
+        scale, shift = scale_shift(self.norm)
+        bias = (shift if bias is None else bias.double() * scale + shift).to(torch.float32)
+        if self.grid_is_on_weight():
+            rows, grid = rescaled(rows, grid, scale.to(torch.float32))
+        return rows, bias, grid
 
     def in_layout(self, grid: QParams) -> QParams:
         """The grid of the rows with its axis in the layout of `weight`."""
@@ -209,14 +239,14 @@ def rescaled(rows: Tensor, grid: QParams, scale: Tensor) -> tuple[Tensor, QParam
     return codes * along(new, rows), QParams(new, zero_point, 0, grid.qmin, grid.qmax, grid.dtype)
 
 
-class PreparedLinear(Prepared, nn.Linear):
+class PreparedLinear(IntegerLinear, Prepared, nn.Linear):
     float_class = nn.Linear
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
-class _PreparedConv(Prepared):
+class _PreparedConv(IntegerConv, Prepared):
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
@@ -233,7 +263,7 @@ class PreparedConv3d(_PreparedConv, nn.Conv3d):
     float_class = nn.Conv3d
 
 
-class _PreparedConvTranspose(Prepared):
+class _PreparedConvTranspose(IntegerConv, Prepared):
     """The weight is [in_channels, out_channels / groups, ...], one block of rows a group."""
 
     def rows(self, weight: Tensor) -> Tensor:

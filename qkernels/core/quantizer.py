@@ -159,12 +159,40 @@ class Quantizer(nn.Module):
         """The chosen grid."""
         if not self.has_grid():
             raise InvalidState(f"{self.source} has no grid yet; run batches inside `with qkernels.calibrating(model):`")
-        spec, scale, zero_point = self.spec, self.scale, self.zero_point
+        spec = self.spec
+        scale, zero_point = self.grid()
+        return QParams(scale.clone(), zero_point.clone(), self.axis, spec.qmin, spec.qmax, spec.dtype)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether forward rounds, in a batch that comes now."""
+        return self._chosen and self.delay == 0 and self.state in ROUNDING
+
+    @property
+    def follows(self) -> bool:
+        """Whether forward changes the grid, in a batch that comes now."""
+        return self.training and self.state is State.TRAIN and self.rule.observes
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and int32 zero point of now, unchecked."""
+        scale, zero_point = self.scale, self.zero_point
         if self.rule is not None:
             scale, zero_point = self.rule.grid(scale, zero_point)
             if zero_point.is_floating_point():
-                zero_point = torch.round(zero_point.detach()).clamp(spec.qmin, spec.qmax)
-        return QParams(scale.clone(), zero_point.clone(), self.axis, spec.qmin, spec.qmax, spec.dtype)
+                zero_point = torch.round(zero_point).clamp(self.spec.qmin, self.spec.qmax).to(torch.int32)
+        return scale, zero_point
+
+    def numbers(self) -> tuple[float, int]:
+        """Scale and zero point of a per-tensor grid."""
+        scale, zero_point = self.grid()
+        return scale.item(), zero_point.item()
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes of values that lie on the grid."""
+        spec = self.spec
+        return ops.quantize(x, *self.grid(), self.axis, spec.qmin, spec.qmax, spec.dtype)
 
     def set_qparams(self, grid: QParams) -> None:
         """Takes the grid `grid`; the state stays."""

@@ -1,0 +1,125 @@
+"""The integer kernels in the forward of a layer that is trained; its backward is that of the float layer.
+
+The input and the weight lie on grids already, so quantizing them again gives their codes exactly. Products are summed
+in int32 and dequantized; the gradients are those of the float layer at the dequantized input and weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import ops
+from qkernels.core.quantizer import Quantizer
+from qkernels.ops.epilogue import Epilogue
+
+FLOAT = Epilogue(dtype=torch.float32)
+
+
+def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer | None) -> bool:
+    """Whether the forward of `layer` on `x` can run on the kernels now."""
+    return (
+        source is not None
+        and source.rounds
+        and layer.quantizers["weight"].rounds
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class IntegerForward(torch.autograd.Function):
+    """`layer` on `x` with a weight on its grid: integer forward, float backward.
+
+    weight and bias carry the gradient; codes, scale, zero_point and number are what is computed with: the codes of the
+    weight, its grid and the bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: nn.Module,
+        source: Quantizer,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        number: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer = layer
+        input_scale, input_zero_point = source.numbers()
+        arguments = (codes, scale, zero_point, number, input_scale, input_zero_point, source.spec.dtype, FLOAT)
+        return layer.compute_integer(source.codes(x), *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        return *ctx.layer.gradients(grad, x, weight, ctx.needs_input_grad[:3]), *[None] * 6
+
+
+class IntegerLinear:
+    """What `IntegerForward` needs of a linear layer."""
+
+    def has_integer_form(self) -> bool:
+        return True
+
+    def compute_integer(self, codes: Tensor, *arguments: Any) -> Tensor:
+        return ops.linear(codes, ops.linear_pack(*arguments), self.out_features, torch.float32)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
+        flat = grad.flatten(0, -2)
+        return (
+            grad @ weight if needed[0] else None,
+            flat.t() @ x.flatten(0, -2) if needed[1] else None,
+            flat.sum(0) if needed[2] else None,
+        )
+
+
+class IntegerConv:
+    """What `IntegerForward` needs of a convolution, transposed or not."""
+
+    def has_integer_form(self) -> bool:
+        """Whether torch's own convolution can be told the padding as one number a dimension."""
+        return self.padding_mode == "zeros" and self._padding() is not None
+
+    def _padding(self) -> list[int] | None:
+        if not isinstance(self.padding, str):
+            return list(self.padding)
+        sides = ops.conv_padding(self.padding, self.kernel_size, self.dilation)
+        return sides[::2] if sides[::2] == sides[1::2] else None
+
+    def compute_integer(self, codes: Tensor, *arguments: Any) -> Tensor:
+        padding = self._padding()
+        packed = ops.conv_pack(
+            *arguments, self.stride, padding, self.dilation, self.groups, self.transposed, self.padding_mode
+        )
+        size = ops.conv_output_size(
+            codes.shape[2:],
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding if self.transposed else 0,
+        )
+        return ops.conv(codes, packed, None, self.out_channels, size, torch.float32)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [self.out_channels],
+            self.stride,
+            self._padding(),
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            needed,
+        )
