@@ -16,11 +16,10 @@ from qkernels.ops.epilogue import Epilogue
 FLOAT = Epilogue(dtype=torch.float32)
 
 
-def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer | None) -> bool:
+def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
     """Whether the forward of `layer` on `x` can run on the kernels now."""
     return (
-        source is not None
-        and source.rounds
+        source.rounds
         and layer.quantizers["weight"].rounds
         and x.is_cpu
         and x.dtype == torch.float32

@@ -38,7 +38,8 @@ class Prepared:
     norm: Norm | None
     clamp: Clamp | None
     trained: bool
-    source: tuple[Quantizer] | None  # where the input got onto its grid, if the forward is to run on integers
+    # For a forward on integers: where the input got onto its grid, and whether a dropout takes it off in training
+    source: tuple[Quantizer, bool] | None
 
     @classmethod
     def of(
@@ -137,7 +138,9 @@ class Prepared:
         return IntegerForward.apply(x, weight, bias, self, *arguments)
 
     def runs_on_integers(self, x: Tensor) -> bool:
-        return self.source is not None and takes_integers(self, x, self.source[0])
+        if self.source is None or (self.source[1] and self.training):
+            return False
+        return takes_integers(self, x, self.source[0])
 
     def along_output(self, channels: Tensor) -> Tensor:
         return channels.reshape(-1, *[1] * (self.weight.dim() - 2))

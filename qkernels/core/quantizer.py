@@ -1,6 +1,7 @@
 """The one module that watches or rounds a tensor, in one of four explicit states."""
 
 import enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,10 @@ class Quantizer(nn.Module):
     def axis(self) -> int | None:
         return self.spec.axis if self.spec.per_channel else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, exact: Tensor | None = None) -> Tensor:
+        """`x` as the state says. `exact`: what the integers give for it, to return with the gradient of rounding."""
+        if exact is not None:
+            return Substitute.apply(self.on_grid(x), exact) if torch.is_grad_enabled() else exact
         state = self.state
         if state is State.OFF:
             return x
@@ -225,3 +229,15 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.source}, {self.state.name}, {self.spec.dtype}, observer={self.recipe.observer}"
+
+
+class Substitute(torch.autograd.Function):
+    """`exact` with the gradient of `simulated`."""
+
+    @staticmethod
+    def forward(ctx: Any, simulated: Tensor, exact: Tensor) -> Tensor:
+        return exact
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

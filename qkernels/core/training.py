@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from qkernels.core import operations as o
-from qkernels.core.graph import modules_of
-from qkernels.core.layers import Prepared
+from qkernels.core.exact_forward import link
 from qkernels.core.norm import Norm
 from qkernels.core.phases import run_batch
 from qkernels.core.prepare import PreparedModel, check_float, prepare_model, prepared_layers, quantizers
@@ -61,7 +59,7 @@ def prepare_qat(
     if forward == "int8":
         for part in prepared.modules():
             if isinstance(part, PreparedModel):
-                _link(part)
+                link(part)
     for layer in prepared_layers(prepared):
         layer.observe_weight()
         layer.quantizers["weight"].choose()
@@ -69,27 +67,6 @@ def prepare_qat(
         quantizer.state = State.TRAIN
         quantizer.delay = start_step
     return prepared.train()
-
-
-def _link(part: PreparedModel) -> None:
-    """Tells each weighted layer which Quantizer its input comes from, for a forward on integers."""
-    modules = modules_of(part)
-    for node in part.graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(layer, Prepared) and layer.has_integer_form():
-            source = _source(node.args[0], modules)
-            layer.source = None if source is None else (source,)
-
-
-def _source(node: fx.Node, modules: dict[str, nn.Module]) -> Quantizer | None:
-    """The Quantizer whose grid the values of `node` lie on, also in training: a dropout takes them off it."""
-    module = modules.get(node.target) if node.op == "call_module" else None
-    if isinstance(module, Quantizer):
-        return module
-    op = o.operation(node, modules)
-    if op is None or op.kind not in o.SAME_GRID | {o.PASS, o.PAD, "cat"}:
-        return None
-    return _source(op.inputs[0], modules)
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
