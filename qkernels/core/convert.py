@@ -24,12 +24,13 @@ from qkernels.core.layers import Prepared
 from qkernels.core.lowering import LoweringUnit, lower
 from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
+from qkernels.core.placed import Leave
 from qkernels.core.prepare import PreparedModel, quantizers, unit_of
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.registry import layer_class
 from qkernels.core.report import PrepareReport
-from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.errors import InvalidArgument, InvalidState
 
 
 class ConvertedModel(NetworkGraph):
@@ -82,6 +83,8 @@ class _Converter:
                 self.graph.output(fx.map_arg(node.args[0], self.float_of))
             elif self._quantizer(node) is not None:
                 self._onto_grid(node)
+            elif isinstance(self.modules.get(node.target), Leave):
+                self.floats[node] = self.float_of(node.args[0])
             elif self._keeps_grid(node):
                 self._on_codes(node)
             elif node.op == "call_function" and node.is_impure():
@@ -144,7 +147,12 @@ class _Converter:
     def _float_module(self, module: nn.Module) -> nn.Module:
         if not isinstance(module, Prepared):
             return copy.deepcopy(module)
-        raise Unsupported(f"convert: {type(module).__name__} reads a float tensor although it has a quantized weight")
+        layer = g.share(module)  # it reads a float tensor: the float layer, with the weight that it was simulated with
+        layer.__class__ = module.float_class
+        layer.weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=False)
+        layer.bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        del layer.quantizers
+        return layer
 
     # -- nodes on codes
 
@@ -258,7 +266,8 @@ class _Converter:
                 raise
             self.stayed_float[node.meta["path"]] = str(error)  # such as a square root where the grid has negative codes
             return None
-        return self._call(self._path(node), layer, tuple(self.codes[n] for n in op.inputs), source)
+        codes = tuple(self.codes[n] for n in op.inputs)
+        return self._call(self._path(node), layer, (list(codes),) if op.kind == "cat" else codes, source)
 
     # -- the new graph
 

@@ -40,6 +40,13 @@ def _detached(value: Any) -> Any:
     return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
 
 
+class _Tracer(fx.Tracer):
+    """Does not enter modules that say `traced_as_leaf`."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return getattr(m, "traced_as_leaf", False) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
     """The graph of `model` in eval mode, checked on the example.
 
@@ -54,7 +61,7 @@ def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     bound = bind(model, args, kwargs)
     constants = {name: value for name, value in bound.items() if not _holds_tensor(value)}
     try:
-        graph = fx.Tracer().trace(model, concrete_args=constants)
+        graph = _Tracer().trace(model, concrete_args=constants)
         traced = fx.GraphModule(model, graph, type(model).__name__)
     except Exception as error:  # forward is foreign code: whatever stops it under tracing means "no static graph"
         raise Untraceable(

@@ -78,6 +78,24 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
         hook.remove()
 
 
+def observe(prepared: nn.Module) -> None:
+    """From now on the model runs in float and every Quantizer watches, until `settle`: calibration without a block."""
+    weights = {layer.quantizers["weight"] for layer in prepared_layers(prepared)}
+    for quantizer in quantizers(prepared):
+        quantizer.observer.reset()
+        quantizer.state = State.OFF if quantizer in weights else State.OBSERVE
+
+
+def settle(prepared: nn.Module) -> None:
+    """Chooses grids for what was watched since `observe`."""
+    with torch.no_grad():
+        for layer in prepared_layers(prepared):
+            layer.observe_weight()
+    for quantizer in quantizers(prepared):
+        quantizer.choose()
+        quantizer.state = State.FAKE_QUANT
+
+
 def _snapshot(quantizer: Quantizer) -> tuple[State, dict[str, Any]]:
     return quantizer.state, {name: t.clone() for name, t in quantizer.state_dict().items()}
 

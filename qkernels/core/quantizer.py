@@ -43,6 +43,7 @@ class Quantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    traced_as_leaf = True
 
     def __init__(
         self,

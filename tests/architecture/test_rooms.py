@@ -142,7 +142,22 @@ MAY_IMPORT = {
     "qkernels.errors": set(),
     "qkernels.core": {"qkernels.core", "qkernels.ops", "qkernels.reference", "qkernels.errors", "qkernels.report"},
     "qkernels.nn": {"qkernels.nn", "qkernels.core", "qkernels.ops", "qkernels.reference", "qkernels.errors"},
+    # A front end parses and offers verbs: no kernels, no oracles, and no other front end.
+    "qkernels.frontends": {"qkernels.core", "qkernels.errors", "qkernels.report", "qkernels.frontends.common"},
+    "qkernels.frontends.torch_ao": {
+        "qkernels.core",
+        "qkernels.errors",
+        "qkernels.frontends.common",
+        "qkernels.frontends.torch_ao",
+    },
+    "qkernels.frontends.aimet": {
+        "qkernels.core",
+        "qkernels.errors",
+        "qkernels.frontends.common",
+        "qkernels.frontends.aimet",
+    },
 }
+FRONT_ENDS_SHARE = 0.2  # of the lines of the package: they are parsers over one core
 MAY_TOUCH_THE_BINARY = {"qkernels", "qkernels.testing", "qkernels.cli", "qkernels.info", "qkernels.ops"}
 
 
@@ -233,6 +248,12 @@ def test_repository_obeys(rule, patterns):
     assert not complaints, "\n" + "\n".join(complaints)
 
 
+def test_front_ends_are_a_small_part():
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in tracked("qkernels/*.py")}
+    ours = sum(count for path, count in lines.items() if path.startswith("qkernels/frontends/"))
+    assert ours <= FRONT_ENDS_SHARE * sum(lines.values())
+
+
 # ---- and each rule finds its offence ---------------------------------------------------------------------------------
 
 OFFENCES = [
@@ -258,6 +279,8 @@ OFFENCES = [
     (import_complaints, "qkernels/core/convert.py", "from qkernels import nn"),
     (import_complaints, "qkernels/ops/linear.py", "import qkernels.core.qspec"),
     (import_complaints, "qkernels/nn/linear.py", "from qkernels import _C"),
+    (import_complaints, "qkernels/frontends/torch_ao/fx.py", "from qkernels import ops"),
+    (import_complaints, "qkernels/frontends/torch_ao/fx.py", "from qkernels.frontends.aimet import nn"),
     (torch_ops_complaints, "qkernels/nn/linear.py", "import torch\ny = torch.ops.qkernels.add(1, 2)"),
     (torch_ops_complaints, "qkernels/nn/linear.py", "name = 'qkernels::add'"),
 ]

@@ -1,0 +1,209 @@
+"""prepare and convert on modules, without a graph in the user's hands."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels.core import operations as o
+from qkernels.core.convert import convert as core_convert
+from qkernels.core.graph import arguments
+from qkernels.core.placed import prepare_placed
+from qkernels.core.prepare import PreparedModel, quantizers
+from qkernels.core.recipe import Match, Override, Recipe
+from qkernels.core.tables import UNARY
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.frontends.common import become, example, keep_containers, outline
+from qkernels.frontends.torch_ao import parse
+from qkernels.frontends.torch_ao.observers import QConfig
+
+EXAMPLE = "_example_outline"
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+OBSERVED_KINDS = (frozenset(UNARY) | o.WEIGHTED | {"batch_norm"}) - {"relu", "hardtanh", "clamp"}
+SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 160, 192, 112, 16, 8, 48, 240, 320, 512, 100, 50)
+
+
+def prepare(
+    model: nn.Module,
+    inplace: bool = False,
+    allow_list: Iterable[type] | None = None,
+    observer_non_leaf_module_list: Iterable[type] = (),
+    prepare_custom_config_dict: None = None,
+) -> nn.Module:
+    """Puts an observer behind every module that has a qconfig; then run calibration batches through the model.
+
+    `model.qconfig`, or that of a module in it, holds for everything below up to the next one; None leaves float.
+    """
+    if prepare_custom_config_dict:
+        raise Unsupported("prepare: prepare_custom_config_dict: write custom modules of torch.nn modules instead")
+    if not inplace:
+        model = copy.deepcopy(model)
+    propagate_qconfig(model)
+    if not any(getattr(m, "qconfig", None) for m in model.modules()):
+        raise InvalidArgument("prepare: no module has a qconfig; set model.qconfig = get_default_qconfig('x86')")
+    _observe(model, allow_list, tuple(observer_non_leaf_module_list or ()))
+    model.register_forward_pre_hook(note_example, with_kwargs=True)
+    return model
+
+
+def propagate_qconfig(model: nn.Module, qconfig: QConfig | None = None) -> None:
+    """Gives every module the qconfig of the nearest module around it that has one."""
+    model.qconfig = getattr(model, "qconfig", qconfig)
+    for name, child in model.named_children():
+        if not name.startswith("activation_post_process"):
+            propagate_qconfig(child, model.qconfig)
+
+
+def _observe(model: nn.Module, allow_list: Iterable[type] | None, non_leaf: tuple[type, ...]) -> None:
+    for name, child in model.named_children():
+        if name == "activation_post_process":
+            continue
+        fused = parse.is_a(child, "Fused") or parse.is_a(child, "_FusedModule")
+        if child.qconfig is not None:
+            if parse.is_a(child, "FloatFunctional"):
+                child.activation_post_process = child.qconfig.activation()
+            elif fused or isinstance(child, non_leaf) or _is_observed(child, allow_list):
+                child.add_module("activation_post_process", child.qconfig.activation())
+                child.register_forward_hook(observe_output, prepend=True)
+        if not fused:
+            _observe(child, allow_list, non_leaf)
+
+
+def _is_observed(module: nn.Module, allow_list: Iterable[type] | None) -> bool:
+    if allow_list is not None:
+        return type(module) in allow_list
+    known = o.MODULES.get(type(module)) in OBSERVED_KINDS or isinstance(module, (*NORMS, nn.Softmax, nn.PReLU))
+    return known or parse.is_a(module, "QuantStub")
+
+
+def observe_output(module: nn.Module, args: tuple, output: Any) -> Any:
+    return module.activation_post_process(output)
+
+
+def note_example(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Remembers the kinds of arguments, for the graph that `convert` needs."""
+    if EXAMPLE not in module.__dict__:
+        module.__dict__[EXAMPLE] = outline((args, kwargs))
+
+
+def convert(
+    module: nn.Module,
+    mapping: None = None,
+    inplace: bool = False,
+    remove_qconfig: bool = True,
+    is_reference: bool = False,
+    convert_custom_config_dict: None = None,
+    *,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """The integer network of a calibrated or trained model, prepared here or by torch.ao itself (eager or FX).
+
+    Args:
+        inplace: the object `module` becomes the integer network; else it stays as it is and can train on.
+        example_inputs: as for `qkernels.prepare`. Needed only for a model that torch.ao prepared, and only if its
+            input cannot be guessed from its first layer.
+    """
+    for name, value in (("mapping", mapping), ("convert_custom_config_dict", convert_custom_config_dict)):
+        if value:
+            raise Unsupported(f"convert: {name}: the integer layers are those of qkernels.nn")
+    if is_reference:
+        raise Unsupported("convert: is_reference=True: qkernels.exact(torch_ao.prepared(model)) is the reference")
+    converted = keep_containers(core_convert(prepared(module, example_inputs)), module)
+    return become(module, converted) if inplace else converted
+
+
+def prepared(module: nn.Module, example_inputs: Any = None) -> nn.Module:
+    """The same network as `qkernels.prepare` gives it, with the grids that the observers found.
+
+    For `qkernels.verify`, `qkernels.exact` and `qkernels.compare`.
+    """
+    if isinstance(module, PreparedModel):
+        return module
+    work = parse.observed_copy(module)
+    work._forward_pre_hooks.clear()
+    work._forward_pre_hooks_with_kwargs.clear()
+    places = parse.places_of(work)
+    if not places.weights and not places.outputs:
+        raise InvalidState("convert: no module of the model has observers; call prepare first")
+    args, kwargs = _arguments(module, work, example_inputs)
+    result = prepare_placed(work, args, kwargs, places)
+    blind = [q.source for q in quantizers(result) if not q.has_grid()]
+    if blind:
+        raise InvalidState(
+            f"convert: the observers of {', '.join(blind)} saw no data; run batches through the model first"
+        )
+    floats = {row.name: row.reason for row in result.report.stayed_float}
+    for path in places.weights:
+        if path in floats:
+            raise InvalidState(
+                f"convert: {path} has a qconfig but cannot be integer: {floats[path]}. Put a QuantStub before it, or "
+                f"set its qconfig to None before prepare"
+            )
+    return result
+
+
+def _arguments(module: nn.Module, work: nn.Module, example_inputs: Any) -> tuple[tuple, dict]:
+    if example_inputs is not None:
+        return arguments(example_inputs)
+    if EXAMPLE in module.__dict__:
+        return example(module.__dict__[EXAMPLE])
+    guess = _guessed_input(work)
+    if guess is None:
+        raise InvalidArgument(
+            f"convert: cannot guess an input of {type(module).__name__}; say convert(model, example_inputs=x)"
+        )
+    return (guess,), {}
+
+
+def _guessed_input(model: nn.Module) -> torch.Tensor | None:
+    """A tensor that the model accepts: only its rank matters, not its size."""
+    layer = next((m for m in model.modules() if o.MODULES.get(type(m)) in o.WEIGHTED), None)
+    if layer is None:
+        return None
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    dims = layer.weight.dim() - 2
+    shapes = [(1, channels, *[size] * dims) for size in SIZES] if dims else [(1, channels), (1, 1, channels)]
+    for shape in shapes:
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.device)
+        try:
+            with torch.no_grad():
+                model(x)
+        except (RuntimeError, ValueError, TypeError):  # this shape does not fit
+            continue
+        return x
+    return None
+
+
+def recipe(model: nn.Module) -> Recipe:
+    """The recipe that the qconfigs of `model` say: that of its root, and overrides where a module has another one."""
+    root = getattr(model, "qconfig", None)
+    if root is None:
+        raise InvalidArgument("recipe: the model's root has no qconfig")
+    activation, weight = parse.factory_recipe(root.activation), parse.factory_recipe(root.weight)
+    overrides: list[Override] = []
+
+    def visit(module: nn.Module, path: str, inherited: Any) -> None:
+        for name, child in module.named_children():
+            here = f"{path}.{name}" if path else name
+            own = getattr(child, "qconfig", inherited)
+            if own is not inherited and own != inherited:
+                overrides.append(override(Match("name", here), own))
+            visit(child, here, own)
+
+    visit(model, "", root)
+    return Recipe(activation, weight, tuple(overrides))
+
+
+def override(match: Match, qconfig: Any) -> Override:
+    if qconfig is None:
+        return Override(match, skip=True)
+    return Override(match, parse.factory_recipe(qconfig.activation), parse.factory_recipe(qconfig.weight))
+
+
+def quantize(model: nn.Module, run_fn: Any, run_args: Iterable[Any], inplace: bool = False, **options: Any):
+    """prepare, calibrate by `run_fn(model, *run_args)`, convert."""
+    model = prepare(model, inplace, **options).eval()
+    run_fn(model, *run_args)
+    return convert(model, inplace=inplace)

@@ -1,0 +1,153 @@
+"""What torch.ao's objects, or ours of the same names, mean to the core: recipes, grids and places."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qkernels.core import operations as o
+from qkernels.core.placed import Leave, Places
+from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.quantizer import Quantizer
+from qkernels.core.recipe import TensorRecipe
+from qkernels.errors import InvalidState, Unsupported
+from qkernels.frontends.torch_ao.observers import DTYPES, QSCHEMES, RANGES
+
+KINDS = {
+    "MinMaxObserver": "minmax",
+    "PerChannelMinMaxObserver": "minmax",
+    "MovingAverageMinMaxObserver": "moving_average",
+    "MovingAveragePerChannelMinMaxObserver": "moving_average",
+    "HistogramObserver": "histogram",
+}
+OBSERVER_HOOKS = {"_observer_forward_hook", "_observer_forward_pre_hook", "observe_output"}
+
+
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether the module is of our class of that name, or of torch.ao's."""
+    return any(
+        cls.__name__ == name and cls.__module__.startswith(("torch.", "qkernels.")) for cls in type(module).__mro__
+    )
+
+
+def is_observer(module: nn.Module) -> bool:
+    return hasattr(module, "calculate_qparams")
+
+
+def tensor_recipe(observer: nn.Module) -> TensorRecipe:
+    """The recipe that an observer or fake-quantize module stands for."""
+    if hasattr(observer, "recipe"):
+        return observer.recipe
+    inner = getattr(observer, "activation_post_process", observer)
+    dtype, qscheme = getattr(inner, "dtype", None), getattr(inner, "qscheme", None)
+    if dtype not in DTYPES or qscheme not in QSCHEMES:
+        raise Unsupported(f"{type(inner).__name__}(dtype={dtype}, qscheme={qscheme}) stands for no 8-bit grid")
+    symmetric, per_channel = QSCHEMES[qscheme]
+    eps = float(getattr(inner, "eps", torch.finfo(torch.float32).eps))
+    axis = inner.ch_axis if per_channel else 0
+    spec = QSpec(DTYPES[dtype], inner.quant_min, inner.quant_max, symmetric, per_channel, axis, eps)
+    kind = KINDS.get(type(inner).__name__, "minmax")
+    options = {"moving_average": ("averaging_constant", "momentum"), "histogram": ("bins", "bins")}.get(kind)
+    return TensorRecipe(spec, kind, ((options[1], getattr(inner, options[0])),) if options else ())
+
+
+def factory_recipe(factory: Callable[[], nn.Module]) -> TensorRecipe:
+    """The recipe of `QConfig.activation` or `QConfig.weight`."""
+    return tensor_recipe(factory())
+
+
+def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
+    """A Quantizer with the grid that the observer has found; without one if it saw no data.
+
+    An observer chooses scale and zero point for its range, but torch's integer layers clamp to the range of the dtype:
+    so do ours. A fake-quantize module has clamped in training, and its range stays.
+    """
+    recipe = tensor_recipe(observer)
+    if not hasattr(observer, "fake_quant_enabled"):
+        qmin, qmax = RANGES[recipe.spec.dtype]
+        recipe = replace(recipe, spec=replace(recipe.spec, qmin=qmin, qmax=qmax))
+    low = getattr(getattr(observer, "activation_post_process", observer), "min_val", None)
+    if low is not None and (low.numel() == 0 or bool(torch.isinf(low).any())):
+        return Quantizer(recipe, source, 1)
+    scale, zero_point = observer.calculate_qparams()
+    axis = recipe.spec.axis if recipe.spec.per_channel else None
+    grid = QParams(scale, zero_point, axis, recipe.spec.qmin, recipe.spec.qmax, recipe.spec.dtype)
+    quantizer = Quantizer(recipe, source, grid.scale.numel()).to(grid.scale.device)
+    quantizer.set_qparams(grid)
+    return quantizer
+
+
+def weight_quantizer(layer: nn.Module, qconfig: Any, path: str) -> Quantizer:
+    """A Quantizer for the weight of now: what torch.ao, too, decides only when it converts."""
+    observer = qconfig.weight()
+    observer(layer.weight.detach())
+    return quantizer_of(observer, f"{path}.weight")
+
+
+def places_of(model: nn.Module) -> Places:
+    """Where the observers of a calibrated model are. Changes `model`: stubs and observers become Quantizers."""
+    quantizers: dict[int, Quantizer] = {}
+
+    def quantizer(observer: nn.Module, source: str) -> Quantizer:
+        if id(observer) not in quantizers:
+            quantizers[id(observer)] = quantizer_of(observer, source)
+        return quantizers[id(observer)]
+
+    qconfigs = _graph_qconfigs(model) if isinstance(model, fx.GraphModule) else None
+    outputs: dict[str, Quantizer] = {}
+    weights: dict[str, Quantizer] = {}
+    for path, module in list(model.named_modules()):
+        observer = module._modules.get("activation_post_process")
+        observed = observer is not None and is_observer(observer)
+        if is_observer(module) and not path.rpartition(".")[2].startswith("activation_post_process"):
+            continue  # the observer inside a fake-quantize module, or one that nothing calls
+        if is_a(module, "DeQuantStub"):
+            _replace(model, path, Leave())
+        elif is_a(module, "QuantStub") and observed:
+            _replace(model, path, quantizer(observer, path))
+        elif is_observer(module) and isinstance(model, fx.GraphModule):
+            _replace(model, path, quantizer(module, path))
+        elif observed and type(module) in o.MODULES:
+            outputs[path] = quantizer(observer, path)
+            _strip(module)
+        elif observed:  # a fused module or FloatFunctional, which calls its observer itself
+            module.activation_post_process = quantizer(observer, path)
+        if o.MODULES.get(type(module)) in o.WEIGHTED:
+            qconfig = getattr(module, "qconfig", None) if qconfigs is None else qconfigs.get(path)
+            if qconfig is not None:
+                weights[path] = weight_quantizer(module, qconfig, path)
+    return Places(outputs=outputs, weights=weights, keep_grids=True)
+
+
+def _graph_qconfigs(model: fx.GraphModule) -> dict[str, Any]:
+    """The qconfig of each layer of a graph that torch.ao prepared, also of layers inside fused modules."""
+    if "_observed_graph_module_attrs" not in model.meta:
+        raise InvalidState("convert: this graph does not come from prepare_fx")
+    by_node: Mapping[str, Any] = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    found = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and by_node.get(node.name) is not None:
+            for path, _ in model.get_submodule(node.target).named_modules(prefix=node.target):
+                found[path] = by_node[node.name]
+    return found
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _strip(module: nn.Module) -> None:
+    """Takes the observer off a module."""
+    del module.activation_post_process
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__name__", "") in OBSERVER_HOOKS:
+                del hooks[key]
+
+
+def observed_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval()
