@@ -147,12 +147,7 @@ class _Converter:
     def _float_module(self, module: nn.Module) -> nn.Module:
         if not isinstance(module, Prepared):
             return copy.deepcopy(module)
-        layer = g.share(module)  # it reads a float tensor: the float layer, with the weight that it was simulated with
-        layer.__class__ = module.float_class
-        layer.weight = nn.Parameter(module.quantized_weight().detach().clone(), requires_grad=False)
-        layer.bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone(), requires_grad=False)
-        del layer.quantizers
-        return layer
+        return module.as_float()  # it reads a float tensor
 
     # -- nodes on codes
 

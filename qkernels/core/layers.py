@@ -10,6 +10,7 @@ scaled before. Otherwise the weight is scaled by gamma / sigma of the running st
 scaled back.
 """
 
+import copy
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -33,6 +34,7 @@ class Prepared:
     """
 
     float_class: ClassVar[type[nn.Module]]
+    traced_as_leaf = True
     weight_correction: Tensor | None
     bias_correction: Tensor | None
     norm: Norm | None
@@ -209,6 +211,21 @@ class Prepared:
         if self.grid_is_on_weight():
             rows, grid = rescaled(rows, grid, scale.to(torch.float32))
         return rows, bias, grid
+
+    @torch.no_grad()
+    def as_float(self) -> nn.Module:
+        """The float layer with the weight of the simulation, for a place where no integers arrive."""
+        weight = self.quantized_weight()
+        bias = self.corrected_bias() if self.norm is None else self.norm.shift(self.norm.scale(), self.bias)
+        layer = copy.copy(self)
+        layer.__class__ = self.float_class
+        layer._modules, layer._buffers = {}, {}
+        layer._parameters = {"weight": nn.Parameter(weight.clone(), requires_grad=False), "bias": None}
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        if self.clamp is None:
+            return layer
+        return nn.Sequential(layer, nn.Hardtanh(self.clamp.low, self.clamp.high))
 
     def in_layout(self, grid: QParams) -> QParams:
         """The grid of the rows with its axis in the layout of `weight`."""

@@ -159,20 +159,22 @@ class Histogram(Observer):
     """Keeps a histogram and searches the range with the least squared quantization error.
 
     The search is the one of `torch.ao.quantization.HistogramObserver` and gives the same grids: starting from the full
-    range, drop 1e-5 of the mass at the end where that frees more bins, as long as the expected L2 error falls.
+    range, drop 1e-5 of the mass at the end where that frees more bins, as long as the expected L2 error falls. That
+    one expects 256 codes whatever the range; `codes` says so, and None takes the number in the range.
     """
 
     histogram: Tensor
     STEP = 1e-5
     REFINEMENT = 16  # sub-bins for each bin when an old histogram moves to a wider range
 
-    def __init__(self, spec: QSpec, channels: int | None = None, bins: int = 2048):
+    def __init__(self, spec: QSpec, channels: int | None = None, bins: int = 2048, codes: int | None = None):
         if spec.per_channel:
             raise InvalidArgument(f"{type(self).__name__}: only per tensor; use minmax or mse for per-channel grids")
         if bins < 2:
             raise InvalidArgument(f"{type(self).__name__}: bins must be at least 2, got {bins}")
         super().__init__(spec, channels)
         self.bins = bins
+        self.codes = codes or spec.qmax - spec.qmin + 1
         self.register_buffer("histogram", torch.zeros(bins))
 
     def reset(self) -> None:
@@ -246,7 +248,7 @@ class Histogram(Observer):
         into the cell of another; in a cell the error is the distance to its middle, so each part
         contributes density * (end^3 - begin^3) / 3.
         """
-        codes = self.spec.qmax - self.spec.qmin + 1
+        codes = self.codes
         width = (self.high.item() - self.low.item()) / self.bins
         cell = width * (last - first + 1) / codes
         if cell == 0.0:

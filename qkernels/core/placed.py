@@ -16,12 +16,12 @@ from qkernels.core import graph as g
 from qkernels.core import operations as o
 from qkernels.core.fusion import as_convolution
 from qkernels.core.graph import Untraceable
-from qkernels.core.layers import PREPARED
+from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.operations import Operation
 from qkernels.core.prepare import PreparedModel, _first_calls, _Plan
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer, State
-from qkernels.core.recipe import Match, Override, TensorRecipe
+from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
 from qkernels.core.report import Decision, PrepareReport
 from qkernels.errors import Unsupported
 
@@ -96,6 +96,7 @@ def _placed_graph(model: nn.Module, args: tuple, kwargs: dict, places: Places, p
     plan.finish()
     prepared = PreparedModel(traced, traced.graph, type(model).__name__).eval()
     prepared.meta["report"] = plan.report(prefix)
+    prepared.meta["recipe"] = Recipe()
     return prepared
 
 
@@ -157,7 +158,7 @@ class _PlacedPlan(_Plan):
         def rule(node: fx.Node) -> Override:
             return Override(Match("name", node.meta["path"]), usual, BATCH_NORM_WEIGHT)
 
-        super().__init__(traced, rule)
+        super().__init__(traced, rule, {}, [], trained=False)
 
     def _why_float(self, node: fx.Node) -> str | None:
         if self._is_quantizer(node) or isinstance(self.modules.get(node.target), Leave):
@@ -165,7 +166,7 @@ class _PlacedPlan(_Plan):
         return super()._why_float(node)
 
     def _why_float_weighted(self, node: fx.Node, op: Operation) -> str | None:
-        own = getattr(op.module, "takes_own_grid", False)
+        own = isinstance(op.module, Prepared) or getattr(op.module, "takes_own_grid", False)
         if op.module is not None and self._weight_quantizer(node) is None and not own:
             return "its weight has no quantizer"
         return super()._why_float_weighted(node, op)
@@ -245,6 +246,8 @@ class _PlacedPlan(_Plan):
         self.traced.recompile()
 
     def _wrap(self, node: fx.Node, layer: nn.Module) -> None:
+        if isinstance(layer, Prepared):
+            return
         quantizer = self._weight_quantizer(node)
         wrapped = PREPARED[type(layer)].of(layer, BATCH_NORM_WEIGHT, node.target)
         if quantizer is None:
@@ -301,5 +304,5 @@ def _placed_parts(model: nn.Module, args: tuple, kwargs: dict, places: Places, r
             f"{type(model).__name__} has no graph ({reason}), and no part of it that becomes integer has one. Put the "
             "stubs around parts without control flow"
         )
-    model.report = PrepareReport(tuple(rows))
+    model.report, model.recipe = PrepareReport(tuple(rows)), Recipe()
     return model

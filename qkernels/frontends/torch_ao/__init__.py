@@ -15,6 +15,7 @@ from qkernels.frontends.torch_ao.fuse import fuse_modules, fuse_modules_qat
 from qkernels.frontends.torch_ao.fx import (
     QConfigMapping,
     convert_fx,
+    get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
     mapping_recipe,
     prepare_fx,
@@ -50,13 +51,19 @@ from qkernels.frontends.torch_ao.observers import (
     default_symmetric_qnnpack_qconfig,
     default_weight_fake_quant,
     default_weight_observer,
-    disable_fake_quant,
-    disable_observer,
-    enable_fake_quant,
-    enable_observer,
     get_default_qat_qconfig,
     get_default_qconfig,
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
+)
+from qkernels.frontends.torch_ao.qat import (
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+    freeze_bn_stats,
+    prepare_qat,
+    prepare_qat_fx,
+    update_bn_stats,
 )
 from qkernels.frontends.torch_ao.stubs import DeQuantStub, FloatFunctional, QuantStub, QuantWrapper

@@ -199,7 +199,12 @@ def recipe(model: nn.Module) -> Recipe:
 def override(match: Match, qconfig: Any) -> Override:
     if qconfig is None:
         return Override(match, skip=True)
-    return Override(match, parse.factory_recipe(qconfig.activation), parse.factory_recipe(qconfig.weight))
+    recipes = []
+    for made in (qconfig.activation(), qconfig.weight()):
+        # torch's defaults give a type without weight a float32 placeholder, and a sigmoid a fixed grid.
+        silent = getattr(made, "dtype", None) is torch.float32 or "FixedQParams" in type(made).__name__
+        recipes.append(None if silent else parse.tensor_recipe(made))
+    return Override(match, *recipes)
 
 
 def quantize(model: nn.Module, run_fn: Any, run_args: Iterable[Any], inplace: bool = False, **options: Any):

@@ -1,7 +1,7 @@
 """`fuse_modules`: chains of modules become one, which gets one observer and one integer layer."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,10 @@ CLAMPS = (nn.ReLU, nn.ReLU6)
 
 class Fused(nn.Sequential):
     """Modules that count as one: observed behind the last, converted into one layer."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The modules that compute, without the observer that `prepare` adds: a hook calls that."""
+        return (module for name, module in self._modules.items() if name != "activation_post_process")
 
 
 def fuse_modules(

@@ -7,13 +7,14 @@ from torch import nn
 
 from qkernels.core.convert import convert as core_convert
 from qkernels.core.phases import observe, settle
-from qkernels.core.prepare import PreparedModel
+from qkernels.core.prepare import PreparedModel, quantizers
 from qkernels.core.prepare import prepare as core_prepare
+from qkernels.core.quantizer import State
 from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.errors import InvalidArgument, Unsupported
 from qkernels.frontends.torch_ao import parse
 from qkernels.frontends.torch_ao.eager import convert, override
-from qkernels.frontends.torch_ao.observers import get_default_qconfig
+from qkernels.frontends.torch_ao.observers import get_default_qat_qconfig, get_default_qconfig
 
 
 class QConfigMapping:
@@ -44,6 +45,10 @@ class QConfigMapping:
 
 def get_default_qconfig_mapping(backend: str = "x86", version: int = 0) -> QConfigMapping:
     return QConfigMapping().set_global(get_default_qconfig(backend, version))
+
+
+def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> QConfigMapping:
+    return QConfigMapping().set_global(get_default_qat_qconfig(backend, version))
 
 
 def mapping_recipe(mapping: Any) -> Recipe:
@@ -88,5 +93,6 @@ def convert_fx(graph_module: nn.Module, **unsupported: Any) -> nn.Module:
         raise Unsupported(f"convert_fx: {sorted(given)} have no counterpart")
     if not isinstance(graph_module, PreparedModel):
         return convert(graph_module)
-    settle(graph_module)
+    if any(q.state is State.OBSERVE for q in quantizers(graph_module)):
+        settle(graph_module)
     return core_convert(graph_module)

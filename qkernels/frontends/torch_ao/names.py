@@ -5,6 +5,9 @@ from types import ModuleType
 from typing import Any
 
 import torch as real_torch
+import torch.nn.intrinsic.qat
+
+from qkernels.frontends.torch_ao import qat
 
 
 class Namespace(ModuleType):
@@ -23,10 +26,19 @@ class Namespace(ModuleType):
 
 
 here = sys.modules["qkernels.frontends.torch_ao"]
+intrinsic = Namespace(
+    real_torch.nn.intrinsic,
+    {
+        "qat": Namespace(
+            real_torch.nn.intrinsic.qat, {name: getattr(qat, name) for name in ("freeze_bn_stats", "update_bn_stats")}
+        )
+    },
+)
 torch = Namespace(
     real_torch,
     {
         "ao": Namespace(real_torch.ao, {"quantization": here}),
+        "nn": Namespace(real_torch.nn, {"intrinsic": intrinsic}),
         "quantization": here,
     },
 )

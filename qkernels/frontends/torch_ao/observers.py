@@ -24,6 +24,11 @@ QSCHEMES = {
 }
 
 
+def histogram_codes(spec: QSpec) -> dict[str, int]:
+    """torch.ao's histogram search expects 256 codes also where there are fewer."""
+    return {} if spec.qmax - spec.qmin == 255 else {"codes": 256}
+
+
 class Partial:
     """A class with some arguments, as `with_args` makes it."""
 
@@ -88,6 +93,8 @@ class ObserverBase(nn.Module, _Factory):
             ends = (ends[0] // 2, ends[1] // 2)
         symmetric, per_channel = QSCHEMES[qscheme]
         spec = QSpec(held, *ends, symmetric, per_channel, ch_axis, eps)
+        if self.kind == "histogram":
+            options |= histogram_codes(spec)
         self.recipe = TensorRecipe(spec, self.kind, tuple(options.items()))
         self.dtype, self.qscheme, self.ch_axis = dtype, qscheme, ch_axis
         self.quant_min, self.quant_max = ends
@@ -136,14 +143,14 @@ class HistogramObserver(ObserverBase):
     def __init__(self, bins: int = 2048, *args: Any, upsample_rate: int = 16, **kwargs: Any):
         if upsample_rate != 16:
             raise Unsupported(f"HistogramObserver: upsample_rate must be 16, got {upsample_rate}")
-        super().__init__(*args, bins=bins, **kwargs)
+        super().__init__(*args, **({} if bins == 2048 else {"bins": bins}), **kwargs)
 
 
 class MovingAverageMinMaxObserver(ObserverBase):
     kind = "moving_average"
 
     def __init__(self, averaging_constant: float = 0.01, *args: Any, **kwargs: Any):
-        super().__init__(*args, momentum=averaging_constant, **kwargs)
+        super().__init__(*args, **({} if averaging_constant == 0.01 else {"momentum": averaging_constant}), **kwargs)
 
 
 class PerChannelMinMaxObserver(ObserverBase):
@@ -172,7 +179,8 @@ class MovingAveragePerChannelMinMaxObserver(ObserverBase):
         *args: Any,
         **kwargs: Any,
     ):
-        super().__init__(dtype, qscheme, *args, ch_axis=ch_axis, momentum=averaging_constant, **kwargs)
+        options = {} if averaging_constant == 0.01 else {"momentum": averaging_constant}
+        super().__init__(dtype, qscheme, *args, ch_axis=ch_axis, **options, **kwargs)
 
 
 class FixedQParamsObserver(nn.Module, _Factory):
@@ -284,22 +292,6 @@ class FixedQParamsFakeQuantize(FakeQuantize):
 
 
 FusedMovingAvgObsFakeQuantize = FakeQuantize  # one class: the rounding is one pass over memory anyway
-
-
-def _switch(method: str, *args: Any) -> Callable[[nn.Module], None]:
-    def switch(module: nn.Module) -> None:
-        if hasattr(module, "fake_quant_enabled") and hasattr(module, method):
-            getattr(module, method)(*args)
-
-    switch.__name__ = switch.__qualname__ = method
-    switch.__doc__ = f"For `model.apply`: calls `{method}` on every fake-quantize module."
-    return switch
-
-
-enable_fake_quant = _switch("enable_fake_quant")
-disable_fake_quant = _switch("disable_fake_quant")
-enable_observer = _switch("enable_observer")
-disable_observer = _switch("disable_observer")
 
 
 # --- qconfigs ---------------------------------------------------------------------------------------------------------

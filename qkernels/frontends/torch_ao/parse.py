@@ -9,12 +9,14 @@ import torch
 from torch import fx, nn
 
 from qkernels.core import operations as o
+from qkernels.core.fusion import folded
 from qkernels.core.placed import Leave, Places
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidState, Unsupported
-from qkernels.frontends.torch_ao.observers import DTYPES, QSCHEMES, RANGES
+from qkernels.frontends.torch_ao.fuse import Fused
+from qkernels.frontends.torch_ao.observers import DTYPES, QSCHEMES, RANGES, histogram_codes
 
 KINDS = {
     "MinMaxObserver": "minmax",
@@ -34,7 +36,7 @@ def is_a(module: nn.Module, name: str) -> bool:
 
 
 def is_observer(module: nn.Module) -> bool:
-    return hasattr(module, "calculate_qparams")
+    return hasattr(module, "calculate_qparams") or isinstance(module, Quantizer)
 
 
 def tensor_recipe(observer: nn.Module) -> TensorRecipe:
@@ -50,8 +52,12 @@ def tensor_recipe(observer: nn.Module) -> TensorRecipe:
     axis = inner.ch_axis if per_channel else 0
     spec = QSpec(DTYPES[dtype], inner.quant_min, inner.quant_max, symmetric, per_channel, axis, eps)
     kind = KINDS.get(type(inner).__name__, "minmax")
-    options = {"moving_average": ("averaging_constant", "momentum"), "histogram": ("bins", "bins")}.get(kind)
-    return TensorRecipe(spec, kind, ((options[1], getattr(inner, options[0])),) if options else ())
+    options = histogram_codes(spec) if kind == "histogram" else {}
+    if kind == "histogram" and inner.bins != 2048:
+        options["bins"] = inner.bins
+    if kind == "moving_average" and inner.averaging_constant != 0.01:
+        options["momentum"] = inner.averaging_constant
+    return TensorRecipe(spec, kind, tuple(options.items()))
 
 
 def factory_recipe(factory: Callable[[], nn.Module]) -> TensorRecipe:
@@ -65,6 +71,8 @@ def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
     An observer chooses scale and zero point for its range, but torch's integer layers clamp to the range of the dtype:
     so do ours. A fake-quantize module has clamped in training, and its range stays.
     """
+    if isinstance(observer, Quantizer):
+        return observer
     recipe = tensor_recipe(observer)
     if not hasattr(observer, "fake_quant_enabled"):
         qmin, qmax = RANGES[recipe.spec.dtype]
@@ -80,9 +88,8 @@ def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
     return quantizer
 
 
-def weight_quantizer(layer: nn.Module, qconfig: Any, path: str) -> Quantizer:
+def weight_quantizer(layer: nn.Module, observer: nn.Module, path: str) -> Quantizer:
     """A Quantizer for the weight of now: what torch.ao, too, decides only when it converts."""
-    observer = qconfig.weight()
     observer(layer.weight.detach())
     return quantizer_of(observer, f"{path}.weight")
 
@@ -99,7 +106,8 @@ def places_of(model: nn.Module) -> Places:
     qconfigs = _graph_qconfigs(model) if isinstance(model, fx.GraphModule) else None
     outputs: dict[str, Quantizer] = {}
     weights: dict[str, Quantizer] = {}
-    for path, module in list(model.named_modules()):
+    _from_torch_qat(model)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         observer = module._modules.get("activation_post_process")
         observed = observer is not None and is_observer(observer)
         if is_observer(module) and not path.rpartition(".")[2].startswith("activation_post_process"):
@@ -110,16 +118,37 @@ def places_of(model: nn.Module) -> Places:
             _replace(model, path, quantizer(observer, path))
         elif is_observer(module) and isinstance(model, fx.GraphModule):
             _replace(model, path, quantizer(module, path))
-        elif observed and type(module) in o.MODULES:
+        elif observed and o.MODULES.get(getattr(module, "float_class", type(module))) is not None:
             outputs[path] = quantizer(observer, path)
             _strip(module)
         elif observed:  # a fused module or FloatFunctional, which calls its observer itself
             module.activation_post_process = quantizer(observer, path)
         if o.MODULES.get(type(module)) in o.WEIGHTED:
             qconfig = getattr(module, "qconfig", None) if qconfigs is None else qconfigs.get(path)
-            if qconfig is not None:
-                weights[path] = weight_quantizer(module, qconfig, path)
+            if hasattr(module, "weight_post_process"):
+                weights[path] = weight_quantizer(module, module.weight_post_process, path)
+            elif qconfig is not None:
+                weights[path] = weight_quantizer(module, qconfig.weight(), path)
     return Places(outputs=outputs, weights=weights, keep_grids=True)
+
+
+def _from_torch_qat(model: nn.Module) -> None:
+    """Layers of torch.ao.nn.(intrinsic.)qat become float ones, batch normalization folded in, with a clamp behind."""
+    for path, module in list(model.named_modules()):
+        if not (type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "weight_fake_quant")):
+            continue
+        float_class = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.") and c in o.MODULES)
+        layer = copy.copy(module)
+        layer.__class__ = float_class
+        layer._modules, layer._forward_hooks = {}, type(module._forward_hooks)()
+        if hasattr(module, "bn"):
+            layer = folded(layer, module.bn)
+        layer.__dict__["weight_post_process"] = module.weight_fake_quant
+        fused = Fused(layer, *([nn.ReLU()] if "ReLU" in type(module).__name__ else []))
+        if "activation_post_process" in module._modules:  # in a graph the observer is a node of its own
+            fused.activation_post_process = module.activation_post_process
+            fused._forward_hooks.update(module._forward_hooks)
+        _replace(model, path, fused.eval())
 
 
 def _graph_qconfigs(model: fx.GraphModule) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""prepare_qat, and the switches that a training loop applies."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from qkernels.core import training
+from qkernels.core.fusion import clamp_of
+from qkernels.core.layers import PREPARED
+from qkernels.core.operations import Operation
+from qkernels.core.prepare import quantizers
+from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.training import prepare_qat as core_prepare_qat
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.frontends.torch_ao import parse
+from qkernels.frontends.torch_ao.eager import _is_observed, note_example, observe_output, propagate_qconfig
+from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS
+from qkernels.frontends.torch_ao.fx import mapping_recipe
+
+
+def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -> nn.Module:
+    """Makes layers with a qconfig train with rounded weights and outputs. The Parameters stay the same objects.
+
+    A fused batch normalization is trained as part of its layer; `convert` folds it.
+    """
+    if mapping is not None:
+        raise Unsupported("prepare_qat: mapping: the layers are those of the core")
+    if not model.training:
+        raise InvalidState("prepare_qat: the model is in eval mode; call model.train() first")
+    if not inplace:
+        model = copy.deepcopy(model)
+    propagate_qconfig(model)
+    if not any(getattr(m, "qconfig", None) for m in model.modules()):
+        raise InvalidArgument(
+            "prepare_qat: no module has a qconfig; set model.qconfig = get_default_qat_qconfig('x86')"
+        )
+    _train(model, "")
+    for quantizer in quantizers(model):
+        quantizer.state = State.TRAIN
+    model.register_forward_pre_hook(note_example, with_kwargs=True)
+    return model
+
+
+def _train(model: nn.Module, path: str) -> None:
+    for name, child in model.named_children():
+        here = f"{path}.{name}" if path else name
+        if child.qconfig is None:
+            _train(child, here)
+            continue
+        layer = _trained_layer(child, here)
+        if layer is not None:
+            layer.qconfig = child.qconfig
+            setattr(model, name, layer)
+        elif not parse.is_a(child, "FloatFunctional") and not _is_observed(child, None):
+            _train(child, here)
+            continue
+        target = layer or child
+        target.activation_post_process = _activation(child.qconfig, here)
+        if not parse.is_a(child, "FloatFunctional"):
+            target.register_forward_hook(observe_output, prepend=True)
+
+
+def _activation(qconfig: Any, path: str) -> Quantizer:
+    return Quantizer(parse.factory_recipe(qconfig.activation), path, None, trained=True)
+
+
+def _trained_layer(module: nn.Module, path: str) -> nn.Module | None:
+    """The layer that trains in the place of `module`: a linear or convolution, with what is fused to it."""
+    fused = parse.is_a(module, "Fused") or parse.is_a(module, "_FusedModule")
+    parts = list(module.children()) if fused else [module]
+    if type(parts[0]) not in PREPARED:
+        return None
+    norm = next((p for p in parts if type(p) in NORMS), None)
+    clamp = next((p for p in parts if type(p) in CLAMPS), None)
+    layer = PREPARED[type(parts[0])].of(parts[0], parse.factory_recipe(module.qconfig.weight), path, norm, trained=True)
+    if clamp is not None:
+        layer.clamp = clamp_of(Operation("relu" if isinstance(clamp, nn.ReLU) else "relu6", (), {}, clamp))
+    layer.observe_weight()
+    layer.quantizers["weight"].choose()
+    if fused:
+        layer._forward_pre_hooks, layer._forward_hooks = module._forward_pre_hooks, module._forward_hooks
+    return layer.train(module.training)
+
+
+def prepare_qat_fx(model: nn.Module, qconfig_mapping: Any, example_inputs: Any, **unsupported: Any) -> nn.Module:
+    """The graph of the model, ready to train; then `convert_fx`."""
+    given = {name for name, value in unsupported.items() if value}
+    if given:
+        raise Unsupported(f"prepare_qat_fx: {sorted(given)} have no counterpart; skip modules with qconfig None")
+    return core_prepare_qat(model, example_inputs, mapping_recipe(qconfig_mapping))
+
+
+def _switch(name: str) -> Callable[[nn.Module], None]:
+    """The phase of the core of that name, which also moves stand-alone fake-quantize modules."""
+    phase = getattr(training, name)
+
+    def switch(module: nn.Module) -> None:
+        phase(module)
+        for part in module.modules():
+            if hasattr(part, "fake_quant_enabled"):
+                getattr(part, name)()
+
+    switch.__name__ = switch.__qualname__ = name
+    switch.__doc__ = f"{phase.__doc__} For `model.apply`, or for a whole model."
+    return switch
+
+
+enable_observer = _switch("enable_observer")
+disable_observer = _switch("disable_observer")
+enable_fake_quant = _switch("enable_fake_quant")
+disable_fake_quant = _switch("disable_fake_quant")
+freeze_bn_stats = training.freeze_bn
+update_bn_stats = training.unfreeze_bn

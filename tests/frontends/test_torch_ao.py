@@ -1,0 +1,434 @@
+"""The front end for torch.ao scripts, against torch.ao itself."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from mobilenet_v2 import MobileNetV2
+from torch import nn
+
+import qkernels
+from qkernels.core.recipe import make_recipe
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.frontends import torch_ao
+
+ao = pytest.importorskip("torch.ao.quantization")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def ours(classes=10):
+    return MobileNetV2(torch_ao, torch_ao.FloatFunctional, classes)
+
+
+def torchs(classes=10):
+    return MobileNetV2(ao, torch.ao.nn.quantized.FloatFunctional, classes)
+
+
+def images(count=4, size=32, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def per_channel(api):
+    """Codes up to 127 on the data it saw: beyond, the depthwise kernel of fbgemm saturates."""
+    return api.QConfig(api.MinMaxObserver.with_args(reduce_range=True), api.default_per_channel_weight_observer)
+
+
+def calibrated(model, api, qconfig, batches):
+    model = model.eval().fuse()
+    model.qconfig = qconfig
+    api.prepare(model, inplace=True)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return model
+
+
+def torch_converted(model):
+    torch.backends.quantized.engine = "fbgemm"
+    return ao.convert(model)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    engine = torch.backends.quantized.engine
+    torch.manual_seed(0)
+    yield
+    torch.backends.quantized.engine = engine
+
+
+# ---- observers -------------------------------------------------------------------------------------------------------
+
+OBSERVERS = [
+    ("MinMaxObserver", {}),
+    ("MinMaxObserver", {"reduce_range": True}),
+    ("MinMaxObserver", {"dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric}),
+    ("MinMaxObserver", {"quant_min": 0, "quant_max": 15}),
+    ("MovingAverageMinMaxObserver", {"averaging_constant": 0.1}),
+    ("MovingAverageMinMaxObserver", {"quant_min": 0, "quant_max": 255, "reduce_range": True}),
+    ("HistogramObserver", {}),
+    ("HistogramObserver", {"reduce_range": True}),
+    ("HistogramObserver", {"dtype": torch.qint8, "eps": 2**-12}),
+    ("PerChannelMinMaxObserver", {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}),
+    ("PerChannelMinMaxObserver", {"ch_axis": 1}),
+    ("MovingAveragePerChannelMinMaxObserver", {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}),
+    ("FixedQParamsObserver", {"scale": 1 / 256, "zero_point": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OBSERVERS)
+def test_observers_choose_the_grids_of_torch(name, options):
+    mine, theirs = (getattr(api, name).with_args(**options)() for api in (torch_ao, ao))
+    for seed in range(4):
+        x = images(seed=seed) * (1 + seed)
+        mine(x), theirs(x)
+    (scale, zero_point), (expected_scale, expected_zero_point) = mine.calculate_qparams(), theirs.calculate_qparams()
+    assert torch.equal(scale, expected_scale.reshape(-1).float())
+    assert torch.equal(zero_point, expected_zero_point.reshape(-1).int())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fake_quantize_rounds_as_torch_and_passes_the_same_gradients(seed):
+    options = {"quant_min": 0, "quant_max": 255, "reduce_range": True}
+    mine, theirs = (api.FakeQuantize.with_args(**options)() for api in (torch_ao, ao))
+    x = images(seed=seed)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(i) for module, i in zip((mine, theirs), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for module, api in ((mine, torch_ao), (theirs, ao)):
+        module.apply(api.disable_observer)
+        module(100 * x)
+    assert torch.equal(mine.scale, theirs.scale)
+
+
+@pytest.mark.parametrize("backend", ["x86", "fbgemm", "onednn", "qnnpack"])
+@pytest.mark.parametrize("getter", ["get_default_qconfig", "get_default_qat_qconfig"])
+def test_default_qconfigs_mean_what_torchs_mean(backend, getter):
+    from qkernels.frontends.torch_ao.parse import factory_recipe
+
+    mine, theirs = (getattr(api, getter)(backend) for api in (torch_ao, ao))
+    assert factory_recipe(mine.activation) == factory_recipe(theirs.activation)
+    assert factory_recipe(mine.weight) == factory_recipe(theirs.weight)
+
+
+# ---- fusing ----------------------------------------------------------------------------------------------------------
+
+
+def test_fusing_keeps_the_function():
+    model, x = ours().eval(), images()
+    assert torch.allclose(copy.deepcopy(model).fuse()(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [(["conv1", "relu"], "'conv'"), (["relu", "conv"], "fusable are"), (["conv", "bn"], "fuse_modules_qat")],
+)
+def test_fusing_what_cannot_be_fused_says_why(chain, message):
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4), "relu": nn.ReLU()}).train()
+    with pytest.raises(InvalidArgument, match=message):
+        torch_ao.fuse_modules(model, chain)
+
+
+def test_hooks_move_to_the_fused_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    seen = []
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    model[1].register_forward_hook(lambda *_: seen.append("after"))
+    torch_ao.fuse_modules(model, ["0", "1"])(images())
+    assert seen == ["before", "after"]
+
+
+# ---- after training --------------------------------------------------------------------------------------------------
+
+
+def test_eager_script_of_the_tutorial():
+    model, x = ours(), images()
+    expected = model.eval()(x)
+    model = calibrated(model, torch_ao, torch_ao.get_default_qconfig("x86"), [x])
+    assert "HistogramObserver" in str(model.features[1].conv)
+    prepared = torch_ao.prepared(model)
+    assert torch_ao.convert(model, inplace=True) is model
+    assert "QConv" in str(model.features[1].conv[0][0])
+    assert (model(x) - expected).norm() < 0.1 * expected.norm()
+    assert qkernels.verify(prepared, model, [x]).total_mismatches == 0
+    assert not prepared.report.stayed_float
+
+
+def test_convert_leaves_the_model_alone_unless_in_place():
+    model = calibrated(ours(), torch_ao, torch_ao.default_qconfig, [images()])
+    before = model(images())
+    torch_ao.convert(model)
+    assert torch.equal(model(images()), before)
+
+
+def layers_in_order(model, is_torch):
+    """The codes that each layer stored, in order of execution."""
+    found = []
+
+    def note(module, args, output):
+        if is_torch and output.is_quantized:
+            found.append(output.int_repr())
+        elif not is_torch and output.dtype == torch.uint8:
+            found.append(output.clone())
+
+    for module in model.modules():
+        if type(module).__name__ == "QFunctional":
+            add = module.add
+            module.add = lambda a, b, add=add, m=module: (r := add(a, b), note(m, (), r))[0]
+        elif hasattr(module, "kind") or (is_torch and type(module).__module__.startswith("torch.ao.nn")):
+            module.register_forward_hook(note)
+    return found
+
+
+@pytest.mark.parametrize("prepared_by", [torch_ao, ao], ids=["ours", "torch"])
+def test_converted_layers_are_bit_identical_to_fbgemm(prepared_by):
+    # 24 pixels leave maps of 3 x 3, whose mean is never a tie: torch breaks ties of averages, too, in another way.
+    x = images(8, 24)
+    torch.manual_seed(0)
+    mine = torch_ao.convert(calibrated(torchs(100), prepared_by, per_channel(prepared_by), [x]))
+    torch.manual_seed(0)
+    theirs = torch_converted(calibrated(torchs(100), ao, per_channel(ao), [x]))
+    grid = next(m for m in mine.modules() if getattr(m, "kind", "") == "quantize").out_qparams
+    x = grid.dequantize(grid.quantize(x))  # nor is the input a tie
+    codes, expected = layers_in_order(mine, False), layers_in_order(theirs, True)
+    with torch.no_grad():
+        assert torch.equal(mine(x), theirs(x))
+    assert len(codes) > 15
+    for output in codes:  # ours merge some layers of torch's, never the other way round
+        while not (expected[0].shape == output.shape and torch.equal(expected[0], output)):
+            expected.pop(0)
+
+
+def test_size_is_that_of_torch():
+    x = images()
+    model = calibrated(torchs(1000), ao, per_channel(ao), [x])
+    sizes = []
+    for converted in (torch_ao.convert(model), torch_converted(model)):
+        file = io.BytesIO()
+        torch.save(converted.state_dict(), file)
+        sizes.append(file.tell())
+    assert sizes[0] <= 1.02 * sizes[1]
+
+
+def test_two_blocks_in_one_quantized_region_and_float_around():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AvgPool2d(2))
+            self.head = nn.Linear(8, 4)
+            self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
+
+        def forward(self, x):
+            x = self.dequant(self.body(self.quant(self.stem(x))))
+            return self.head(x.mean([2, 3]))
+
+    model = Net().eval()
+    model.qconfig, model.stem.qconfig, model.head.qconfig = torch_ao.default_qconfig, None, None
+    torch_ao.prepare(model, inplace=True)
+    x = images()
+    expected = model(x)
+    converted = torch_ao.convert(model)
+    assert type(converted.stem) is nn.Conv2d and type(converted.head) is nn.Linear
+    assert (converted(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_layer_without_a_stub_before_it_is_an_error_that_names_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    model.qconfig = torch_ao.default_qconfig
+    torch_ao.prepare(model, inplace=True)
+    model(images())
+    with pytest.raises(InvalidState, match=r"0 has a qconfig.*QuantStub"):
+        torch_ao.convert(model)
+    wrapped = torch_ao.QuantWrapper(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).eval()
+    wrapped.qconfig = torch_ao.default_qconfig
+    torch_ao.prepare(wrapped, inplace=True)
+    wrapped(images())
+    assert torch_ao.convert(wrapped)(images()).shape == (4, 4, 30, 30)
+
+
+def test_no_data_is_an_error_that_names_the_observer():
+    model = ours().eval().fuse()
+    model.qconfig = torch_ao.default_qconfig
+    torch_ao.prepare(model, inplace=True)
+    with pytest.raises(InvalidState, match="saw no data"):
+        torch_ao.convert(model, example_inputs=images())
+
+
+def test_no_qconfig_is_an_error():
+    with pytest.raises(InvalidArgument, match="qconfig"):
+        torch_ao.prepare(ours().eval())
+
+
+def test_what_has_no_integers_is_an_error():
+    with pytest.raises(Unsupported, match="dtype"):
+        torch_ao.MinMaxObserver(dtype=torch.float16)
+    with pytest.raises(InvalidArgument, match="not an instance"):
+        torch_ao.QConfig(torch_ao.MinMaxObserver(), torch_ao.default_weight_observer)
+    with pytest.raises(InvalidArgument, match="x86"):
+        torch_ao.get_default_qconfig("cuda")
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(model, steps, classes=10):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        x = images(seed=step)
+        nn.functional.cross_entropy(model(x), torch.arange(len(x)) % classes).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_training_script_of_the_tutorial():
+    model = ours().fuse(is_qat=True)
+    parameters = set(model.parameters())
+    model.qconfig = torch_ao.get_default_qat_qconfig("x86")
+    torch_ao.prepare_qat(model, inplace=True)
+    assert set(model.parameters()) == parameters  # an optimizer made before still works
+    for epoch in range(3):
+        train(model, 2)
+        if epoch == 1:
+            model.apply(torch_ao.disable_observer)
+            model.apply(torch_ao.torch.nn.intrinsic.qat.freeze_bn_stats)
+        converted = torch_ao.convert(model.eval(), inplace=False)
+        x = images()
+        assert qkernels.verify(torch_ao.prepared(model), converted, [x]).total_mismatches == 0
+        with torch.no_grad():
+            assert (converted(x) - model(x)).norm() < 0.15 * model(x).norm()
+
+
+def test_disable_observer_and_freeze_bn_stats_stop_what_they_name():
+    model = ours().fuse(is_qat=True)
+    model.qconfig = torch_ao.default_qat_qconfig
+    torch_ao.prepare_qat(model, inplace=True)
+    train(model, 2)
+    model.apply(torch_ao.disable_observer)
+    model.apply(torch_ao.freeze_bn_stats)
+    before = {name: b.clone() for name, b in model.named_buffers() if "quantizers.weight" not in name}
+    train(model, 2)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers() if name in before)
+
+
+def test_qat_in_eval_mode_is_an_error():
+    model = ours().eval()
+    model.qconfig = torch_ao.default_qat_qconfig
+    with pytest.raises(InvalidState, match=r"model\.train"):
+        torch_ao.prepare_qat(model)
+
+
+def test_models_trained_by_torch_convert():
+    model = torchs().fuse(is_qat=True)
+    model.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    ao.prepare_qat(model, inplace=True)
+    train(model, 3)
+    model.eval()
+    x = images()
+    mine, theirs = torch_ao.convert(model), torch_converted(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert (mine(x) - expected).norm() < 1.5 * (theirs(x) - expected).norm() + 0.02 * expected.norm()
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.pool(torch.relu(x + self.bn2(self.conv2(x))))
+        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_graphs_prepared_by_torch_convert_bit_identically(trained):
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+
+    x = images()
+    if trained:
+        graph = prepare_qat_fx(Residual().train(), ao.get_default_qat_qconfig_mapping("fbgemm"), (x,))
+        graph(x)
+    else:
+        graph = prepare_fx(Residual().eval(), ao.QConfigMapping().set_global(per_channel(ao)), (x,))
+    graph.eval()(x)
+    mine = torch_ao.convert(copy.deepcopy(graph))
+    torch.backends.quantized.engine = "fbgemm"
+    theirs = convert_fx(graph)
+    grid = next(m for m in mine.modules() if getattr(m, "kind", "") == "quantize").out_qparams
+    x = grid.dequantize(grid.quantize(x))
+    with torch.no_grad():
+        assert torch.equal(mine(x), theirs(x))
+
+
+@pytest.mark.parametrize("api", [torch_ao, ao], ids=["ours", "torch"])
+def test_prepare_fx_and_convert_fx(api):
+    model, x = Residual().eval(), images()
+    prepared = torch_ao.prepare_fx(model, api.get_default_qconfig_mapping("x86"), (x,))
+    prepared(x)
+    converted = torch_ao.convert_fx(prepared)
+    assert not converted.report.stayed_float
+    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+    assert (converted(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
+def test_mapping_and_qconfigs_and_our_options_are_one_recipe():
+    recipe = make_recipe("int8-minmax")
+    qconfig = torch_ao.QConfig(
+        torch_ao.MinMaxObserver.with_args(eps=recipe.activation.spec.min_scale),
+        torch_ao.PerChannelMinMaxObserver.with_args(
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+            quant_min=-127,
+            quant_max=127,
+            eps=recipe.weight.spec.min_scale,
+        ),
+    )
+    mapping = torch_ao.QConfigMapping().set_global(qconfig).set_module_name("conv2", None)
+    model = Residual().eval()
+    model.qconfig, model.conv2.qconfig = qconfig, None
+    expected = make_recipe("int8-minmax", skip=["conv2"])
+    assert torch_ao.mapping_recipe(mapping) == expected
+    assert torch_ao.recipe(model) == expected
+
+
+def test_mapping_order_is_that_of_torch():
+    mapping = (
+        torch_ao.QConfigMapping()
+        .set_global(torch_ao.default_qconfig)
+        .set_object_type(nn.Conv2d, torch_ao.default_per_channel_qconfig)
+        .set_module_name_regex("conv.*", torch_ao.default_qconfig)
+        .set_module_name_regex("conv2", torch_ao.default_per_channel_qconfig)
+        .set_module_name("conv1", None)
+    )
+    recipe = torch_ao.mapping_recipe(mapping)
+    assert recipe.for_module("conv1", ["Conv2d"]).skip
+    assert not recipe.for_module("conv2", ["Conv2d"]).weight.spec.per_channel  # the first regex wins
+    assert recipe.for_module("other", ["Conv2d"]).weight.spec.per_channel
+
+
+def test_training_a_graph():
+    x = images()
+    model = torch_ao.prepare_qat_fx(Residual().train(), torch_ao.get_default_qat_qconfig_mapping("x86"), (x,))
+    train(model, 2)
+    converted = torch_ao.convert_fx(model.eval())
+    assert qkernels.verify(model, converted, [x]).total_mismatches == 0
+
+
+def test_the_name_torch_is_torch_but_for_quantization():
+    mine = torch_ao.torch
+    assert mine.ao.quantization is torch_ao and mine.nn.Linear is nn.Linear and mine.float32 is torch.float32
+    assert torch.ao.quantization is ao  # nothing is patched
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mine.nn.intrinsic.qat.freeze_bn_stats is torch_ao.freeze_bn_stats
