@@ -232,7 +232,8 @@ def test_two_blocks_in_one_quantized_region_and_float_around():
     x = images()
     expected = model(x)
     converted = torch_ao.convert(model)
-    assert type(converted.stem) is nn.Conv2d and type(converted.head) is nn.Linear
+    assert type(converted.stem) is nn.Conv2d
+    assert type(converted.head) is nn.Linear
     assert (converted(x) - expected).norm() < 0.05 * expected.norm()
 
 
@@ -427,7 +428,9 @@ def test_training_a_graph():
 
 def test_the_name_torch_is_torch_but_for_quantization():
     mine = torch_ao.torch
-    assert mine.ao.quantization is torch_ao and mine.nn.Linear is nn.Linear and mine.float32 is torch.float32
+    assert mine.ao.quantization is torch_ao
+    assert mine.nn.Linear is nn.Linear
+    assert mine.float32 is torch.float32
     assert torch.ao.quantization is ao  # nothing is patched
     with warnings.catch_warnings():
         warnings.simplefilter("error")
