@@ -37,15 +37,18 @@ from qkernels.core.training import (
 )
 from qkernels.core.verify import verify
 from qkernels.ops.machine import info
+from qkernels.plan import Plan, compile, load_plan
 from qkernels.report import compare
 
 __all__ = [
+    "Plan",
     "QParams",
     "QSpec",
     "Recipe",
     "calibrate",
     "calibrating",
     "compare",
+    "compile",
     "convert",
     "disable_fake_quant",
     "disable_observer",
@@ -56,6 +59,7 @@ __all__ = [
     "freeze_bn",
     "info",
     "load",
+    "load_plan",
     "nn",
     "ops",
     "phase",

@@ -156,6 +156,10 @@ def _modules(case: Case) -> Call:
     return _inference(_converted(case), case.input().contiguous(memory_format=torch.channels_last))
 
 
+def _plan(case: Case) -> Call:
+    return _inference(qkernels.compile(_converted(case), case.input()), case.input())
+
+
 _ONNX = ("onnx", "onnxruntime")
 ENGINES = {
     "torch_float": Engine("torch float, eager", "torch", False, (), _float_torch(torch.contiguous_format)),
@@ -165,5 +169,6 @@ ENGINES = {
     "ort_int8": Engine("ONNX Runtime int8", "ort", True, _ONNX, _onnxruntime),
     "openvino_int8": Engine("OpenVINO int8", "openvino", True, ("openvino", *_ONNX), _openvino(_int8_onnx)),
     "qkernels_modules": Engine("qkernels modules", "", True, (), _modules),
+    "qkernels_plan": Engine("qkernels plan", "", True, (), _plan),
 }
 PEERS = ("torch", "ort", "openvino")

@@ -13,7 +13,6 @@ Any safetensors reader can list the tensors.
 import hashlib
 import json
 import os
-import secrets
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from qkernels.core.files import write_atomically
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.structure import build, describe
 from qkernels.errors import CheckpointError, InvalidArgument
@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     blob = bytearray(safetensors.torch.save(tensors, metadata))
     at = _digest_position(blob)
     blob[at : at + 64] = hashlib.sha256(blob).hexdigest().encode()
-    _write_atomically(Path(path), blob)
+    write_atomically(Path(path), blob)
 
 
 def load(path: str | os.PathLike, skeleton: nn.Module | None = None) -> nn.Module:
@@ -128,21 +128,3 @@ def _what_is_damaged(blob: bytearray) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "the header fails its checksum"
     return "the file fails its checksum"
-
-
-def _write_atomically(path: Path, blob: bytearray) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -1,0 +1,161 @@
+"""The compiled network as Python sees it: a module whose call is one native call."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.core.files import write_atomically
+from qkernels.errors import CheckpointError, InvalidArgument, Unsupported
+from qkernels.ops.plan import NativePlan
+from qkernels.plan.profile import Profile, take_profile
+
+
+class Plan(nn.Module):
+    """A converted model in one native call: no Python, no dispatcher and no allocation between its layers.
+
+    Takes and returns what the model did, for any batch and spatial size. Several threads may call it at once.
+    Make one with `qkernels.compile` or `qkernels.load_plan`.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.training = False
+        self._native = NativePlan(data)
+        self._read_metadata(json.loads(self._native.metadata))
+
+    def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
+        self._names = tuple(metadata["inputs"])
+        self._structure = metadata["output"]
+        self._example = [tuple(sizes) for sizes in metadata["example"]]
+        self._single = self._structure == {"value": 0}
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        if kwargs:
+            args = bound(self._names, args, kwargs)
+        outputs = self._native(args)
+        return outputs[0] if self._single else assembled(self._structure, outputs)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan to `path`, atomically. The file holds canonical weights and fits every machine."""
+        write_atomically(Path(path), self._native.data)
+
+    def profile(self, *args: Tensor, runs: int = 20) -> Profile:
+        """The time of every step for these inputs: the median of `runs` calls. Print it, or `save` it as a picture."""
+        return take_profile(self._native, args, runs)
+
+    def describe(self, *args: Tensor) -> dict[str, Any]:
+        """The steps with their shapes and kernels, and the memory, for these inputs (default: as the example)."""
+        inputs = self._native.inputs
+        tensors = args or [torch.empty(s, dtype=d) for s, (_, d, _) in zip(self._example, inputs, strict=True)]
+        return self._native.describe(tensors)
+
+    def extra_repr(self) -> str:
+        facts = self.describe()
+        rows = [("step", "layer", "kernel", "inputs", "output")]
+        rows += [(s["kind"], s["name"], s["kernel"], ", ".join(s["inputs"]), s["output"]) for s in facts["steps"]]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(f"{cell:{w}s}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        summary = (
+            f"{len(facts['steps'])} steps; arena {_kib(facts['arena_bytes'])}, packed weights "
+            f"{_kib(facts['packed_bytes'])}, for {facts['isa']}; shapes of the example, others work too"
+        )
+        return "\n".join([*lines, summary])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._native.data,)
+
+    def __deepcopy__(self, memo: dict) -> "Plan":
+        return type(self)(self._native.data)
+
+
+class PlanWithIslands(nn.Module):
+    """A plan of which torch runs some parts, because no steps compute them: the float islands.
+
+    `islands` says which nodes, and why.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[nn.Module, tuple[str, ...], tuple[str, ...]]],
+        names: Mapping[str, str],
+        result: tuple[nn.Module, tuple[str, ...]],
+        islands: Mapping[str, str],
+    ) -> None:
+        """`parts` in order, each with the names of its inputs and outputs; `names`: node name -> argument name."""
+        super().__init__()
+        self.training = False
+        self.parts = nn.ModuleList(module for module, _, _ in parts)
+        self.result, self._result_inputs = result
+        self._wiring = [(inputs, outputs) for _, inputs, outputs in parts]
+        self._keys, self._names, self.islands = tuple(names), tuple(names.values()), dict(islands)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        values = dict(zip(self._keys, bound(self._names, args, kwargs), strict=True))
+        for part, (inputs, outputs) in zip(self.parts, self._wiring, strict=True):
+            results = part(*(values[name] for name in inputs))
+            values.update(zip(outputs, results, strict=True))
+        return self.result(*(values[name] for name in self._result_inputs))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """A file holds no code of torch: refused."""
+        raise Unsupported(
+            f"plan.save: {len(self.islands)} operations run in torch, which a plan file cannot hold "
+            f"({', '.join(list(self.islands)[:4])}, ...): save the converted model with qkernels.save, and compile it "
+            "after loading"
+        )
+
+    def profile(self, *args: Tensor, runs: int = 20) -> Profile:
+        """Profiles need a plan without islands: refused."""
+        raise Unsupported("plan.profile: this plan has float islands; profile its parts, plan.parts, one by one")
+
+    def extra_repr(self) -> str:
+        lines = ["float islands, run by torch:", *(f"  {name}: {why}" for name, why in self.islands.items())]
+        return "\n".join(lines)
+
+
+def load_plan(path: str | os.PathLike) -> Plan:
+    """Reads a plan that `plan.save` wrote, and packs its weights for this machine.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged, not a plan, or of another version.
+        Unsupported: it holds steps that this version does not have.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return Plan(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"load_plan: {path}: {error}") from error
+
+
+def bound(names: Sequence[str], args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Positional and keyword arguments in the order of the model's parameters."""
+    missing = [name for name in names[len(args) :] if name not in kwargs]
+    unexpected = [name for name in kwargs if name not in names[len(args) :]]
+    if missing or unexpected or len(args) > len(names):
+        raise InvalidArgument(
+            f"plan: the arguments are ({', '.join(names)}); got {len(args)} positional ones; missing: "
+            f"{missing or 'none'}, not expected: {unexpected or 'none'}"
+        )
+    return (*args, *(kwargs[name] for name in names[len(args) :]))
+
+
+def assembled(structure: Any, outputs: Sequence[Tensor]) -> Any:
+    """The outputs as the model returned them."""
+    ((kind, content),) = structure.items()
+    build: dict[str, Callable[[], Any]] = {
+        "value": lambda: outputs[content],
+        "constant": lambda: content,
+        "tuple": lambda: tuple(assembled(part, outputs) for part in content),
+        "list": lambda: [assembled(part, outputs) for part in content],
+        "dict": lambda: {name: assembled(part, outputs) for name, part in content.items()},
+    }
+    return build[kind]()
+
+
+def _kib(count: int) -> str:
+    return f"{count / 1024:.0f} KiB"

@@ -1,0 +1,210 @@
+"""Where the time of a plan goes: every step with its time, work and traffic, as a table and as a timeline."""
+
+import html
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qkernels import ops
+from qkernels.core.files import write_atomically
+from qkernels.errors import InvalidArgument
+from qkernels.ops.epilogue import Epilogue
+from qkernels.ops.machine import active_isa
+from qkernels.ops.plan import NativePlan
+
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step: `bytes` counts what it reads and writes, weights included."""
+
+    name: str
+    kind: str
+    kernel: str
+    inputs: tuple[str, ...]
+    output: str
+    microseconds: float
+    macs: int
+    bytes: int
+
+    @property
+    def gmacs(self) -> float:
+        """Billions of multiplications and additions a second."""
+        return self.macs / self.microseconds / 1e3 if self.microseconds else 0.0
+
+    @property
+    def gigabytes_a_second(self) -> float:
+        return self.bytes / self.microseconds / 1e3 if self.microseconds else 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The steps of a plan in order, and what the machine can do.
+
+    call_microseconds: a whole call, Python included, without timers between the steps.
+    peak_gmacs: the rate of a large matrix product that stays in the cache, under the same instruction set and threads.
+    """
+
+    steps: tuple[StepTime, ...]
+    call_microseconds: float
+    peak_gmacs: float
+    isa: str
+    threads: int
+    arena_bytes: int
+
+    @property
+    def microseconds(self) -> float:
+        return sum(step.microseconds for step in self.steps)
+
+    def worst(self, count: int = 10) -> list[StepTime]:
+        """The steps that lose most time against their work at peak rate."""
+        return sorted(self.steps, key=lambda s: s.macs / self.peak_gmacs / 1e3 - s.microseconds)[:count]
+
+    def of_peak(self, step: StepTime) -> float:
+        return step.gmacs / self.peak_gmacs
+
+    def __str__(self) -> str:
+        width = max(20, *(len(step.name) for step in self.steps))
+        total = self.microseconds or 1.0
+        lines = [
+            f"{'layer':{width}s} {'step':18s} {'output':26s} {'us':>9s} {'%':>5s} {'MMAC':>8s} {'peak %':>7s} "
+            f"{'KiB':>8s} {'GB/s':>6s}  kernel"
+        ]
+        for s in self.steps:
+            peak = f"{100 * self.of_peak(s):7.1f}" if s.macs else f"{'':7s}"
+            lines.append(
+                f"{s.name:{width}s} {s.kind:18s} {s.output:26s} {s.microseconds:9.1f} "
+                f"{100 * s.microseconds / total:5.1f} {s.macs / 1e6:8.2f} {peak} {s.bytes / 1024:8.0f} "
+                f"{s.gigabytes_a_second:6.1f}  {s.kernel}"
+            )
+        macs = sum(s.macs for s in self.steps)
+        plural = "" if self.threads == 1 else "s"
+        lines.append(
+            f"{len(self.steps)} steps, {self.microseconds:.0f} us; a call takes {self.call_microseconds:.0f} us; "
+            f"{macs / 1e6:.0f} MMAC at {100 * macs / self.call_microseconds / 1e3 / self.peak_gmacs:.0f} % of "
+            f"{self.peak_gmacs:.0f} GMAC/s, the rate of a large matrix product ({self.isa}, {self.threads} "
+            f"thread{plural}); arena {self.arena_bytes / 1024:.0f} KiB"
+        )
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Draws the timeline: `path` ends in .html (needs nothing) or in a format of matplotlib, such as .png.
+
+        Raises:
+            InvalidArgument: the path has no ending.
+        """
+        ending = Path(path).suffix.lower()
+        if not ending:
+            raise InvalidArgument(f"profile.save: the path must end in .html, .png, ..., got {str(path)!r}")
+        if ending == ".html":
+            write_atomically(Path(path), _html(self).encode())
+        else:
+            _draw(self, path)
+
+
+def take_profile(native: NativePlan, inputs: Sequence[Tensor], runs: int) -> Profile:
+    """Medians of `runs` calls."""
+    if not isinstance(runs, int) or runs < 1:
+        raise InvalidArgument(f"plan.profile: runs must be a positive integer, got {runs!r}")
+    facts = native.describe(inputs)
+    for _ in range(_WARM_UP):
+        native.profile(inputs)
+    samples = [native.profile(inputs) for _ in range(runs)]
+    calls = [_seconds(native, inputs) for _ in range(runs)]
+    steps = tuple(
+        StepTime(
+            s["name"], s["kind"], s["kernel"], tuple(s["inputs"]), s["output"], statistics.median(ns) / 1e3, s["macs"],
+            s["bytes"],
+        )
+        for s, ns in zip(facts["steps"], zip(*samples, strict=True), strict=True)
+    )  # fmt: skip
+    peak = peak_gmacs(active_isa(), torch.get_num_threads())
+    call = statistics.median(calls) * 1e6
+    return Profile(steps, call, peak, facts["isa"], torch.get_num_threads(), facts["arena_bytes"])
+
+
+def _seconds(native: NativePlan, inputs: Sequence[Tensor]) -> float:
+    start = time.perf_counter()
+    native(inputs)
+    return time.perf_counter() - start
+
+
+@cache
+def peak_gmacs(isa: str, threads: int) -> float:
+    """The best rate of an integer matrix product of 512 x 1024 x 512 a thread, in GMAC/s; about 0.1 s."""
+    rows, inner, columns = 512 * threads, 1024, 512
+    x = torch.zeros(rows, inner, dtype=torch.uint8)
+    weight = torch.ones(columns, inner, dtype=torch.int8)
+    packed = ops.linear_pack(weight, torch.ones(1), None, None, 1.0, 0, torch.uint8, Epilogue())
+    best, until = float("inf"), time.perf_counter() + 0.1
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        ops.linear(x, packed, columns, torch.uint8)
+        best = min(best, time.perf_counter() - start)
+    return rows * inner * columns / best / 1e9
+
+
+# ---- pictures
+
+_FAMILIES = {"conv": "#2b6cb0", "linear": "#2c7a7b", "quantize": "#d9a441", "dequantize": "#d9a441", "pool": "#805ad5"}
+_OTHER = "#9aa5b1"
+
+
+def _colour(step: StepTime) -> str:
+    return next((colour for family, colour in _FAMILIES.items() if family in step.kind), _OTHER)
+
+
+def _html(profile: Profile) -> str:
+    """One page without scripts: the timeline with a tooltip a step, then the table."""
+    total, at, bars = profile.microseconds or 1.0, 0.0, []
+    for s in profile.steps:
+        peak = f", {100 * profile.of_peak(s):.0f} % of peak" if s.macs else ""
+        note = f"{s.name} ({s.kind}, {s.kernel}): {s.microseconds:.1f} us{peak}; {', '.join(s.inputs)} -> {s.output}"
+        bars.append(
+            f'<rect x="{1000 * at / total:.2f}" y="0" height="60" '
+            f'width="{max(0.5, 1000 * s.microseconds / total):.2f}" '
+            f'fill="{_colour(s)}" stroke="white" stroke-width="0.5"><title>{html.escape(note)}</title></rect>'
+        )
+        at += s.microseconds
+    return (
+        "<!doctype html><meta charset='utf-8'><title>qkernels plan</title>"
+        "<style>body{font:14px sans-serif;margin:2em}pre{font-size:12px}</style>"
+        f"<h3>{len(profile.steps)} steps, {profile.microseconds:.0f} us</h3>"
+        f'<svg viewBox="0 0 1000 60" width="100%" height="80" preserveAspectRatio="none">{"".join(bars)}</svg>'
+        f"<pre>{html.escape(str(profile))}</pre>\n"
+    )
+
+
+def _draw(profile: Profile, path: str | os.PathLike) -> None:
+    """Above, the steps one after another; below, each with its time and what it would take at peak rate."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: pip install matplotlib; .html needs nothing") from error
+    steps = profile.steps
+    figure = Figure(figsize=(10, 2 + 0.17 * len(steps)), layout="constrained")
+    line, bars = figure.subplots(2, 1, height_ratios=(1, max(1.0, 0.17 * len(steps))))
+    at = 0.0
+    for step in steps:
+        line.barh(0, step.microseconds, left=at, color=_colour(step), edgecolor="white", linewidth=0.3)
+        at += step.microseconds
+    line.set_yticks([])
+    line.set_xlim(0, at or 1.0)
+    line.set_title(f"timeline, us ({profile.isa}, {profile.threads} threads)", fontsize=10)
+    bars.barh(range(len(steps)), [s.microseconds for s in steps], color=[_colour(s) for s in steps])
+    bars.barh(range(len(steps)), [s.macs / profile.peak_gmacs / 1e3 for s in steps], color="black", height=0.25)
+    bars.set_yticks(range(len(steps)), [s.name for s in steps], fontsize=6)
+    bars.set_ylim(len(steps) - 0.4, -0.6)
+    bars.set_title("each step, us; black: its work at peak rate", fontsize=10)
+    for axes in (line, bars):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+    figure.savefig(path, dpi=120)
