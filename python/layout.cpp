@@ -6,6 +6,32 @@
 #include <array>
 
 namespace qk::seam {
+namespace {
+
+// The stride of the leading dimensions seen as one, if there is one and the last is dense.
+std::optional<int64_t> row_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t expected = 0;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (!stride.has_value()) {
+      stride = t.stride(d);
+    } else if (t.stride(d) != expected) {
+      return std::nullopt;
+    }
+    expected = t.stride(d) * t.size(d);
+  }
+  return stride.value_or(0);
+}
+
+}  // namespace
+
+Rows as_rows(const Tensor& t) {
+  if (const auto stride = row_stride(t)) return {t, *stride};
+  return {torch::stable::contiguous(t), t.size(t.dim() - 1)};
+}
 
 std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes(t.dim());

@@ -31,6 +31,13 @@ bool is_dense(const Tensor& t);
 // A copy of t (broadcast if it must be) in the shape and layout of `like`.
 Tensor copy_in_layout(const Tensor& t, const Tensor& like);
 
+// The rows of [..., K] at one stride, or a dense copy of them.
+struct Rows {
+  Tensor owner;
+  int64_t stride;
+};
+Rows as_rows(const Tensor& t);
+
 std::vector<int64_t> broadcast_shape(const char* op, const Tensor& a, const Tensor& b);
 // The result of an elementwise op on a and b: the layout of the first of them that has the full
 // shape, else contiguous.

@@ -1,44 +1,14 @@
 #include "csrc/gemm/linear.h"
 
-#include "python/epilogue.h"
+#include "python/linear.h"
 
 namespace qk::seam {
-namespace {
 
-// The rows of [..., K] at one stride, or a dense copy of them.
-struct Rows {
-  Tensor owner;
-  int64_t stride;
-};
-
-// The stride of the leading dimensions seen as one, if there is one and the last is dense.
-std::optional<int64_t> row_stride(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1) return std::nullopt;
-  std::optional<int64_t> stride;
-  int64_t expected = 0;
-  for (int64_t d = last - 1; d >= 0; --d) {
-    if (t.size(d) == 1) continue;
-    if (!stride.has_value()) {
-      stride = t.stride(d);
-    } else if (t.stride(d) != expected) {
-      return std::nullopt;
-    }
-    expected = t.stride(d) * t.size(d);
-  }
-  return stride.value_or(0);
-}
-
-Rows as_rows(const Tensor& t) {
-  if (const auto stride = row_stride(t)) return {t, *stride};
-  return {torch::stable::contiguous(t), t.size(t.dim() - 1)};
-}
-
-Tensor linear_pack(const Tensor& weight, const Tensor& weight_scale,
-                   const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
-                   double input_scale, int64_t input_zero_point, ScalarType input_dtype,
-                   const std::vector<double>& epilogue, ScalarType output_dtype,
-                   const OptionalTensor& table) {
+LinearSource check_linear_pack(const Tensor& weight, const Tensor& weight_scale,
+                               const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
+                               double input_scale, int64_t input_zero_point, ScalarType input_dtype,
+                               const std::vector<double>& epilogue, ScalarType output_dtype,
+                               const OptionalTensor& table) {
   constexpr const char* op = "linear_pack";
   STD_TORCH_CHECK(weight.is_cpu(), op, ": weight must be on the CPU");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, got ",
@@ -48,28 +18,45 @@ Tensor linear_pack(const Tensor& weight, const Tensor& weight_scale,
   const int64_t n = weight.size(0), k = weight.size(1);
   const bool input_signed = check_code_type(op, "input_dtype", input_dtype);
   check_zero_point(op, "input_zero_point", input_dtype, input_zero_point);
-  const WeightGrid grid = check_weight_grid(op, weight_scale, weight_zero_point, bias, n);
+  LinearSource checked{weight, check_weight_grid(op, weight_scale, weight_zero_point, bias, n), {}};
+  const WeightGrid& grid = checked.grid;
   const OutputGrid output = check_epilogue(op, epilogue, output_dtype, table);
-  const PackSource source{.weight = static_cast<const int8_t*>(weight.const_data_ptr()),
-                          .n = n,
-                          .taps = 1,
-                          .depth = k,
-                          .stride_n = weight.stride(0),
-                          .stride_tap = 0,
-                          .stride_k = weight.stride(1),
-                          .weight_scale = grid.scale_data(),
-                          .weight_zero_point = grid.zero_point_data(),
-                          .per_tensor = grid.per_tensor,
-                          .bias = grid.bias_data(),
-                          .input_scale = check_scale(op, "input_scale", input_scale),
-                          .input_zero_point = static_cast<int32_t>(input_zero_point),
-                          .input_signed = input_signed,
-                          .output_scale = output.scale,
-                          .epilogue = output.epilogue};
-  check_packing(op, check_accumulator(source), k, input_dtype);
+  checked.source = {.weight = static_cast<const int8_t*>(weight.const_data_ptr()),
+                    .n = n,
+                    .taps = 1,
+                    .depth = k,
+                    .stride_n = weight.stride(0),
+                    .stride_tap = 0,
+                    .stride_k = weight.stride(1),
+                    .weight_scale = grid.scale_data(),
+                    .weight_zero_point = grid.zero_point_data(),
+                    .per_tensor = grid.per_tensor,
+                    .bias = grid.bias_data(),
+                    .input_scale = check_scale(op, "input_scale", input_scale),
+                    .input_zero_point = static_cast<int32_t>(input_zero_point),
+                    .input_signed = input_signed,
+                    .output_scale = output.scale,
+                    .epilogue = output.epilogue};
+  check_packing(op, check_accumulator(checked.source), k, input_dtype);
+  return checked;
+}
+
+namespace {
+
+Tensor linear_pack(const Tensor& weight, const Tensor& weight_scale,
+                   const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
+                   double input_scale, int64_t input_zero_point, ScalarType input_dtype,
+                   const std::vector<double>& epilogue, ScalarType output_dtype,
+                   const OptionalTensor& table) {
+  const LinearSource checked =
+      check_linear_pack(weight, weight_scale, weight_zero_point, bias, input_scale,
+                        input_zero_point, input_dtype, epilogue, output_dtype, table);
+  const PackSource& source = checked.source;
   const Isa isa = isa_active();
-  Tensor packed = torch::stable::empty({packed_igemm_bytes(n, 1, k, isa)}, ScalarType::Byte);
-  check_packing(op, pack_igemm(source, isa, packed.mutable_data_ptr()), k, input_dtype);
+  Tensor packed =
+      torch::stable::empty({packed_igemm_bytes(source.n, 1, source.depth, isa)}, ScalarType::Byte);
+  check_packing("linear_pack", pack_igemm(source, isa, packed.mutable_data_ptr()), source.depth,
+                input_dtype);
   return packed;
 }
 

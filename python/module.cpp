@@ -12,6 +12,7 @@
 #include "csrc/fake_quant/fake_quant.h"
 #include "csrc/fake_quant_backward/backward.h"
 #include "csrc/fake_quant_mask/mask.h"
+#include "csrc/gemm/cuda_pack.h"
 #include "csrc/gemm/igemm.h"
 #include "csrc/observe/observe.h"
 #include "csrc/pointwise/pointwise.h"
@@ -103,6 +104,14 @@ PYBIND11_MODULE(_C, m) {
     return qk::packed_igemm_bytes(out_features, 1, in_features, qk::isa_active());
   });
   qk::seam::bind_plan(m);
+  m.def("packed_linear_bytes_cuda", [](int64_t out_features, int64_t in_features, int output,
+                                       bool input_signed, bool weight_zero_points, bool residual) {
+    return qk::packed_cuda_bytes(out_features, 1, in_features,
+                                 {.output = static_cast<qk::OutputType>(output),
+                                  .input_signed = input_signed,
+                                  .weight_zero_points = weight_zero_points,
+                                  .residual = residual});
+  });
 #if defined(QK_CUDA_ARCHS)
   m.attr("with_cuda") = true;
   m.attr("cuda_archs") = QK_CUDA_ARCHS;

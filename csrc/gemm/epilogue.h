@@ -42,8 +42,8 @@ struct Epilogue {
   ResidualAdd residual = {};
   alignas(64) uint8_t table[256] = {};
 
-  bool is_8bit() const { return output == OutputType::kU8 || output == OutputType::kS8; }
-  bool is_signed() const { return output == OutputType::kS8; }
+  QK_HD bool is_8bit() const { return output == OutputType::kU8 || output == OutputType::kS8; }
+  QK_HD bool is_signed() const { return output == OutputType::kS8; }
 };
 
 QK_HD int32_t byte_value(uint8_t byte, bool is_signed) {
@@ -56,16 +56,21 @@ QK_HD uint8_t residual_add(const ResidualAdd& add, int32_t q, int32_t r) {
                                         add.qmin, add.qmax));
 }
 
+// The value of a float output.
+QK_HD float output_value(int32_t acc, float addend, float mult) {
+  return (static_cast<float>(acc) + addend) * mult;
+}
+
 // One output element. `out` is the address of the element; `residual` that of the residual's byte.
 QK_HD void store_output(const Epilogue& e, int32_t acc, float addend, float mult, void* out,
                         const uint8_t* residual, bool residual_signed) {
   if (e.output == OutputType::kS32) {
     std::memcpy(out, &acc, 4);
   } else if (e.output == OutputType::kF32) {
-    const float v = (static_cast<float>(acc) + addend) * mult;
+    const float v = output_value(acc, addend, mult);
     std::memcpy(out, &v, 4);
   } else if (e.output == OutputType::kBF16) {
-    const uint16_t v = float_to_bfloat16((static_cast<float>(acc) + addend) * mult);
+    const uint16_t v = float_to_bfloat16(output_value(acc, addend, mult));
     std::memcpy(out, &v, 2);
   } else {
     uint8_t q = static_cast<uint8_t>(requantize(acc, addend, mult, e.zero_point, e.qmin, e.qmax));

@@ -116,6 +116,14 @@ Status check_accumulator(const PackSource& source);
 // Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned). kKTooLarge: the accumulator could
 // overflow int32. kBadScale: a product of the scales or a scaled bias leaves the float32 range.
 Status pack_igemm(const PackSource& source, Isa isa, void* dst);
+// What a column adds around its products, arrays over n.
+struct ColumnTerms {
+  int32_t* init;  // -za * colsum + taps * depth * za * zw
+  int32_t* weight_zero_point;
+  float *addend, *mult;
+};
+// Fills in column n for the input zero point `za` that the kernel sees.
+Status fold_column(const PackSource& source, int64_t n, int64_t za, const ColumnTerms& terms);
 // Checks magic, version, isa against the active one, alignment and sizes.
 Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix);
 

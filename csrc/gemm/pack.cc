@@ -194,6 +194,24 @@ Status check_accumulator(const PackSource& source) {
   return k * a * w <= INT32_MAX ? Status::kOk : Status::kKTooLarge;
 }
 
+Status fold_column(const PackSource& source, int64_t n, int64_t za, const ColumnTerms& terms) {
+  const int64_t sum = channel_sum(source, n);
+  const int64_t grid = source.per_tensor ? 0 : n;
+  const int64_t zw = source.weight_zero_point == nullptr ? 0 : source.weight_zero_point[grid];
+  // Modulo 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
+  terms.init[n] =
+      static_cast<int32_t>(static_cast<uint32_t>(-za * sum + source.taps * source.depth * za * zw));
+  terms.weight_zero_point[n] = static_cast<int32_t>(zw);
+
+  const float scale = source.input_scale * source.weight_scale[grid];
+  const float addend = source.bias == nullptr ? 0.0f : source.bias[n] / scale;
+  const float mult = source.epilogue.is_8bit() ? scale / source.output_scale : scale;
+  terms.addend[n] = addend;
+  terms.mult[n] = mult;
+  return std::isnormal(scale) && std::isfinite(addend) && std::isfinite(mult) ? Status::kOk
+                                                                              : Status::kBadScale;
+}
+
 Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
   if (const Status status = check_accumulator(source); status != Status::kOk) return status;
   const PanelShape shape = panel_shape(isa);
@@ -228,22 +246,12 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
   if (source.epilogue.has_residual && !narrow_residual(source.epilogue.residual)) header.wide = 1;
 
   const int64_t za = source.input_zero_point + (source.input_signed ? 128 : 0);
+  const ColumnTerms terms{init, zero_point, addend, mult};
   for (int64_t n = 0; n < source.n; ++n) {
-    const int64_t sum = channel_sum(source, n);
-    const int64_t grid = source.per_tensor ? 0 : n;
-    const int64_t zw = source.weight_zero_point == nullptr ? 0 : source.weight_zero_point[grid];
-    // Modulo 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
-    init[n] = static_cast<int32_t>(
-        static_cast<uint32_t>(-za * sum + source.taps * source.depth * za * zw));
-    zero_point[n] = static_cast<int32_t>(zw);
-    if (zw != 0) header.has_weight_zero_point = 1;
-
-    const float scale = source.input_scale * source.weight_scale[grid];
-    addend[n] = source.bias == nullptr ? 0.0f : source.bias[n] / scale;
-    mult[n] = source.epilogue.is_8bit() ? scale / source.output_scale : scale;
-    if (!std::isnormal(scale) || !std::isfinite(addend[n]) || !std::isfinite(mult[n])) {
-      return Status::kBadScale;
+    if (const Status status = fold_column(source, n, za, terms); status != Status::kOk) {
+      return status;
     }
+    if (zero_point[n] != 0) header.has_weight_zero_point = 1;
     if ((0x1p31f + std::fabs(addend[n])) * mult[n] >= 0x1p31f) header.wide = 1;
   }
   for (int64_t panel = 0; panel < layout.panels; ++panel) {

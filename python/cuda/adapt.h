@@ -1,11 +1,14 @@
-// What the CUDA half of the seam adds to python/adapt.h: torch's current stream, and launch errors.
+// What the CUDA half of the seam adds to python/adapt.h: torch's current stream,
+// launch errors, moves between devices, and the checks of packed weights.
 #pragma once
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "python/adapt.h"
+#include "csrc/gemm/cuda_pack.h"
+#include "csrc/gemm/cuda_plan.h"
+#include "python/epilogue.h"
 
 // libtorch_cuda.so has it, libtorch_cpu.so has not: weak, so that a wheel with CUDA kernels also
 // loads under a CPU build of torch, where none of this runs.
@@ -29,5 +32,21 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
                   " must be on the device of x, cuda:", like.get_device_index());
 }
+
+Tensor to_cpu(const Tensor& t);
+OptionalTensor to_cpu(const OptionalTensor& t);
+Tensor to_device_of(const Tensor& like, const Tensor& t);
+
+// The current device; an error if it is too old for the kernels.
+CudaMachine check_machine(const char* op);
+
+// What a launch has to know of a packed weight. Its bytes are not read: that would wait for the
+// device.
+CudaPackedFacts check_packed_cuda(const char* op, const char* pack_op, const Tensor& packed,
+                                  int64_t n, int64_t taps, int64_t depth);
+// Whether the residual is int8.
+bool check_residual_cuda(const char* op, const OptionalTensor& residual,
+                         const CudaPackedFacts& facts, const std::vector<int64_t>& output_sizes,
+                         const Tensor& input);
 
 }  // namespace qk::seam

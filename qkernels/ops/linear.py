@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _C
-from qkernels.ops.epilogue import Epilogue
+from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue
 
 _ops = torch.ops.qkernels
 
@@ -22,7 +22,7 @@ def linear_pack(
     """Lays a weight out for the kernels of the active instruction set, with all grids and the epilogue.
 
     Args:
-        weight: int8 [out_features, in_features].
+        weight: int8 [out_features, in_features], on the device where it will run. On CUDA packing waits for the device.
         weight_scale: float32, positive and normal; 1 element, or one an output feature.
         weight_zero_point: int32 in [-128, 127], 1 element or one an output feature; None: 0 (the fastest).
         bias: float32 [out_features] or None.
@@ -85,6 +85,10 @@ def _(
     weight, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, input_dtype, epilogue, dtype, table
 ):
     out_features, in_features = weight.shape
+    if weight.device.type == "cuda":  # the length says what a launch must know: csrc/gemm/cuda_pack.h
+        facts = (OUTPUT_DTYPES.index(dtype), input_dtype == torch.int8, weight_zero_point is not None)
+        sizes = (int(out_features), int(in_features))
+        return weight.new_empty(_C.packed_linear_bytes_cuda(*sizes, *facts, len(epilogue) == 10), dtype=torch.uint8)
     return weight.new_empty(_C.packed_linear_bytes(int(out_features), int(in_features)), dtype=torch.uint8)
 
 

@@ -11,7 +11,7 @@ from qkernels import _C, ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "python/schema.cpp").read_text()))
-CUDA_OPS = ["fake_quant", "fake_quant_out"]
+CUDA_OPS = ["fake_quant", "fake_quant_out", "linear", "linear_pack"]
 
 
 def has_kernel(op: str, key: str) -> bool:

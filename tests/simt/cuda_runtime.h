@@ -5,8 +5,6 @@
 #include "tests/simt/cuda_runtime_api.h"
 #include "tests/simt/simt.h"
 
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
-
 #define __global__
 #define __device__
 #define __host__

@@ -10,6 +10,8 @@ using cudaStream_t = struct simt_stream*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -18,7 +20,7 @@ enum cudaDeviceAttr {
 namespace simt {
 // An A100 unless a test says otherwise.
 struct Device {
-  int multiprocessors = 108;
+  int major = 8, minor = 0, multiprocessors = 108;
   int shared_per_block = 163 << 10, shared_per_multiprocessor = 164 << 10;
 };
 inline Device device;
@@ -30,10 +32,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::device.multiprocessors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
-               ? simt::device.shared_per_block
-               : simt::device.shared_per_multiprocessor;
+  const simt::Device& d = simt::device;
+  const int answers[] = {d.major, d.minor, d.multiprocessors, d.shared_per_block,
+                         d.shared_per_multiprocessor};
+  *value = answers[attribute];
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {

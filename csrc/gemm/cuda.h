@@ -1,0 +1,64 @@
+// The int8 GEMM on a CUDA device: linear.h's formula and bits.
+//
+// Layout: input rows of `depth` bytes at any stride and alignment; the weight as cuda_pack.h lays
+// it
+//   out; out dense [rows, n].
+// Memory: every pointer is device memory of the caller, the workspace too (linear_cuda_workspace).
+//   Launches are asynchronous on `stream` and read nothing back, so they can be captured in a
+//   graph.
+// Numbers: those of the CPU, for any tile and any split of K.
+// Tricks: tensor cores (mma m16n8k32) with a ring of asynchronous copies, see cuda_tile.cuh; up to
+//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "csrc/gemm/cuda_pack.h"
+#include "csrc/gemm/cuda_plan.h"
+
+namespace qk {
+
+inline constexpr int kCudaGemvRows = 8;
+
+// What every kernel of the GEMM takes by value; filled in from the packed bytes and the plan.
+struct IgemmCudaArgs {
+  int64_t m, n, k;  // k: bytes of a packed row
+  const int8_t* weight;
+  const int32_t* init;
+  const int32_t* zero_point;
+  const float* addend;
+  const float* mult;
+  const Epilogue* epilogue;
+  OutputType output;
+  void* out;
+  int64_t out_row_bytes;
+  const uint8_t* residual;
+  int64_t residual_row_bytes;
+  bool residual_signed;
+  bool vector_out;  // out and residual can be reached 16 bytes at a time
+  int tiles_m, tiles_n, splits;
+  uint8_t* slices;
+  unsigned* arrived;
+};
+
+struct LinearCudaArgs {
+  const void* packed;  // device
+  CudaPackedFacts facts;
+  int64_t n, depth;
+  const uint8_t* input;
+  int64_t rows, input_row_stride;
+  void* out;
+  const uint8_t* residual;
+  int64_t residual_row_stride;
+  bool residual_signed;
+  void* workspace;  // aligned to 16
+};
+
+// Of the current device.
+cudaError_t cuda_machine(CudaMachine* machine);
+CudaGemmPlan plan_linear_cuda(const LinearCudaArgs& args, const CudaMachine& machine);
+int64_t linear_cuda_workspace(const LinearCudaArgs& args, const CudaMachine& machine);
+// `plan` as plan_linear_cuda made it, or another for tests.
+cudaError_t linear_cuda(const LinearCudaArgs& args, const CudaGemmPlan& plan, cudaStream_t stream);
+
+}  // namespace qk

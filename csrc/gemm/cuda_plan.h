@@ -1,0 +1,103 @@
+// Which tile a CUDA GEMM runs with and in how many parts K is cut: the cheapest by a formula, so
+// that no bucket of sizes falls off a cliff. Host arithmetic only.
+//
+//   cycles = rounds * (steps * max(matrix cycles, L2 cycles) * residents + fixed) + split cost
+//
+// A round is as many blocks as the GPU holds at once; a step is one stage of the ring in K. The
+// constants are those of published GPUs (int8 multiply-adds and L2 bytes per cycle of an SM).
+#pragma once
+
+#include <cstdint>
+
+namespace qk {
+
+struct CudaMachine {
+  int capability;  // 80 is 8.0
+  int multiprocessors;
+  int64_t shared_per_block, shared_per_multiprocessor;
+};
+
+struct CudaTile {
+  int rows, columns, depth;  // of a block; depth in bytes
+  int stages, warp_rows, warp_columns;
+
+  constexpr int threads() const { return rows / warp_rows * (columns / warp_columns) * 32; }
+  constexpr int64_t shared_bytes() const { return int64_t{stages} * (rows + columns) * depth; }
+};
+
+// Index: the number of a compiled kernel.
+inline constexpr CudaTile kCudaTiles[] = {
+    {128, 256, 64, 3, 64, 64}, {128, 128, 64, 4, 64, 64}, {64, 128, 64, 4, 32, 64},
+    {64, 64, 64, 5, 32, 32},   {32, 64, 128, 4, 16, 32},
+};
+inline constexpr int kCudaTileCount = 5;
+// The tile of the kernel that takes any alignment and weight zero points.
+inline constexpr int kCudaGeneralTile = 3;
+
+// What the kernels need: mma m16n8k32 and cp.async.
+inline constexpr int kCudaLeastCapability = 80;
+
+struct CudaGemmPlan {
+  int tile = 0, splits = 1;
+  double cycles = 0;
+};
+
+namespace detail {
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// `m` rows by `n` columns, `groups` times; k in bytes.
+inline CudaGemmPlan cost_of(int index, int splits, int64_t m, int64_t n, int64_t k, int64_t groups,
+                            const CudaMachine& machine) {
+  constexpr double kMacsPerCycle = 2048, kL2BytesPerCycle = 48, kFixedCycles = 1500;
+  const CudaTile& tile = kCudaTiles[index];
+  const int64_t blocks = divide_up(m, tile.rows) * divide_up(n, tile.columns) * groups * splits;
+  const int64_t fit = machine.shared_per_multiprocessor / (tile.shared_bytes() + 1024);
+  const int64_t by_registers = 512 / tile.threads() < 1 ? 1 : 512 / tile.threads();
+  int64_t residents = fit < by_registers ? fit : by_registers;
+  const int64_t wanted = divide_up(blocks, machine.multiprocessors);
+  if (residents > wanted) residents = wanted;
+  if (residents < 1) residents = 1;
+  const double rounds = static_cast<double>(divide_up(blocks, machine.multiprocessors * residents));
+  const double steps = static_cast<double>(divide_up(divide_up(k, tile.depth), splits));
+  const double macs = double(tile.rows) * tile.columns * tile.depth / kMacsPerCycle;
+  const double bytes = double(tile.rows + tile.columns) * tile.depth / kL2BytesPerCycle;
+  // A warp tile of 32 rows or columns feeds the tensor cores from shared memory less well.
+  const double fragment = double(tile.warp_rows) * tile.warp_columns >= 64 * 64 ? 1.0 : 1.25;
+  const double step = macs * fragment > bytes ? macs * fragment : bytes;
+  const double slices =
+      splits == 1 ? 0.0 : double(tile.rows) * tile.columns * 4 * (splits + 1) / kL2BytesPerCycle;
+  const double store = double(tile.rows) * tile.columns / kL2BytesPerCycle;
+  return {index, splits,
+          rounds * ((steps * step + store) * double(residents) + kFixedCycles) + slices};
+}
+
+}  // namespace detail
+
+inline CudaGemmPlan plan_cuda_gemm(int64_t m, int64_t n, int64_t k, int64_t groups,
+                                   const CudaMachine& machine, bool general) {
+  CudaGemmPlan best;
+  for (int tile = 0; tile < kCudaTileCount; ++tile) {
+    if (general && tile != kCudaGeneralTile) continue;
+    if (kCudaTiles[tile].shared_bytes() > machine.shared_per_block) continue;
+    const int64_t steps = detail::divide_up(k, kCudaTiles[tile].depth);
+    for (int splits = 1; splits <= 16 && splits <= steps / 4 + 1; ++splits) {
+      // No split is left without a step.
+      if (splits > 1 && detail::divide_up(steps, splits) * (splits - 1) >= steps) continue;
+      const CudaGemmPlan plan = detail::cost_of(tile, splits, m, n, k, groups, machine);
+      if (best.cycles == 0 || plan.cycles < best.cycles) best = plan;
+    }
+  }
+  return best;
+}
+
+// The int32 slices of all but the last part, and a counter a tile.
+inline int64_t cuda_gemm_workspace(const CudaGemmPlan& plan, int64_t m, int64_t n, int64_t groups) {
+  if (plan.splits == 1) return 0;
+  const CudaTile& tile = kCudaTiles[plan.tile];
+  const int64_t tiles =
+      detail::divide_up(m, tile.rows) * detail::divide_up(n, tile.columns) * groups;
+  return tiles * (int64_t{plan.splits} * tile.rows * tile.columns * 4) + (tiles * 4 + 15) / 16 * 16;
+}
+
+}  // namespace qk

@@ -1,0 +1,57 @@
+#include "python/cuda/adapt.h"
+
+#include "csrc/gemm/cuda.h"
+
+namespace qk::seam {
+
+Tensor to_cpu(const Tensor& t) {
+  if (t.is_cpu()) return t;
+  return torch::stable::to(t, std::nullopt, std::nullopt,
+                           torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+OptionalTensor to_cpu(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(to_cpu(*t)) : std::nullopt;
+}
+
+Tensor to_device_of(const Tensor& like, const Tensor& t) {
+  return torch::stable::to(t, std::nullopt, std::nullopt, like.device());
+}
+
+CudaMachine check_machine(const char* op) {
+  CudaMachine machine;
+  check_launch(op, cuda_machine(&machine));
+  STD_TORCH_CHECK(machine.capability >= kCudaLeastCapability, op,
+                  ": needs a GPU of compute capability ", kCudaLeastCapability / 10,
+                  ".0 or newer, got ", machine.capability / 10, ".", machine.capability % 10,
+                  "; move the model to the CPU");
+  return machine;
+}
+
+CudaPackedFacts check_packed_cuda(const char* op, const char* pack_op, const Tensor& packed,
+                                  int64_t n, int64_t taps, int64_t depth) {
+  CudaPackedFacts facts;
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
+                      packed.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % kPackedAlign == 0 &&
+                      read_cuda_facts(packed.numel(), n, taps, depth, &facts) == Status::kOk,
+                  op, ": packed must be an unchanged result of ", pack_op, " on CUDA for ", n,
+                  " outputs and ", taps * depth, " inputs, got ", dtype_text(packed.scalar_type()),
+                  " of shape ", shape_text(packed));
+  return facts;
+}
+
+bool check_residual_cuda(const char* op, const OptionalTensor& residual,
+                         const CudaPackedFacts& facts, const std::vector<int64_t>& output_sizes,
+                         const Tensor& input) {
+  STD_TORCH_CHECK(residual.has_value() == facts.residual, op, ": residual must ",
+                  residual.has_value() ? "not " : "", "be given: the weight was packed with",
+                  residual.has_value() ? "out" : "", " a residual in its epilogue");
+  if (!residual.has_value()) return false;
+  check_same_device(op, "residual", *residual, input);
+  STD_TORCH_CHECK(sizes_of(*residual) == output_sizes, op,
+                  ": residual must have the shape of the output, got ", shape_text(*residual));
+  return check_code_type(op, "residual", residual->scalar_type());
+}
+
+}  // namespace qk::seam

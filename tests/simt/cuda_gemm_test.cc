@@ -1,0 +1,284 @@
+// linear on the emulator: every kernel gives the CPU's bits for every output, grid and alignment;
+// its copies and fragments meet no bank twice; broken instructions are noticed.
+#include "csrc/gemm/cuda.cu"
+#include "csrc/gemm/linear.h"
+#include "tests/csrc/check.h"
+#include "tests/simt/expect_fault.h"
+
+using namespace qk;
+using namespace qk::test;
+
+namespace {
+
+struct Case {
+  int64_t m, n, k;
+  OutputType output = OutputType::kU8;
+  bool input_signed = false, weight_zero_points = false, table = false, residual = false,
+       residual_signed = false, per_tensor = false, extremes = false;
+  int64_t misalign = 0;  // of the input
+  int64_t slack = -1;    // bytes between rows; -1: the least that keeps rows aligned
+};
+
+std::string describe(const Case& c) {
+  return text_of("m=", c.m, " n=", c.n, " k=", c.k, " output=", c.output,
+                 " signed=", c.input_signed, " zero_points=", c.weight_zero_points,
+                 " table=", c.table, " residual=", c.residual, " misalign=", c.misalign,
+                 " slack=", c.slack);
+}
+
+class Problem {
+ public:
+  Problem(const Case& c, Rng& rng)
+      : c_(c),
+        stride_(c.slack < 0 ? (c.k + 15) / 16 * 16 : c.k + c.slack),
+        input_(c.misalign + c.m * stride_, Touches::kStart),
+        weight_(static_cast<size_t>(c.n * c.k)),
+        scales_(static_cast<size_t>(c.n)),
+        zero_points_(static_cast<size_t>(c.n)),
+        bias_(static_cast<size_t>(c.n)),
+        residual_(c.m * c.n, Touches::kStart) {
+    rng.fill(input_), rng.fill(weight_), rng.fill(residual_);
+    if (c.extremes) {
+      for (uint8_t& v : input_) v = c.input_signed ? 0x80 : 0xff;
+      for (int8_t& v : weight_) v = -128;
+    }
+    for (float& v : scales_) v = rng.real(0.001f, 0.01f);
+    for (int32_t& v : zero_points_) v = static_cast<int32_t>(rng.integer(-20, 20));
+    for (float& v : bias_) v = rng.real(-3, 3);
+    const int32_t low = c.output == OutputType::kS8 ? -128 : 0;
+    source_ = {.weight = weight_.data(),
+               .n = c.n,
+               .taps = 1,
+               .depth = c.k,
+               .stride_n = c.k,
+               .stride_tap = 0,
+               .stride_k = 1,
+               .weight_scale = scales_.data(),
+               .weight_zero_point = c.weight_zero_points ? zero_points_.data() : nullptr,
+               .per_tensor = c.per_tensor,
+               .bias = bias_.data(),
+               .input_scale = 0.02f,
+               .input_zero_point = c.input_signed ? -7 : 113,
+               .input_signed = c.input_signed,
+               .output_scale = 0.07f,
+               .epilogue = {}};
+    Epilogue& e = source_.epilogue;
+    e.output = c.output;
+    e.zero_point = low + 120, e.qmin = low + 1, e.qmax = low + 255;
+    e.has_table = c.table, e.has_residual = c.residual;
+    for (uint8_t& v : e.table) v = static_cast<uint8_t>(rng.bits());
+    e.residual = {0.02f,         -0.02f * 7, 0.03f,   -0.03f * 9,
+                  1.0f / 0.031f, low + 77,   low + 3, low + 250};
+    const CudaPackedFacts facts = cuda_packed_facts(source_);
+    packed_ =
+        std::make_unique<Guarded<uint8_t>>(packed_cuda_bytes(c.n, 1, c.k, facts), Touches::kStart);
+    CHECK_EQ(pack_igemm_cuda(source_, packed_->data()), Status::kOk);
+    CudaPackedFacts read;
+    CHECK_EQ(read_cuda_facts(packed_->size(), c.n, 1, c.k, &read), Status::kOk);
+    CHECK_EQ(read.code(), facts.code());
+    args_ = {.packed = packed_->data(),
+             .facts = read,
+             .n = c.n,
+             .depth = c.k,
+             .input = input_.data() + c.misalign,
+             .rows = c.m,
+             .input_row_stride = stride_,
+             .out = nullptr,
+             .residual = c.residual ? residual_.data() : nullptr,
+             .residual_row_stride = c.n,
+             .residual_signed = c.residual_signed,
+             .workspace = nullptr};
+    expect();
+  }
+
+  // The plan of the formula, or any other.
+  void check(const CudaGemmPlan& plan) {
+    CONTEXT(describe(c_), " tile=", plan.tile, " splits=", plan.splits);
+    Guarded<uint8_t> out(static_cast<int64_t>(expected_.size()), Touches::kStart);
+    Guarded<uint8_t> workspace(cuda_gemm_workspace(plan, c_.m, c_.n, 1), Touches::kStart);
+    rng_.fill(workspace);
+    args_.out = out.data();
+    args_.workspace = workspace.data();
+    CHECK_EQ(linear_cuda(args_, plan, nullptr), cudaSuccess);
+    for (int64_t i = 0; i < out.size(); ++i) CHECK_EQ(out[i], expected_[i], "at byte ", i);
+  }
+  void check() {
+    CudaMachine machine;
+    CHECK_EQ(cuda_machine(&machine), cudaSuccess);
+    check(plan_linear_cuda(args_, machine));
+  }
+
+ private:
+  // What linear gives on this machine's CPU.
+  void expect() {
+    const Isa isa = isa_active();
+    Guarded<uint8_t> packed(packed_igemm_bytes(c_.n, 1, c_.k, isa));
+    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
+    PackedMatrix matrix;
+    CHECK_EQ(view_packed(packed.data(), packed.size(), &matrix), Status::kOk);
+    expected_.resize(static_cast<size_t>(c_.m * c_.n * output_bytes(c_.output)));
+    linear({matrix, args_.input, c_.m, stride_, expected_.data(), args_.residual, c_.n,
+            c_.residual_signed},
+           kSerial);
+  }
+
+  Case c_;
+  Rng rng_;
+  int64_t stride_;
+  Guarded<uint8_t> input_;
+  std::vector<int8_t> weight_;
+  std::vector<float> scales_;
+  std::vector<int32_t> zero_points_;
+  std::vector<float> bias_;
+  Guarded<uint8_t> residual_;
+  PackSource source_;
+  std::unique_ptr<Guarded<uint8_t>> packed_;
+  LinearCudaArgs args_;
+  std::vector<uint8_t> expected_;
+};
+
+constexpr OutputType kOutputs[] = {OutputType::kU8, OutputType::kS8, OutputType::kS32,
+                                   OutputType::kF32, OutputType::kBF16};
+
+// Each tile around its edges, whole and split.
+void every_tile_gives_the_bits_of_the_cpu() {
+  Rng rng(1);
+  for (int tile = 0; tile < kCudaTileCount; ++tile) {
+    const CudaTile& t = kCudaTiles[tile];
+    for (const int splits : {1, 3}) {
+      for (const OutputType output : kOutputs) {
+        const bool bytes = output == OutputType::kU8 || output == OutputType::kS8;
+        Case c{.m = t.rows + rng.pick({-1, 0, 1}),
+               .n = t.columns + rng.pick({-16, -1, 0, 1}),
+               .k = rng.integer(1, 5) * t.depth + rng.pick({-16, -3, 0, 5}),
+               .output = output,
+               .input_signed = rng.chance(0.5),
+               .table = bytes && rng.chance(0.5),
+               .residual = bytes && rng.chance(0.5),
+               .residual_signed = rng.chance(0.5),
+               .per_tensor = rng.chance(0.3)};
+        if (splits > 1) c.k += 2 * t.depth;
+        const int steps = static_cast<int>((c.k + t.depth - 1) / t.depth);
+        simt::seed = rng.bits();
+        Problem(c, rng).check({tile, steps > 2 * splits - 2 ? splits : 1, 0});
+      }
+    }
+  }
+}
+
+void small_and_odd_shapes_give_the_bits_of_the_cpu() {
+  Rng rng(2);
+  for (int i = 0; i < 120; ++i) {
+    Case c{.m = rng.pick<int64_t>({1, 2, 3, 7, 8, 9, 15, 16, 17, 33}),
+           .n = rng.integer(1, 80),
+           .k = rng.pick<int64_t>({1, 3, 15, 16, 17, 31, 32, 63, 64, 65, 127, 128, 200}),
+           .output = kOutputs[rng.integer(0, 4)],
+           .input_signed = rng.chance(0.5),
+           .weight_zero_points = rng.chance(0.4)};
+    const bool bytes = c.output == OutputType::kU8 || c.output == OutputType::kS8;
+    c.table = bytes && rng.chance(0.3);
+    c.residual = bytes && rng.chance(0.3);
+    c.residual_signed = rng.chance(0.5);
+    c.misalign = rng.chance(0.5) ? 0 : rng.integer(1, 15);
+    c.slack = rng.chance(0.5) ? -1 : rng.pick<int64_t>({0, 0, 1, 16});
+    simt::seed = rng.bits();
+    Problem(c, rng).check();
+  }
+}
+
+void the_largest_sums_do_not_saturate() {
+  Rng rng(3);
+  for (const bool input_signed : {false, true}) {
+    Problem({.m = 9,
+             .n = 20,
+             .k = 4096,
+             .output = OutputType::kS32,
+             .input_signed = input_signed,
+             .weight_zero_points = true,
+             .extremes = true},
+            rng)
+        .check({kCudaGeneralTile, 5, 0});
+  }
+}
+
+void tiles_meet_no_bank_conflict() {
+  Rng rng(4);
+  for (int tile = 0; tile < kCudaTileCount; ++tile) {
+    Problem problem({.m = kCudaTiles[tile].rows, .n = kCudaTiles[tile].columns, .k = 512}, rng);
+    simt::counters = {};
+    problem.check({tile, 1, 0});
+    CHECK_EQ(simt::counters.ldmatrix_conflicts, 0u, "tile ", tile);
+    CHECK_EQ(simt::counters.copy_conflicts, 0u, "tile ", tile);
+    CHECK_EQ(simt::counters.mmas, static_cast<uint64_t>(kCudaTiles[tile].rows / 16 *
+                                                        kCudaTiles[tile].columns / 8 * 512 / 32));
+    CHECK_EQ(simt::counters.vector_stores,
+             static_cast<uint64_t>(kCudaTiles[tile].rows * kCudaTiles[tile].columns / 16));
+  }
+}
+
+void broken_instructions_are_noticed() {
+  Rng rng(5);
+  for (const int tile : {1, 3, 4}) {
+    Problem problem({.m = 50, .n = 70, .k = 900}, rng);
+    const auto broken = [&](auto&& sabotage) {
+      return fault_of([&] {
+        sabotage();
+        problem.check({tile, 1, 0});
+      });
+    };
+    broken([] { simt::sabotage.wait_for_fewer_groups = 1; });
+    for (const int barrier : {0, 1, 4}) broken([=] { simt::sabotage.skip_barrier = barrier; });
+    broken([] { simt::sabotage.skip_warp_barriers = true; });
+    broken([] { simt::sabotage.copy_all_bytes = true; });
+  }
+}
+
+void the_plan_fits_the_machine_and_has_no_cliffs() {
+  const CudaMachine a100{80, 108, 163 << 10, 164 << 10}, l4{89, 58, 99 << 10, 100 << 10};
+  for (const CudaMachine& machine : {a100, l4}) {
+    for (const int64_t n : {64, 1000, 4096, 12288}) {
+      for (const int64_t k : {16, 576, 4096, 16384}) {
+        double before = 0;
+        for (int64_t m = 9; m < 20000; m += m / 7 + 1) {
+          const CudaGemmPlan plan = plan_cuda_gemm(m, n, k, 1, machine, false);
+          const CudaTile& tile = kCudaTiles[plan.tile];
+          CHECK(tile.shared_bytes() <= machine.shared_per_block);
+          const int64_t steps = (k + tile.depth - 1) / tile.depth;
+          const int64_t share = (steps + plan.splits - 1) / plan.splits;
+          CHECK(share * (plan.splits - 1) < steps, "a split without a step");
+          CHECK(plan.cycles >= before * 0.75, "m=", m, " n=", n, " k=", k, ": ", plan.cycles,
+                " cycles after ", before);
+          CHECK(before == 0 || plan.cycles <= before * 2.1 + 3000, "m=", m, " n=", n, " k=", k,
+                ": ", plan.cycles, " cycles after ", before);
+          before = plan.cycles;
+        }
+      }
+    }
+  }
+  CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, false).splits, 1);
+  CHECK(plan_cuda_gemm(16, 512, 16384, 1, a100, false).splits > 4);
+  CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, true).tile, kCudaGeneralTile);
+}
+
+void wrong_lengths_are_refused() {
+  CudaPackedFacts facts;
+  const int64_t bytes = cuda_packed_layout(40, 1, 64).bytes;
+  CHECK_EQ(read_cuda_facts(bytes - 1, 40, 1, 64, &facts), Status::kBadShape);
+  CHECK_EQ(read_cuda_facts(bytes + 64, 40, 1, 64, &facts), Status::kBadShape);
+  CHECK_EQ(read_cuda_facts(bytes + 7, 40, 1, 64, &facts), Status::kBadShape);  // no such output
+  CHECK_EQ(read_cuda_facts(bytes, 41, 1, 64, &facts), Status::kBadShape);
+  CHECK_EQ(read_cuda_facts(bytes, 40, 1, 65, &facts), Status::kBadShape);
+}
+
+}  // namespace
+
+int main() {
+  wrong_lengths_are_refused();
+  the_plan_fits_the_machine_and_has_no_cliffs();
+  small_and_odd_shapes_give_the_bits_of_the_cpu();
+  every_tile_gives_the_bits_of_the_cpu();
+  the_largest_sums_do_not_saturate();
+  tiles_meet_no_bank_conflict();
+  broken_instructions_are_noticed();
+  return 0;
+}
