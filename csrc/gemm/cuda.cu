@@ -1,185 +1,11 @@
-// The kernels of linear on CUDA. Few rows: a GEMV, bound by reading the weight. Else tiles on
-// tensor cores.
+// Plans and starts linear on CUDA.
 #include "csrc/gemm/cuda.h"
-
-#include "csrc/base/cuda.cuh"
-#include "csrc/gemm/cuda_tile.cuh"
 
 namespace qk {
 namespace {
 
-using namespace qk::cuda;
-
 bool is_aligned(const void* pointer, int64_t stride) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 16 == 0;
-}
-
-struct RowSource {
-  const uint8_t* input;
-  int64_t row_stride, depth;
-  bool aligned;
-};
-
-// `count` bytes from anywhere, zeros behind them.
-QK_DEVICE uint4 gather_16(const uint8_t* from, int count) {
-  uint32_t word[4] = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i < count) word[i / 4] |= uint32_t{from[i]} << (i % 4 * 8);
-  }
-  return {word[0], word[1], word[2], word[3]};
-}
-
-// Rows of A that are aligned to 16 bytes.
-template <class T>
-class AlignedRows {
- public:
-  using Args = RowSource;
-  QK_DEVICE AlignedRows(const Args& args, int64_t first_row, int64_t rows)
-      : copies_(args.input, args.row_stride, args.depth, first_row, rows) {}
-  QK_DEVICE void copy(uint32_t stage, int step) const { copies_.copy(stage, step); }
-  QK_DEVICE int64_t output_row(int64_t m) const { return m; }
-
- private:
-  RowCopies<T, T::kRows> copies_;
-};
-
-// Rows of A anywhere: a chunk is gathered byte by byte and stored at once, a whole ring ahead of
-// its use.
-template <class T>
-class AnyRows {
- public:
-  using Args = RowSource;
-  QK_DEVICE AnyRows(const Args& args, int64_t first_row, int64_t rows)
-      : args_(args), first_row_(first_row), rows_(rows) {}
-  QK_DEVICE void copy(uint32_t stage, int step) const {
-    const uint32_t chunk = threadIdx.x % T::kChunks;
-    const int64_t k = int64_t{step} * T::kDepth + chunk * 16;
-    const int count = clamp_count(args_.depth - k);
-#pragma unroll 1
-    for (uint32_t row = threadIdx.x / T::kChunks; row < T::kRows; row += T::kRowStep) {
-      const uint8_t* from = args_.input + (first_row_ + row) * args_.row_stride + k;
-      const int n = first_row_ + row < rows_ ? count : 0;
-      shared_store_u128(stage + row * T::kDepth + (chunk ^ T::twist(row)) * 16,
-                        n == 16 && args_.aligned ? load_16(from) : gather_16(from, n));
-    }
-  }
-  QK_DEVICE int64_t output_row(int64_t m) const { return m; }
-
- private:
-  const Args& args_;
-  int64_t first_row_, rows_;
-};
-
-// ---- few rows
-// ------------------------------------------------------------------------------------
-
-constexpr int kGemvThreads = 128, kGemvColumns = 4;
-
-// A block computes kGemvColumns columns of all rows, its threads sharing out K.
-template <int kRows, bool kSigned>
-__global__ void __launch_bounds__(kGemvThreads)
-    gemv_kernel(const __grid_constant__ IgemmCudaArgs args,
-                const __grid_constant__ RowSource source) {
-  const int64_t first = int64_t{blockIdx.x} * kGemvColumns;
-  // Columns past the end repeat the last one; what they give is not stored.
-  const int8_t* weight[kGemvColumns];
-#pragma unroll
-  for (int c = 0; c < kGemvColumns; ++c) {
-    weight[c] = args.weight + (first + c < args.n ? first + c : args.n - 1) * args.k;
-  }
-  int32_t sums[kRows][kGemvColumns + 1] = {};  // the last: the sum of the row's bytes
-#pragma unroll 2
-  for (int64_t k = threadIdx.x * 16; k < args.k; k += kGemvThreads * 16) {
-    uint4 w[kGemvColumns];
-#pragma unroll
-    for (int c = 0; c < kGemvColumns; ++c) w[c] = load_16_once(weight[c] + k);
-    const int count = clamp_count(source.depth - k);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const uint8_t* from = source.input + (r < args.m ? r : 0) * source.row_stride + k;
-      const uint4 a = count == 16 && source.aligned ? load_16(from) : gather_16(from, count);
-#pragma unroll
-      for (int c = 0; c < kGemvColumns; ++c) {
-        sums[r][c] = dot4<kSigned>(sums[r][c], a.x, w[c].x);
-        sums[r][c] = dot4<kSigned>(sums[r][c], a.y, w[c].y);
-        sums[r][c] = dot4<kSigned>(sums[r][c], a.z, w[c].z);
-        sums[r][c] = dot4<kSigned>(sums[r][c], a.w, w[c].w);
-      }
-      if (args.zero_point != nullptr) {
-        int32_t& sum = sums[r][kGemvColumns];
-        sum = dot4<kSigned>(sum, a.x, 0x01010101u);
-        sum = dot4<kSigned>(sum, a.y, 0x01010101u);
-        sum = dot4<kSigned>(sum, a.z, 0x01010101u);
-        sum = dot4<kSigned>(sum, a.w, 0x01010101u);
-      }
-    }
-  }
-  const uint32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  constexpr uint32_t kValues = kRows * (kGemvColumns + 1);
-#pragma unroll
-  for (uint32_t i = 0; i < kValues; ++i) {
-    int32_t sum = sums[i / (kGemvColumns + 1)][i % (kGemvColumns + 1)];
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      sum = wrapping_add(sum, __shfl_xor_sync(kAllLanes, sum, step));
-    }
-    if (lane == 0) {
-      shared_store_u32(shared_memory() + (warp * kValues + i) * 4, static_cast<uint32_t>(sum));
-    }
-  }
-  __syncthreads();
-  const int64_t row = threadIdx.x / kGemvColumns, n = first + threadIdx.x % kGemvColumns;
-  if (row >= args.m || row >= kRows || n >= args.n) return;
-  const auto total = [&](uint32_t column) {
-    uint32_t sum = 0;
-#pragma unroll
-    for (uint32_t part = 0; part < kGemvThreads / kWarpSize; ++part) {
-      const uint32_t i = static_cast<uint32_t>(row) * (kGemvColumns + 1) + column;
-      sum += shared_load_u32(shared_memory() + (part * kValues + i) * 4);
-    }
-    return static_cast<int32_t>(sum);
-  };
-  int32_t acc = wrapping_add(total(threadIdx.x % kGemvColumns), args.init[n]);
-  if (args.zero_point != nullptr) {
-    acc = wrapping_add(acc, -wrapping_multiply(total(kGemvColumns), args.zero_point[n]));
-  }
-  store_output(
-      *args.epilogue, acc, args.addend[n], args.mult[n],
-      static_cast<uint8_t*>(args.out) + row * args.out_row_bytes + n * output_bytes(args.output),
-      args.residual ? args.residual + row * args.residual_row_bytes + n : nullptr,
-      args.residual_signed);
-}
-
-template <bool kSigned>
-cudaError_t launch_gemv(const IgemmCudaArgs& args, const RowSource& source, cudaStream_t stream) {
-  const auto kernel = args.m == 1   ? gemv_kernel<1, kSigned>
-                      : args.m == 2 ? gemv_kernel<2, kSigned>
-                      : args.m <= 4 ? gemv_kernel<4, kSigned>
-                                    : gemv_kernel<8, kSigned>;
-  constexpr size_t kShared = kGemvThreads / kWarpSize * kCudaGemvRows * (kGemvColumns + 1) * 4;
-  const auto blocks = static_cast<unsigned>((args.n + kGemvColumns - 1) / kGemvColumns);
-  return launch(kernel, blocks, kGemvThreads, kShared, stream, args, source);
-}
-
-// ---- tiles
-// ---------------------------------------------------------------------------------------
-
-template <class T, class Loader, bool kRowSums>
-cudaError_t launch_tile(const IgemmCudaArgs& args, const RowSource& source, bool is_signed,
-                        cudaStream_t stream) {
-  const auto kernel = is_signed ? igemm_kernel<T, Loader, true, kRowSums>
-                                : igemm_kernel<T, Loader, false, kRowSums>;
-  const dim3 grid(static_cast<unsigned>(args.tiles_m * args.tiles_n),
-                  static_cast<unsigned>(args.splits));
-  return launch(kernel, grid, T::kThreads, T::kStages * T::kStageBytes, stream, args, source);
-}
-
-template <int kIndex>
-cudaError_t launch_aligned(const IgemmCudaArgs& args, const RowSource& source, bool is_signed,
-                           cudaStream_t stream) {
-  using T = Tile<kIndex>;
-  return launch_tile<T, AlignedRows<T>, false>(args, source, is_signed, stream);
 }
 
 IgemmCudaArgs kernel_args(const LinearCudaArgs& args, const CudaGemmPlan& plan) {
@@ -249,33 +75,15 @@ int64_t linear_cuda_workspace(const LinearCudaArgs& args, const CudaMachine& mac
 cudaError_t linear_cuda(const LinearCudaArgs& args, const CudaGemmPlan& plan, cudaStream_t stream) {
   if (args.rows == 0 || args.n == 0) return cudaSuccess;
   const IgemmCudaArgs k = kernel_args(args, plan);
-  const RowSource source{args.input, args.input_row_stride, args.depth,
-                         is_aligned(args.input, args.input_row_stride)};
-  const bool is_signed = args.facts.input_signed;
-  if (args.rows <= kCudaGemvRows) {
-    return is_signed ? launch_gemv<true>(k, source, stream) : launch_gemv<false>(k, source, stream);
-  }
-  if (k.splits > 1) {
+  const cuda::RowSource source{args.input, args.input_row_stride, args.depth,
+                               is_aligned(args.input, args.input_row_stride)};
+  if (args.rows > kCudaGemvRows && k.splits > 1) {
     const size_t bytes = sizeof(unsigned) * static_cast<size_t>(k.tiles_m) * k.tiles_n;
     const cudaError_t error = cudaMemsetAsync(k.arrived, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
-  if (is_general(args)) {
-    using T = Tile<kCudaGeneralTile>;
-    return launch_tile<T, AnyRows<T>, true>(k, source, is_signed, stream);
-  }
-  switch (plan.tile) {
-    case 0:
-      return launch_aligned<0>(k, source, is_signed, stream);
-    case 1:
-      return launch_aligned<1>(k, source, is_signed, stream);
-    case 2:
-      return launch_aligned<2>(k, source, is_signed, stream);
-    case 3:
-      return launch_aligned<3>(k, source, is_signed, stream);
-    default:
-      return launch_aligned<4>(k, source, is_signed, stream);
-  }
+  const auto start = args.facts.input_signed ? cuda::launch_linear_s8 : cuda::launch_linear_u8;
+  return start(k, source, is_general(args) ? -1 : plan.tile, stream);
 }
 
 }  // namespace qk

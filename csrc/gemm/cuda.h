@@ -8,7 +8,7 @@
 //   graph.
 // Numbers: those of the CPU, for any tile and any split of K.
 // Tricks: tensor cores (mma m16n8k32) with a ring of asynchronous copies, see cuda_tile.cuh; up to
-//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda.cu.
+//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda_kernels.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -40,6 +40,23 @@ struct IgemmCudaArgs {
   uint8_t* slices;
   unsigned* arrived;
 };
+
+namespace cuda {
+
+// Where the rows of A lie. `aligned`: to 16 bytes.
+struct RowSource {
+  const uint8_t* input;
+  int64_t row_stride, depth;
+  bool aligned;
+};
+
+// `tile`: an index of kCudaTiles; negative: the kernel for any alignment and weight zero points.
+cudaError_t launch_linear_u8(const IgemmCudaArgs& args, const RowSource& source, int tile,
+                             cudaStream_t stream);
+cudaError_t launch_linear_s8(const IgemmCudaArgs& args, const RowSource& source, int tile,
+                             cudaStream_t stream);
+
+}  // namespace cuda
 
 struct LinearCudaArgs {
   const void* packed;  // device

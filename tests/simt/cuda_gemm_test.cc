@@ -1,6 +1,8 @@
 // linear on the emulator: every kernel gives the CPU's bits for every output, grid and alignment;
 // its copies and fragments meet no bank twice; broken instructions are noticed.
 #include "csrc/gemm/cuda.cu"
+#include "csrc/gemm/cuda_s8.cu"
+#include "csrc/gemm/cuda_u8.cu"
 #include "csrc/gemm/linear.h"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"

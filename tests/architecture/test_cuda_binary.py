@@ -1,0 +1,117 @@
+"""The compiled CUDA kernels, without a GPU: architectures, instructions, no local memory.
+
+`make build` already fails on a spill or a stack frame: ptxas warns. What is left is in the machine code, read with
+cuobjdump and nvdisasm, which come with triton or as the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from qkernels import _C
+
+pytestmark = pytest.mark.skipif(not _C.with_cuda, reason="built without CUDA kernels (no nvcc, or FORCE_CUDA=0)")
+
+
+def tool_folders() -> list[Path]:
+    folders = [Path(p) for p in os.environ.get("PATH", "").split(os.pathsep)]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    for site in sys.path:
+        folders += sorted(Path(site).glob("nvidia/*/bin"))
+    return [*folders, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+
+
+@cache
+def cuobjdump(*arguments: str) -> str:
+    search = os.pathsep.join(map(str, tool_folders()))
+    tool, helper = (shutil.which(name, path=search) for name in ("cuobjdump", "nvdisasm"))
+    if tool is None or helper is None:
+        pytest.skip("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(helper).parent), os.environ.get("PATH", "")])}
+    return subprocess.run(
+        [tool, *arguments, _C.__file__], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+def real_archs() -> list[str]:
+    return re.findall(r"sm_\w+", _C.cuda_archs)
+
+
+@cache
+def kernels(arch: str) -> dict[str, list[str]]:
+    """The instructions of each kernel, by mangled name."""
+    found: dict[str, list[str]] = {}
+    for line in cuobjdump("-sass", "-arch", arch).splitlines():
+        head = re.match(r"\s*Function : (\S+)", line)
+        if head:
+            found[head.group(1)] = []
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", line)
+        if instruction and found:
+            found[next(reversed(found))].append(instruction.group(1))
+    return found
+
+
+def named(arch: str, part: str) -> dict[str, list[str]]:
+    chosen = {name: body for name, body in kernels(arch).items() if part in name}
+    assert chosen, f"no kernel of {part} for {arch}"
+    return chosen
+
+
+def count(body: list[str], pattern: str) -> int:
+    return sum(re.match(pattern, name) is not None for name in body)
+
+
+def test_the_binary_has_the_architectures_that_it_names():
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf"))) == set(real_archs())
+    if "compute_" in _C.cuda_archs:
+        assert cuobjdump("--list-ptx").strip()
+
+
+@pytest.mark.parametrize("arch", real_archs())
+def test_no_kernel_touches_local_memory(arch):
+    spills = [name for name, body in kernels(arch).items() if count(body, r"LDL|STL")]
+    assert kernels(arch)
+    assert not spills
+
+
+def tile_shapes() -> list[tuple[int, ...]]:
+    """(rows, columns, depth, stages, warp rows, warp columns) of kCudaTiles."""
+    text = (Path(__file__).resolve().parents[2] / "csrc/gemm/cuda_plan.h").read_text()
+    table = re.search(r"kCudaTiles\[\] = \{(.*?)\n?\};", text, re.DOTALL).group(1)
+    return [tuple(map(int, entry.split(","))) for entry in re.findall(r"\{([\d, ]+)\}", table)]
+
+
+@pytest.mark.parametrize("arch", real_archs())
+def test_tiles_are_tensor_core_loops_with_asynchronous_copies(arch):
+    for name, body in named(arch, "igemm_kernel").items():
+        _, _, depth, _, warp_rows, warp_columns = tile_shapes()[int(re.search(r"TileILi(\d)E", name).group(1))]
+        slices = depth // 32
+        assert count(body, r"IMMA\.16832\.[SU]8\.S8$") == warp_rows // 16 * (warp_columns // 8) * slices, name
+        assert count(body, r"IMMA") == count(body, r"IMMA\.16832\."), name
+        assert count(body, r"LDSM\.16\.M88\.4") == (warp_rows // 16 + warp_columns // 16) * slices, name
+        assert count(body, r"LDGSTS\..*128") == count(body, r"LDGSTS") > 0, name
+        assert count(body, r"STG\.E\.128") > 0, f"{name}: results leave in small pieces"
+
+
+@pytest.mark.parametrize("arch", real_archs())
+def test_gemv_reads_16_bytes_at_a_time(arch):
+    for name, body in named(arch, "gemv_kernel").items():
+        assert count(body, r"LDG\.E\.128") >= 4, name
+        assert count(body, r"IDP\.4A") >= 16, name
+
+
+@pytest.mark.parametrize("arch", real_archs())
+def test_fake_quant_moves_16_bytes_at_a_time(arch):
+    aligned = [body for name, body in named(arch, "fake_quant_kernel").items() if "Lb1E" in name]
+    assert aligned
+    for body in aligned:
+        assert count(body, r"LDG\.E\.128") == count(body, r"STG\.E\.128") == 1
