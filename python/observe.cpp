@@ -1,5 +1,6 @@
 #include "csrc/observe/observe.h"
 
+#include <limits>
 #include <string>
 #include <tuple>
 
@@ -55,6 +56,8 @@ struct Observer {
   bool symmetric;
   double min_scale;
   std::optional<double> momentum;
+  float floor = -std::numeric_limits<float>::infinity();
+  float ceiling = std::numeric_limits<float>::infinity();
 };
 
 bool run_observer(const char* op, Tensor x, const Observer& observer, const std::string& source,
@@ -106,6 +109,8 @@ bool run_observer(const char* op, Tensor x, const Observer& observer, const std:
                    .averages = observer.momentum.has_value(),
                    .momentum = momentum,
                    .ignore_non_finite = counts != nullptr,
+                   .floor = observer.floor,
+                   .ceiling = observer.ceiling,
                    .state = state,
                    .next = {.low = scratch,
                             .high = scratch + channels,
@@ -128,11 +133,16 @@ bool run_observer(const char* op, Tensor x, const Observer& observer, const std:
 void observe(const Tensor& x, const Tensor& low, const Tensor& high, const Tensor& scale,
              const Tensor& zero_point, const std::optional<Tensor>& non_finite,
              std::optional<int64_t> axis, int64_t qmin, int64_t qmax, bool symmetric,
-             double min_scale, std::optional<double> momentum, std::string source) {
-  run_observer(
-      "observe", x,
-      {low, high, scale, zero_point, non_finite, axis, qmin, qmax, symmetric, min_scale, momentum},
-      source, nullptr);
+             double min_scale, std::optional<double> momentum, std::string source,
+             std::optional<double> floor, std::optional<double> ceiling) {
+  Observer observer{low,  high, scale,     zero_point, non_finite, axis,
+                    qmin, qmax, symmetric, min_scale,  momentum};
+  if (floor.has_value()) observer.floor = static_cast<float>(*floor);
+  if (ceiling.has_value()) observer.ceiling = static_cast<float>(*ceiling);
+  STD_TORCH_CHECK(observer.floor <= observer.ceiling,
+                  "observe: floor must not be above ceiling, got ", observer.floor, " and ",
+                  observer.ceiling);
+  run_observer("observe", x, observer, source, nullptr);
 }
 
 Tensor observe_fake_quant_out(const Tensor& x, const Tensor& low, const Tensor& high,

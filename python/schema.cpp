@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "observe(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, Tensor(d!) zero_point, "
       "Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool symmetric, float min_scale, "
-      "float? momentum, str source) -> ()");
+      "float? momentum, str source, float? floor=None, float? ceiling=None) -> ()");
   m.def(
       "observe_fake_quant_out(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool "

@@ -119,11 +119,15 @@ def observe(
     min_scale: float,
     momentum: float | None,
     source: str,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> None:
     """As the observers and `choose_qparams` of qkernels.core do it; channels with no finite value stay."""
     if x.numel() == 0:
         return
     batch_low, batch_high, counts = observe_minmax(x, axis)
+    if (floor is not None or ceiling is not None) and bool((batch_low <= batch_high).all()):
+        batch_low, batch_high = batch_low.clamp(floor, ceiling), batch_high.clamp(floor, ceiling)
     if non_finite is None:
         assert counts.sum() == 0, source
     else:

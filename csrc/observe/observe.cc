@@ -108,11 +108,19 @@ void reset(const MinMaxArgs& args) {
   for (int64_t c = 0; c < args.channels; ++c) args.low[c] = kInf, args.high[c] = -kInf;
 }
 
+float limited(float v, float floor, float ceiling) {
+  return v < floor ? floor : v > ceiling ? ceiling : v;
+}
+
 // The next state and grid of channel c, for the extremes of a batch.
 void step(const ObserveArgs& args, int64_t c, float low, float high) {
   const ObserverState& state = args.state;
   const ObserverState& next = args.next;
   const bool first = !(state.low[c] <= state.high[c]);
+  if (low <= high) {
+    low = limited(low, args.floor, args.ceiling);
+    high = limited(high, args.floor, args.ceiling);
+  }
   if (!(low <= high)) {  // nothing finite in this batch
     low = state.low[c];
     high = state.high[c];

@@ -1,7 +1,7 @@
 // Observers in one op: the smallest and largest value of a tensor or channel, the state that they
 // update, the grid that follows, and fake-quantization on that grid.
 //
-//   batch   low[c] = min(x), high[c] = max(x) over the channel
+//   batch   low[c] = min(x), high[c] = max(x) over the channel, of x limited to [floor, ceiling]
 //   state   the first batch replaces it; then min and max of both, or with a momentum
 //           low += momentum * (batch low - low), the same for high
 //   grid    choose_scale, choose_zero_point (csrc/base/numerics.h) of the state
@@ -19,6 +19,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "csrc/base/cpu.h"
 #include "csrc/base/dtype.h"
@@ -69,6 +70,9 @@ struct ObserveArgs {
   bool averages;  // with `momentum`; else the extremes of all batches
   float momentum;
   bool ignore_non_finite;
+  // What follows limits x to [floor, ceiling]; only where y is null.
+  float floor = -std::numeric_limits<float>::infinity();
+  float ceiling = std::numeric_limits<float>::infinity();
   ObserverState state;
   ObserverState next;  // scratch of the same size
   float* workspace;    // observe_workspace(grid, channels) elements

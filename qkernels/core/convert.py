@@ -21,7 +21,7 @@ from qkernels.core import operations as o
 from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import NetworkGraph
 from qkernels.core.layers import Prepared
-from qkernels.core.lowering import LoweringUnit, lower
+from qkernels.core.lowering import Clamp, LoweringUnit, lower
 from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
 from qkernels.core.placed import Leave
@@ -219,7 +219,11 @@ class _Converter:
                 layer = lower(LoweringUnit("requantize", (self.grids[source],), grid))
                 self.codes[node] = self._call(f"{node.name}_requantize", layer, (self.codes[source],), source)
             return
-        self.codes[node] = self._integer_layer(source, grid) or self._quantized(source, grid)
+        self.codes[node] = self._computed(source, grid, _clamp_in(node))
+
+    def _computed(self, source: fx.Node, grid: QParams, clamp: Clamp | None) -> fx.Node:
+        """`source`, limited to `clamp`, on a grid: by an integer layer if there is one."""
+        return self._integer_layer(source, grid, clamp) or self._quantized(source, grid, clamp)
 
     def _signs(self, node: fx.Node, source: fx.Node, grid: QParams) -> fx.Node:
         """Codes of plus and minus one. What is computed first goes onto a grid so fine that only the sign is left."""
@@ -227,12 +231,15 @@ class _Converter:
         if codes is None:
             zero = grid.item()[1]
             before = QParams.per_tensor(MIN_SCALE, zero, zero - 1, zero + 1, grid.dtype)
-            codes = self._integer_layer(source, before) or self._quantized(source, before)
+            codes = self._computed(source, before, _clamp_in(node))
         layer = lower(LoweringUnit("binarize", (before,), grid))
         return self._call(f"{node.name}_binarize", layer, (codes,), source)
 
-    def _quantized(self, source: fx.Node, grid: QParams) -> fx.Node:
+    def _quantized(self, source: fx.Node, grid: QParams, clamp: Clamp | None) -> fx.Node:
         """A float tensor on its way onto a grid; one that belongs to the model is rounded now."""
+        if clamp is not None:
+            limited = self.graph.call_function(torch.clamp, (self.float_of(source), clamp.low, clamp.high))
+            return self._call(f"{source.name}_quantize", layer_class("quantize")(grid), (limited,), source)
         if source.op != "get_attr":
             layer = layer_class("quantize")(grid)
             return self._call(f"{source.name}_quantize", layer, (self.float_of(source),), source)
@@ -240,10 +247,10 @@ class _Converter:
         self.root[name] = grid.quantize(_attribute(self.prepared, source.target).detach())
         return self.graph.get_attr(name)
 
-    def _integer_layer(self, node: fx.Node, output: QParams) -> fx.Node | None:
+    def _integer_layer(self, node: fx.Node, output: QParams, clamp: Clamp | None) -> fx.Node | None:
         """`node`, with a clamp that it is part of, as an integer layer; None if it reads float tensors."""
-        op, clamp, source = self._integer_operation(node), None, node
-        if op is not None and op.kind in o.CLAMPS:
+        op, source = self._integer_operation(node), node
+        if clamp is None and op is not None and op.kind in o.CLAMPS:
             before = op.inputs[0]
             producer = self._integer_operation(before)
             if producer is not None and before not in self.codes and is_fused(producer.kind, op.kind):
@@ -285,6 +292,11 @@ class _Converter:
         converted.recompile()
         alive = {node.target for node in converted.graph.nodes if node.op == "call_module"}
         self.sources = {path: source for path, source in self.sources.items() if path in alive}
+
+
+def _clamp_in(node: fx.Node) -> Clamp | None:
+    """The clamp that a Quantizer call of a trained model does too."""
+    return Clamp(*node.kwargs["clamp"]) if "clamp" in node.kwargs else None
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

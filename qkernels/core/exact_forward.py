@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qkernels.core import operations as o
-from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import modules_of
 from qkernels.core.layers import Prepared
-from qkernels.core.lowering import LoweringUnit, lower
+from qkernels.core.lowering import Clamp, LoweringUnit, lower
 from qkernels.core.operations import Value
 from qkernels.core.prepare import PreparedModel, unit_of
 from qkernels.core.quantizer import Quantizer
@@ -60,10 +59,8 @@ def _put_unit(part: PreparedModel, node: fx.Node, target: Quantizer, modules: di
         inputs, template = (value,), LoweringUnit("requantize", (), None)
     else:
         op, clamp = o.operation(value, modules), None
-        if op is not None and op.kind in o.CLAMPS:
-            before = o.operation(op.inputs[0], modules)
-            if before is not None and op.inputs[0].meta.get("integer") and is_fused(before.kind, op.kind):
-                clamp, value, op = clamp_of(op), op.inputs[0], before
+        if "clamp" in node.kwargs:
+            clamp = Clamp(*node.kwargs["clamp"])
         if op is None or not value.meta.get("integer") or (target.rule is not None and target.rule.is_sign):
             return
         inputs, template = op.inputs, unit_of(value, op, (), None, clamp, stand_in=True)
@@ -123,7 +120,7 @@ class ExactUnit(nn.Module):
             unit = replace(self.template, inputs=inputs, output=output)
             if weighted is not None:
                 weight, bias, grid = weighted.canonical()
-                unit = replace(unit, weight=weight, bias=bias, weight_qparams=grid, clamp=weighted.clamp)
+                unit = replace(unit, weight=weight, bias=bias, weight_qparams=grid)
             self._made = key, lower(unit)
         return self._made[1]
 

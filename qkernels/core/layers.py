@@ -1,8 +1,8 @@
 """Float layers with a quantized weight: torch's own layers with a Quantizer between the weight and the computation.
 
 The layer keeps the original Parameters under their original names; `quantizers.weight` is what is added, and, where
-the recipe asks for corrections, `weight_correction` and `bias_correction`. One that is trained may also carry what
-follows it: a batch normalization (`norm`) and a fused activation (`clamp`).
+the recipe asks for corrections, `weight_correction` and `bias_correction`. One that is trained may also carry the
+batch normalization that follows it (`norm`).
 
 Batch normalization in training is simulated with one convolution. Where every channel has a symmetric grid of its own
 the grid lies on the weight itself: scaling a channel scales its grid and leaves the codes alone, so nothing need be
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
-from qkernels.core.lowering import Clamp
 from qkernels.core.norm import Norm, scale_shift
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer, State
@@ -38,7 +37,6 @@ class Prepared:
     weight_correction: Tensor | None
     bias_correction: Tensor | None
     norm: Norm | None
-    clamp: Clamp | None
     trained: bool
     # For a forward on integers: where the input got onto its grid, and whether a dropout takes it off in training
     source: tuple[Quantizer, bool] | None
@@ -57,7 +55,7 @@ class Prepared:
         prepared.quantizers = nn.ModuleDict({"weight": quantizer.to(layer.weight.device)})
         prepared.register_buffer("weight_correction", None)
         prepared.register_buffer("bias_correction", None)
-        prepared.trained, prepared.clamp, prepared.source = trained, None, None
+        prepared.trained, prepared.source = trained, None
         prepared.norm = None if norm is None else Norm.of(norm)
         return prepared
 
@@ -91,13 +89,8 @@ class Prepared:
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
-            y = self.normalized(x)
-        else:
-            y = self.run(x, self.quantizers["weight"](self._corrected_rows()), self.corrected_bias())
-        clamp = self.clamp
-        if clamp is None:
-            return y
-        return F.relu(y) if clamp == RELU else torch.clamp(y, clamp.low, clamp.high)
+            return self.normalized(x)
+        return self.run(x, self.quantizers["weight"](self._corrected_rows()), self.corrected_bias())
 
     def quantized_weight(self) -> Tensor:
         """The weight (folded, if there is a norm to fold) as the integers will stand for it."""
@@ -230,9 +223,6 @@ class Prepared:
     def in_layout(self, grid: QParams) -> QParams:
         """The grid of the rows with its axis in the layout of `weight`."""
         return grid
-
-
-RELU = Clamp(0.0)
 
 
 def along(channels: Tensor, rows: Tensor) -> Tensor:

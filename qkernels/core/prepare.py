@@ -405,13 +405,14 @@ class _Plan:
                 g.replace_module(self.traced, node.target, nn.Sequential(self.modules[node.target], norm))
 
     def move_clamps(self) -> None:
-        """Makes each fused clamp part of the weighted layer before it."""
-        modules = g.modules_of(self.traced)
+        """Makes each fused clamp part of the Quantizer call behind it: one pass over the tensor less."""
         for node in self.nodes:
             layer = self._fused_into(node)
-            if layer is None or self.operations[layer].kind not in o.WEIGHTED:
+            if layer is None:
                 continue
-            modules[layer.target].clamp = clamp_of(self.operations[node])
+            clamp = clamp_of(self.operations[node])
+            for call in list(node.users):
+                call.kwargs = {"clamp": (clamp.low, clamp.high)}
             layer.meta["origin"] = node.meta["origin"]
             node.replace_all_uses_with(layer)
             self.traced.graph.erase_node(node)
@@ -466,7 +467,6 @@ def unit_of(
         bias = None if layer.bias is None else layer.bias.detach()
     else:
         weight, bias, grid = layer.canonical()
-        clamp = layer.clamp if clamp is None else clamp
     return LoweringUnit(op.kind, inputs, output, layer, options, weight, bias, grid, clamp)
 
 

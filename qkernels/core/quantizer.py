@@ -1,9 +1,12 @@
 """The one module that watches or rounds a tensor, in one of four explicit states."""
 
 import enum
+import math
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import ops
@@ -12,6 +15,8 @@ from qkernels.core.qspec import QParams, grid_values
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.rules import make_rule
 from qkernels.errors import InvalidState, InvalidType
+
+Limits = tuple[float, float] | None
 
 
 class State(enum.IntEnum):
@@ -80,37 +85,53 @@ class Quantizer(nn.Module):
     def axis(self) -> int | None:
         return self.spec.axis if self.spec.per_channel else None
 
-    def forward(self, x: Tensor, exact: Tensor | None = None) -> Tensor:
-        """`x` as the state says. `exact`: what the integers give for it, to return with the gradient of rounding."""
+    def forward(self, x: Tensor, exact: Tensor | None = None, clamp: Limits = None) -> Tensor:
+        """`x` as the state says.
+
+        Args:
+            x: a floating-point tensor.
+            exact: what the integers give for it, to be returned with the gradient of rounding.
+            clamp: `x` is limited to these two numbers first.
+        """
         if exact is not None:
-            return Substitute.apply(self.on_grid(x), exact) if torch.is_grad_enabled() else exact
+            return Substitute.apply(self.on_grid(x, clamp), exact) if torch.is_grad_enabled() else exact
         state = self.state
         if state is State.OFF:
-            return x
+            return limited(x, clamp)
         if state is State.OBSERVE:
+            x = limited(x, clamp)
             self.observer.observe(x)
             return x
         if state is State.TRAIN and self.training and x.numel() > 0:
             if self.delay > 0:
-                return self._wait(x)
+                return self._wait(limited(x, clamp))
             if self.rule.observes or not self._chosen:
-                return self._follow(x)
-        return self.on_grid(x)
+                return self._follow(x, clamp)
+        return self.on_grid(x, clamp)
 
-    def on_grid(self, x: Tensor) -> Tensor:
-        """`x` rounded to the grid of now."""
+    def on_grid(self, x: Tensor, clamp: Limits = None) -> Tensor:
+        """`x`, limited to `clamp`, rounded to the grid of now."""
         if self.rule is None and x.dtype != torch.float32:
             raise InvalidType(f"the quantizer of {self.source} takes float32, got {x.dtype}")
         if not self._chosen:
             if x.numel() == 0 or self.delay > 0:
-                return x
+                return limited(x, clamp)
             raise InvalidState(
                 f"the quantizer of {self.source} has no grid yet: run a training batch, or batches inside `calibrating`"
             )
-        if self.rule is not None:
-            return self.rule(x, *self.rule.grid(self.scale, self.zero_point))
-        spec = self.spec
-        return ops.fake_quant(x, self.scale, self.zero_point, self.axis, spec.qmin, spec.qmax)
+        if self.rule is not None and not self._fused:
+            return self.rule(limited(x, clamp), *self.rule.grid(self.scale, self.zero_point))
+        return self._round(x, self.scale, self.zero_point, clamp)
+
+    def _round(self, x: Tensor, scale: Tensor, zero_point: Tensor, clamp: Limits) -> Tensor:
+        """Straight through. On codes a clamp is a narrower range; its ends let the gradient pass half a step longer."""
+        qmin, qmax = self.spec.qmin, self.spec.qmax
+        if clamp is not None and torch.compiler.is_compiling():
+            x = limited(x, clamp)
+        elif clamp is not None:
+            qmin, qmax = _codes_of(clamp, scale.item(), zero_point.item(), qmin, qmax)
+        keep = "input" if self.is_weight else "mask"  # a weight is there anyway
+        return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
 
     def _wait(self, x: Tensor) -> Tensor:
         """A training step before rounding begins."""
@@ -119,12 +140,13 @@ class Quantizer(nn.Module):
             self.observer.observe(x)
         return x
 
-    def _follow(self, x: Tensor) -> Tensor:
+    def _follow(self, x: Tensor, clamp: Limits) -> Tensor:
         """Lets the grid follow `x`, or start from it, and rounds `x` to it."""
         if self.is_weight:
             self.observer.reset()
         if self._fused and self._chosen and (self.is_weight or not is_distributed()):
-            return self._observe_fake_quant(x)
+            return self._observe_fake_quant(x, clamp)
+        x = limited(x, clamp)
         self._measure(x)
         # Not the buffers: those change before the backward if this is called twice.
         return self.rule(x, *self.rule.grid(self.scale.clone(), self.zero_point.clone()))
@@ -141,16 +163,22 @@ class Quantizer(nn.Module):
             self.scale.copy_(scale)
         self._take_over(x)
 
-    def _observe_fake_quant(self, x: Tensor) -> Tensor:
+    def _observe_fake_quant(self, x: Tensor, clamp: Limits) -> Tensor:
+        """The grid follows within one op."""
         observer, spec = self.observer, self.spec
         state = observer.low, observer.high, self.scale, self.zero_point, None
         momentum = getattr(observer, "momentum", None)
-        grid = self.axis, spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, momentum
+        grid = self.axis, spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, momentum, observer.source
         try:
-            return ops.observe_fake_quant(x, *state, *grid, observer.source)
+            if self.is_weight:
+                return ops.observe_fake_quant(x, *state, *grid)
+            ops.observe(x.detach(), *state, *grid, *(clamp or (None, None)))
         except RuntimeError:
             observer.check_finite(x)
             raise
+        if not torch.compiler.is_compiling():  # the bits that are kept do not depend on the buffers
+            return self._round(x, self.scale, self.zero_point, clamp)
+        return self._round(x, self.scale.clone(), self.zero_point.clone(), clamp)
 
     def _take_over(self, x: Tensor | None = None) -> None:
         if not self._chosen and self.rule is not None:
@@ -230,6 +258,22 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.source}, {self.state.name}, {self.spec.dtype}, observer={self.recipe.observer}"
+
+
+def limited(x: Tensor, clamp: Limits) -> Tensor:
+    """`x` inside the two numbers, by the function whose gradient is the fastest."""
+    if clamp is None:
+        return x
+    if clamp == (0.0, math.inf):
+        return F.relu(x)
+    return torch.clamp(x, *clamp) if math.inf in map(abs, clamp) else F.hardtanh(x, *clamp)
+
+
+def _codes_of(clamp: tuple[float, float], scale: float, zero_point: int, qmin: int, qmax: int) -> tuple[int, int]:
+    """The ends of the grid that a clamp leaves, in the arithmetic of the kernels."""
+    inverse = np.float32(1.0) / np.float32(scale)
+    low, high = (float(np.rint(np.float32(end) * inverse)) + zero_point for end in clamp)
+    return int(min(max(low, qmin), qmax)), int(min(max(high, qmin), qmax))
 
 
 class Substitute(torch.autograd.Function):

@@ -40,6 +40,8 @@ def observe(
     min_scale: float,
     momentum: float | None,
     source: str,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> None:
     """Takes notice of `x`: updates `low` and `high` in place, and `scale` and `zero_point` to the grid for them.
 
@@ -57,12 +59,13 @@ def observe(
         min_scale: no grid is finer than this.
         momentum: None: the extremes of all batches. Else `low += momentum * (batch_low - low)` after the first.
         source: what `x` is, for messages ("the output of conv1").
+        floor, ceiling: observes `x` limited to [floor, ceiling], as what follows (a ReLU) will limit it.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range, or `x` is not finite; the message names it.
     """
     grid = axis, qmin, qmax, symmetric, min_scale, momentum, source
-    _ops.observe.default(x, low, high, scale, zero_point, non_finite, *grid)
+    _ops.observe.default(x, low, high, scale, zero_point, non_finite, *grid, floor, ceiling)
 
 
 def observe_fake_quant(

@@ -186,6 +186,7 @@ SAMPLES["observe"] = [
     lambda: (torch.randn(3, 5), *_observer_state(1, False), None, None, 0, 255, False, 1e-12, None, "x"),
     lambda: (torch.randn(3, 5), *_observer_state(3, True), torch.zeros(2, dtype=torch.int64), 0, -127, 127, True, 1e-12,
              0.1, "x"),
+    lambda: (torch.randn(3, 5), *_observer_state(1, True), None, None, 0, 255, False, 1e-12, 0.1, "x", 0.0, 6.0),
 ]  # fmt: skip
 SAMPLES["observe_fake_quant_out"] = [
     lambda: (torch.randn(3, 5), *_observer_state(3, True), None, 0, -127, 127, True, 1e-12, 0.1, "x",

@@ -273,3 +273,19 @@ def test_out_must_not_be_x():
     x = torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="observe_fake_quant: out must not be x"):
         ops.observe_fake_quant_out(**(GOOD | {"x": x}), out=x)
+
+
+@pytest.mark.parametrize("limits", [(0.0, None), (0.0, 6.0), (-1.0, 1.0), (5.0, 7.0)])
+def test_limits_are_those_of_a_clamp_before_it(isa, limits):
+    spec = SPECS["affine"]
+    ours, theirs, reference_state = State(spec, momentum=0.1), State(spec, momentum=0.1), State(spec, momentum=0.1)
+    for batch in range(4):
+        x = data(17, 33, seed=batch)
+        ops.observe(x, *ours.args(), *limits)
+        ops.observe(x.clamp(*limits), *theirs.args())
+        reference.observe(x, *reference_state.args(), *limits)
+        for a, b, c in zip(ours.tensors(), theirs.tensors(), reference_state.tensors(), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="floor must not be above ceiling"):
+        ops.observe(x, *ours.args(), 1.0, 0.0)
