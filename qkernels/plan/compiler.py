@@ -99,8 +99,8 @@ def _with_islands(model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Nod
     refused = lowered.refused
     arguments = [node for node in model.graph.nodes if node.op == "placeholder"]
     for node in arguments:
-        if node in refused:
-            raise Unsupported(f"compile: {refused[node]}")
+        if recorded[node].kind != "tensor":
+            raise Unsupported(f"compile: {refused[node]}; leave it out of the example, so that it has its default")
     parts = []
     for part in cut(model.graph, refused, recorded):
         if part.native:

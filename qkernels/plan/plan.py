@@ -26,13 +26,19 @@ class Plan(nn.Module):
         super().__init__()
         self.training = False
         self._native = NativePlan(data)
-        self._read_metadata(json.loads(self._native.metadata))
+        try:
+            self._read_metadata(json.loads(self._native.metadata))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"the metadata of the plan are malformed ({error!r})") from error
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
         self._names = tuple(metadata["inputs"])
         self._structure = metadata["output"]
         self._example = [tuple(sizes) for sizes in metadata["example"]]
         self._single = self._structure == {"value": 0}
+        assembled(self._structure, _Anything())
+        if not len(self._names) == len(self._example) == len(self._native.inputs):
+            raise ValueError("the number of inputs differs")
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         if kwargs:
@@ -155,6 +161,14 @@ def assembled(structure: Any, outputs: Sequence[Tensor]) -> Any:
         "dict": lambda: {name: assembled(part, outputs) for name, part in content.items()},
     }
     return build[kind]()
+
+
+class _Anything:
+    """Stands for outputs when a structure is tried."""
+
+    def __getitem__(self, index: int) -> None:
+        if not isinstance(index, int) or index < 0:
+            raise ValueError(f"{index!r} is no place of an output")
 
 
 def _kib(count: int) -> str:

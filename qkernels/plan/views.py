@@ -31,7 +31,7 @@ class Views:
 
     def _reshape(self, x: Value, sizes: Sequence[Size]) -> Value:
         sizes = list(sizes)
-        scalars = [-1 if isinstance(s, int) and s == -1 else self.network.scalar(s) for s in sizes]
+        scalars = map(self.network.scalar, sizes)
         return self._step(StepKind.RESHAPE, x, [len(sizes), *scalars], _inferred(x, sizes))
 
     def _permute(self, x: Value, dims: Sequence[int]) -> Value:
@@ -202,7 +202,7 @@ class Views:
         own = self.network.sizes(x)
         added = len(wanted) - len(own)
         x = self._reshape(x, [*(1,) * added, *own]) if added else x
-        scalars = [-1 if isinstance(s, int) and s == -1 else self.network.scalar(s) for s in wanted]
+        scalars = map(self.network.scalar, wanted)
         known = [k if isinstance(s, int) and s == -1 else s for s, k in zip(wanted, x.sizes, strict=True)]
         return self._step(StepKind.EXPAND, x, [len(wanted), *scalars], known)
 
@@ -300,7 +300,7 @@ def lower_function(network: Network, name: str, target: Any, args: Sequence[Any]
     """
     first = args[0] if args else None
     if target in _ARITHMETIC and not any(isinstance(a, Value) for a in args):
-        return target(*args)
+        return _computed(target, args)
     if target not in _FUNCTIONS:
         raise Unsupported(f"the function {getattr(target, '__name__', target)} has no step")
     if target is not operator.getitem and not isinstance(first, Value):
@@ -327,9 +327,17 @@ def lower_module(network: Network, name: str, module: nn.Module, args: Sequence[
     return _called(network, name, function, [*args, *(getattr(module, a) for a in attributes)], {})
 
 
-def _called(network: Network, name: str, function: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _computed(target: Callable[..., Any], sizes: Sequence[Any]) -> Size:
     try:
-        return getattr(Views(network, name), function)(*args, **kwargs)
+        return target(*sizes)
+    except TypeError as error:
+        raise Unsupported(f"arithmetic on sizes with something that is not an integer: {error}") from error
+
+
+def _called(network: Network, name: str, function: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    many = [kwargs.pop(word) for word in ("shape", "dims") if word in kwargs]  # what may also be given one by one
+    try:
+        return getattr(Views(network, name), function)(*args, *many, **kwargs)
     except TypeError as error:
         raise Unsupported(f"{function} with these arguments: {error}") from error
 

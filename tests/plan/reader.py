@@ -203,7 +203,7 @@ class _Step:
         return F.pad(x, amounts, value=self.i())
 
     def reshape(self, x):
-        return x.reshape([self.size_or_minus() for _ in range(self.i())])
+        return x.reshape([self.size() for _ in range(self.i())])
 
     def permute(self, x):
         return x.permute(self.many(self.i()))
@@ -213,4 +213,4 @@ class _Step:
         return x[(slice(None),) * dim + (slice(start, stop, step),)]
 
     def expand(self, x):
-        return x.expand([self.size_or_minus() for _ in range(self.i())])
+        return x.expand([self.size() for _ in range(self.i())])

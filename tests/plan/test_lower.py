@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from networks import NETWORKS, converted, leaves, network, tensors
 from reader import PlanFile
 
+import qkernels
 from qkernels.plan.compiler import record
 from qkernels.plan.format import plan_bytes
 from qkernels.plan.lower import lower_graph
@@ -94,9 +95,10 @@ class Viewed(nn.Module):
 def test_views_are_steps(name):
     example = tensors([(2, 3, 6, 5)])
     model = converted(Viewed(name), *example)
-    file = plan_file(model, *example)
-    assert_same_bits(file, model, example)
-    assert_same_bits(file, model, tensors([(3, 3, 8, 7)], seed=1))
+    file, plan = plan_file(model, *example), qkernels.compile(model, tuple(example))
+    for inputs in (example, tensors([(3, 3, 8, 7)], seed=1)):
+        assert_same_bits(file, model, inputs)
+        assert torch.equal(plan(*inputs), model(*inputs))
 
 
 def test_input_sizes_that_the_first_layer_fixes_are_required():

@@ -266,6 +266,19 @@ def test_other_version_is_refused_with_its_number(saved, tmp_path):
         qkernels.load_plan(tmp_path / "newer")
 
 
+def test_malformed_metadata_are_refused(saved, tmp_path):
+    from qkernels.ops.plan import plan_checksum
+
+    good = saved.read_bytes()
+    for found, other in ((b'"inputs"', b'"imputs"'), (b'{"value": 0}', b'{"valve": 0}'), (b'["x"]', b'["x" ')):
+        assert good.count(found) == 1
+        bad = bytearray(good.replace(found, other))
+        bad[24:32] = plan_checksum(bytes(bad), 24).to_bytes(8, "little")
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"bad.*metadata"):
+            qkernels.load_plan(tmp_path / "bad")
+
+
 def test_save_replaces_a_file_whole(resnet, tmp_path):
     path = tmp_path / "net.plan"
     path.write_text("old")
@@ -313,6 +326,27 @@ def test_float_islands_run_in_torch_and_are_listed(tmp_path):
         plan.save(tmp_path / "plan")
     with pytest.raises(Unsupported, match="islands"):
         plan.profile(*example)
+
+
+class Embedded(nn.Module):
+    """Integers that no step takes, and sizes times a float."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear, self.out = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = self.out(torch.relu(self.linear(self.table(tokens))))
+        return torch.reshape(x, shape=(x.shape[0], -1)) * (x.shape[1] * 0.5)
+
+
+def test_arguments_without_a_step_go_to_torch():
+    tokens = torch.arange(8).reshape(2, 4)
+    model = converted(Embedded(), tokens)
+    plan = qkernels.compile(model, tokens)
+    assert "table" in plan.islands
+    for given in (tokens, tokens[:1, :3]):
+        assert torch.equal(plan(given), model(given))
 
 
 def test_activation_after_a_float_output_is_an_island():
