@@ -4,11 +4,13 @@
 namespace qk {
 namespace {
 
-// Panels that stay in L2 while all rows pass over them: half of a 1 MiB L2.
-constexpr int64_t kPanelBlockBytes = 512 * 1024;
+// Panels that stay in L2 while all rows pass over them: half of a 1 MiB L2. AMX fetches the next
+// panels meanwhile.
+constexpr int64_t kPanelBlockBytes = 512 * 1024, kAmxPanelBlockBytes = 128 * 1024;
 
 int64_t panels_in_block(const PackedHeader& header) {
-  const int64_t panels = header.panel_bytes == 0 ? 1 : kPanelBlockBytes / header.panel_bytes;
+  const int64_t bytes = header.isa == Isa::kAmx ? kAmxPanelBlockBytes : kPanelBlockBytes;
+  const int64_t panels = header.panel_bytes == 0 ? 1 : bytes / header.panel_bytes;
   return panels < 1 ? 1 : panels;
 }
 

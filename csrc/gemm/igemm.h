@@ -66,10 +66,10 @@ inline constexpr int64_t tile_depth(int64_t depth) {
 }
 // With fewer rows or fewer weights in a panel a tile is mostly empty, and its store costs more than
 // the sums: measured break-even against AVX512-VNNI.
-inline constexpr int64_t kMinTileRows = 5, kNarrowColumns = 16, kMinPanelWeights = 2048;
+inline constexpr int64_t kMinTileRows = 5, kMinPanelWeights = 128;
 inline constexpr bool fills_tiles(int64_t columns, int64_t taps, int64_t depth) {
-  return columns > kNarrowColumns &&
-         taps * ((depth + 3) / 4 * 4) * (columns < 64 ? columns : 64) >= kMinPanelWeights;
+  const int64_t width = columns < 64 ? (columns + 15) / 16 * 16 : 64;
+  return taps * ((depth + 3) / 4 * 4) * width >= kMinPanelWeights;
 }
 
 // A checked view of packed bytes.

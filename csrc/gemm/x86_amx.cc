@@ -36,6 +36,8 @@ constexpr int64_t kBufferBytes = 256 * 1024;
 constexpr int64_t kMinStretch = 4;
 // The fewest rows of an epilogue that are worth its call.
 constexpr int64_t kMinSlice = 4;
+// The weights of a panel that pay for copies of A.
+constexpr int64_t kMinCopiedWeights = 2048;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -146,6 +148,7 @@ class AmxRows {
   void run() {
     configure();
     const int64_t tiles = rows_ / stretches_.length * stretches_.tiles;
+    plan_ahead((tiles + 1) / 2);
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const int64_t halves = tiles - tile < 2 ? 1 : 2;
       for (int64_t half = 0; half < halves; ++half) {
@@ -160,6 +163,16 @@ class AmxRows {
   }
 
  private:
+  // Spreads the panels behind the last one over the steps of `pairs` passes over all panels.
+  void plan_ahead(int64_t pairs) {
+    const int64_t panels = block_.panel_end - block_.panel_begin;
+    const int64_t next = args_.panel_end - block_.panel_end;
+    const int64_t bytes = (next < panels ? next : panels) * header_.panel_bytes;
+    const int64_t products = pairs * panels * segments_ * steps_ * 2;
+    ahead_ = args_.matrix.panels + block_.panel_end * header_.panel_bytes;
+    ahead_step_ = round_up((bytes + products - 1) / products, 64);
+  }
+
   // The rows of one tile: `skip` of them are already stored.
   struct Half {
     int64_t first, skip, rows;
@@ -288,6 +301,7 @@ class AmxRows {
         lower += step_bytes;
         b += b_step;
         before.run(slice_);
+        fetch_ahead();
       }
     }
     // The lower tile first: the rows that it repeats are overwritten with the same sums.
@@ -301,6 +315,13 @@ class AmxRows {
     __asm__ volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
     if (C == 2) {
       __asm__ volatile("tilestored %%tmm1, 64(%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
+    }
+  }
+
+  // A step's share of the weights that the next call reads, on their way to L2.
+  inline __attribute__((always_inline)) void fetch_ahead() {
+    for (const int8_t* end = ahead_ + ahead_step_; ahead_ < end; ahead_ += 64) {
+      _mm_prefetch(ahead_, _MM_HINT_T1);
     }
   }
 
@@ -359,6 +380,8 @@ class AmxRows {
   const uint8_t* a_[kMaxTileTaps][2] = {};
   int64_t a_stride_ = 0, slice_ = 0;
   int64_t stored_ = 0;
+  const int8_t* ahead_ = nullptr;
+  int64_t ahead_step_ = 0;
   int next_ = 0;
   Pending pending_[2];
   alignas(64) int32_t sums_[2][kPairRows * 64];
@@ -395,9 +418,11 @@ void igemm_amx(const IgemmBlock& block) {
   const bool in_place =
       even && !header.input_signed && tile_step(header.depth) > 0 && header.taps <= kMaxTileTaps;
   const int64_t row_bytes = round_up(header.taps * round_up(header.depth, 4), kTileBytes);
-  const bool fits = in_place || kPairRows * (row_bytes + kTileBytes) <= kBufferBytes;
-  if (rows < kMinTileRows || !fits ||
-      !fills_tiles(header.n - 64 * block.panel_begin, header.taps, header.depth)) {
+  const int64_t columns = header.n - 64 * block.panel_begin;
+  const bool worth_copies = row_bytes * (columns < 64 ? columns : 64) >= kMinCopiedWeights &&
+                            kPairRows * (row_bytes + kTileBytes) <= kBufferBytes;
+  if (rows < kMinTileRows || !(in_place || worth_copies) ||
+      !fills_tiles(columns, header.taps, header.depth)) {
     args.run > 1 ? expand_runs(block) : igemm_avx512vnni(block);
     return;
   }

@@ -64,8 +64,6 @@ __attribute__((noinline)) void store_bytes_avx512(const IgemmTile& tile, const i
   uint8_t* const* out = tile.out;
   const uint8_t* const* residual = tile.residual;
   for (int64_t i = begin; i < end; ++i) {
-    __m512i bytes = _mm512_setzero_si512();
-    if (R != Residual::kNone) bytes = _mm512_maskz_loadu_epi8(mask, residual[i]);
     __m512i q[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -77,7 +75,9 @@ __attribute__((noinline)) void store_bytes_avx512(const IgemmTile& tile, const i
         const __m512 v = _mm512_mul_ps(
             _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_load_si512(acc + 64 * i + 16 * j)), addend[j]),
             mult[j]);
-        q[j] = add.run<R == Residual::kS8>(v, _mm512_extracti32x4_epi32(bytes, j));
+        q[j] = add.run<R == Residual::kS8>(
+            v,
+            _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask >> (16 * j)), residual[i] + 16 * j));
       }
     }
     _mm512_mask_storeu_epi8(out[i], mask, pack_x64(constants, q[0], q[1], q[2], q[3]));
