@@ -147,6 +147,33 @@ class Problem {
     }
   }
 
+  // Rows in runs that share the pointers of their first.
+  void check_runs(Isa isa, int64_t run) const {
+    Guarded<uint8_t> packed(packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa));
+    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
+    PackedMatrix matrix;
+    CHECK_EQ(view_packed(packed.data(), packed.size(), &matrix), Status::kOk);
+    std::vector<const uint8_t*> pointers;
+    for (int64_t r = 0; r < c_.m; r += run) {
+      for (int64_t t = 0; t < c_.taps; ++t) {
+        pointers.push_back(a_.data() + r * a_stride_ + t * c_.depth);
+      }
+    }
+    Guarded<uint8_t> out(c_.m * out_stride_);
+    igemm({.matrix = matrix,
+           .a_row_stride = a_stride_,
+           .pointers = pointers.data(),
+           .run = run,
+           .row_end = c_.m,
+           .panel_end = panel_count(c_.n, isa),
+           .out = out.data(),
+           .out_row_stride = out_stride_,
+           .residual = residual_.data(),
+           .residual_row_stride = c_.n,
+           .residual_signed = c_.residual_signed});
+    CHECK(same_bytes(out.data(), expected_.data(), out.size()), describe(c_), " run=", run);
+  }
+
   void check_linear(Isa isa, const Parallel& parallel) const {
     const int64_t bytes = packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa);
     Guarded<uint8_t> packed(bytes), out(c_.m * out_stride_);
@@ -242,6 +269,28 @@ void random_problems_equal_the_formula() {
   }
 }
 
+void rows_in_runs_equal_the_formula() {
+  Rng rng(7);
+  for (int i = 0; i < 600; ++i) {
+    Case c{};
+    const int64_t run = rng.integer(1, 70), runs = rng.integer(1, 5);
+    c.m = run * runs;
+    c.n = rng.integer(1, 150);
+    c.taps = rng.integer(1, 9);
+    c.depth = rng.chance(0.7) ? rng.integer(1, 50) * 4 : rng.integer(1, 200);
+    c.input_signed = rng.chance(0.2);
+    c.weight_zero_points = rng.chance(0.2);
+    c.table = rng.chance(0.2);
+    c.residual = rng.chance(0.5);
+    c.residual_signed = rng.chance(0.5);
+    CONTEXT(describe(c));
+    const Problem problem(c, rng);
+    for_each_isa([&](Isa isa) {
+      if (isa == Isa::kAmx) problem.check_runs(isa, run);
+    });
+  }
+}
+
 void linear_is_the_same_for_any_number_of_threads() {
   Rng rng(6);
   for (const auto& [m, n, k] :
@@ -317,6 +366,7 @@ int main() {
   damaged_headers_are_refused();
   every_small_shape_equals_the_formula();
   random_problems_equal_the_formula();
+  rows_in_runs_equal_the_formula();
   linear_is_the_same_for_any_number_of_threads();
   extreme_values_do_not_saturate();
   the_k_bound_is_exact();
