@@ -1,5 +1,6 @@
 """`compile`: a converted model as a plan."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def compile(converted: nn.Module, example_inputs: Any) -> Plan | PlanWithIslands
     """A converted model as a plan: one native call, with the same bits.
 
     The plan takes every batch and spatial size. Operations without a step (softmax, attention, ...) run in torch, as
-    islands between native parts; `plan.islands` lists them.
+    islands between native parts; a warning says so and `plan.islands` lists them.
 
     Args:
         converted: from `convert` or `load`.
@@ -114,6 +115,12 @@ def _with_islands(model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Nod
         parts.append((module, part.inputs, part.outputs))
     result = result_part(model.graph, recorded)
     islands = {node.name: why for node, why in refused.items() if node.op not in ("get_attr", "output")}
+    if islands:
+        warnings.warn(
+            f"compile: torch runs {len(islands)} operations that have no integer step "
+            f"({', '.join(list(islands)[:4])}{', ...' if len(islands) > 4 else ''}); plan.islands says why",
+            stacklevel=3,
+        )
     names = {node.name: str(node.target) for node in arguments}
     return PlanWithIslands(parts, names, (torch_module(result, model), result.inputs), islands)
 

@@ -159,12 +159,20 @@ def _product_gmacs(rows: int, inner: int, columns: int) -> float:
 
 # ---- pictures
 
-_FAMILIES = {"conv": "#2b6cb0", "linear": "#2c7a7b", "quantize": "#d9a441", "dequantize": "#d9a441", "pool": "#805ad5"}
+_FAMILIES = {
+    "depthwise": "#63b3ed",
+    "conv": "#2b6cb0",
+    "linear": "#2c7a7b",
+    "quantize": "#d9a441",
+    "dequantize": "#d9a441",
+    "pool": "#805ad5",
+}
 _OTHER = "#9aa5b1"
 
 
 def _colour(step: StepTime) -> str:
-    return next((colour for family, colour in _FAMILIES.items() if family in step.kind), _OTHER)
+    words = f"{step.kernel} {step.kind}"
+    return next((colour for family, colour in _FAMILIES.items() if family in words), _OTHER)
 
 
 def _html(profile: Profile) -> str:
@@ -203,7 +211,7 @@ def _draw(profile: Profile, path: str | os.PathLike) -> None:
         at += step.microseconds
     line.set_yticks([])
     line.set_xlim(0, at or 1.0)
-    line.set_title(f"timeline, us ({profile.isa}, {profile.threads} threads)", fontsize=10)
+    line.set_title(f"timeline, us ({profile.isa}, threads: {profile.threads})", fontsize=10)
     bars.barh(range(len(steps)), [s.microseconds for s in steps], color=[_colour(s) for s in steps])
     bars.barh(range(len(steps)), [s.macs / profile.peak_gmacs / 1e3 for s in steps], color="black", height=0.25)
     bars.set_yticks(range(len(steps)), [s.name for s in steps], fontsize=6)
