@@ -31,6 +31,8 @@ class QSpec:
         per_channel: one grid for each index of `axis` instead of one for the tensor.
         axis: the channel dimension, used if `per_channel`.
         min_scale: no grid is finer than this.
+        uneven: a symmetric range with one more code below zero than above uses it: each end is divided by its own
+            number of codes, where otherwise both are divided by (qmax - qmin) / 2.
     """
 
     dtype: torch.dtype = torch.uint8
@@ -40,6 +42,7 @@ class QSpec:
     per_channel: bool = False
     axis: int = 0
     min_scale: float = MIN_SCALE
+    uneven: bool = False
 
     def __post_init__(self):
         if self.dtype not in INTEGER_RANGE:
@@ -183,7 +186,7 @@ def choose_qparams(spec: QSpec, low: Tensor, high: Tensor) -> QParams:
     """The grid of kind `spec` that covers [low, high] and has zero on it exactly.
 
     affine:    scale = (high - low) / (qmax - qmin), zero_point = qmin - RNE(low / scale)
-    symmetric: scale = max(-low, high) / ((qmax - qmin) / 2), zero_point = the middle
+    symmetric: scale = max(-low, high) / ((qmax - qmin) / 2), zero_point = the middle; see `QSpec.uneven`
     all in float32, [low, high] first widened to contain zero. An empty range (all zero) gets scale 1.
     """
     low, high = low.detach().to(torch.float32).reshape(-1), high.detach().to(torch.float32).reshape(-1)
@@ -197,7 +200,10 @@ def grid_values(spec: QSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
     """`choose_qparams` as tensors, unchecked: (scale float32, zero_point int32). For training, where nothing waits."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     steps = spec.qmax - spec.qmin
-    scale = torch.maximum(-low, high) / (steps / 2) if spec.symmetric else (high - low) / float(steps)
+    if spec.symmetric and spec.uneven:
+        scale = torch.maximum(-low / (spec.middle - spec.qmin), high / (spec.qmax - spec.middle))
+    else:
+        scale = torch.maximum(-low, high) / (steps / 2) if spec.symmetric else (high - low) / float(steps)
     scale = torch.where(scale > 0, scale.clamp(spec.min_scale, MAX_SCALE), torch.ones_like(scale))
     if spec.symmetric:
         return scale, torch.full_like(scale, spec.middle, dtype=torch.int32)

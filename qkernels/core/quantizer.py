@@ -75,7 +75,8 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
         self._chosen = False
         # The op does what these two do together, in one pass.
-        self._fused = trained and recipe.rule == "ste" and recipe.observer in ("minmax", "moving_average")
+        plain = recipe.observer in ("minmax", "moving_average") and not recipe.spec.uneven
+        self._fused = trained and recipe.rule == "ste" and plain
 
     @property
     def spec(self):

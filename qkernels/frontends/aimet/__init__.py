@@ -1,0 +1,13 @@
+"""The verbs and names of AIMET (aimet_torch) over the core of qkernels, with `sim.convert()` for real integers.
+
+    import qkernels.frontends.aimet as aimet
+    from qkernels.frontends.aimet import batch_norm_fold, model_preparer, quantsim
+
+See docs/frontends.md.
+"""
+
+from qkernels.frontends.aimet import batch_norm_fold, model_preparer, nn, quantsim
+from qkernels.frontends.aimet.quantizers import QuantizeDequantize
+from qkernels.frontends.aimet.quantsim import QuantizationSimModel
+
+__all__ = ["QuantizationSimModel", "QuantizeDequantize", "batch_norm_fold", "model_preparer", "nn", "quantsim"]

@@ -1,0 +1,185 @@
+"""Quantizers and quantized modules under AIMET's names, over the Quantizer of the core."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.recipe import TensorRecipe
+from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.frontends.aimet import model_preparer
+
+MIN_SCALE = 2.0**-23
+
+
+def tensor_recipe(
+    bitwidth: int,
+    symmetric: bool,
+    axis: int | None = None,
+    signed: bool = False,
+    strict: bool = False,
+    observer: str = "minmax",
+    options: tuple = (),
+) -> TensorRecipe:
+    """AIMET's kind of grid. `signed`: int8, for weights; else uint8. `strict`: as many codes on both sides."""
+    if not 2 <= bitwidth <= 8:
+        raise Unsupported(f"bitwidth must be from 2 to 8, which the integer layers have, got {bitwidth}")
+    spec = QSpec.weight(bitwidth) if signed else QSpec.activation(bitwidth)
+    even = symmetric and strict
+    lowest = -(2 ** (bitwidth - 1)) if signed else 0
+    qmin = lowest + 1 if even else lowest
+    spec = QSpec(spec.dtype, qmin, spec.qmax, symmetric, axis is not None, axis or 0, MIN_SCALE, symmetric and not even)
+    return TensorRecipe(spec, observer, options, rule="range")
+
+
+class QuantizeDequantize(Quantizer):
+    """Rounds to a grid whose ends `min` and `max` are trained."""
+
+    def __init__(self, shape: Sequence[int], bitwidth: int = 8, symmetric: bool = False, signed: bool = False, **how):
+        wide = [i for i, n in enumerate(shape) if n != 1]
+        if len(wide) > 1:
+            raise Unsupported(f"QuantizeDequantize: one grid a tensor or a channel, got shape {tuple(shape)}")
+        axis = how.pop("axis", wide[0] if wide else None)
+        recipe = tensor_recipe(bitwidth, symmetric, axis, signed, **how)
+        super().__init__(recipe, "", None if axis is None else shape[axis], trained=True, is_weight=signed)
+        self.shape, self.bitwidth, self.symmetric = tuple(shape), bitwidth, symmetric
+        self.min, self.max = self.rule.low, self.rule.high
+        self.state = State.FAKE_QUANT
+
+    def is_initialized(self) -> bool:
+        return self.has_grid()
+
+    def get_min(self) -> Tensor:
+        return self.min.detach().reshape(self.shape)
+
+    def get_max(self) -> Tensor:
+        return self.max.detach().reshape(self.shape)
+
+    def get_scale(self) -> Tensor:
+        return self.qparams().scale.reshape(self.shape)
+
+    def get_offset(self) -> Tensor:
+        return -self.qparams().zero_point.reshape(self.shape).float()
+
+    def freeze(self, requires_grad: bool = False) -> None:
+        """Keeps the grid through compute_encodings; unless `requires_grad`, through training too."""
+        self.state = State.FROZEN
+        for parameter in (self.min, self.max):
+            parameter.requires_grad_(requires_grad)
+
+    def extra_repr(self) -> str:
+        return f"shape={list(self.shape) or [1]}, bitwidth={self.bitwidth}, symmetric={self.symmetric}"
+
+    def __repr__(self) -> str:
+        return f"QuantizeDequantize({self.extra_repr()})"
+
+
+class QuantizationMixin:
+    """A module with quantizers on its inputs, parameters and output; each may be None."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        quantizers = list(self.input_quantizers)
+        args = tuple(q(a) if q is not None else a for q, a in zip_longest_args(quantizers, args))
+        rounded = {name: q(getattr(self, name)) for name, q in self.param_quantizers.items() if q is not None}
+        try:
+            self.__dict__.update(rounded)  # in front of the Parameters of these names
+            output = super().forward(*args, **kwargs)
+        finally:
+            for name in rounded:
+                del self.__dict__[name]
+        quantizer = self.output_quantizers[0]
+        return output if quantizer is None else quantizer(output)
+
+
+def zip_longest_args(quantizers: list, args: tuple) -> Iterator[tuple[Any, Any]]:
+    """Each argument with its quantizer; those behind the tensors have none."""
+    return ((quantizers[i] if i < len(quantizers) else None, a) for i, a in enumerate(args))
+
+
+def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`Quantized<name>`: `cls` with quantizers."""
+    name = f"Quantized{cls.__name__}"
+    if name not in globals():
+        globals()[name] = type(name, (QuantizationMixin, cls), {"__module__": __name__, "float_type": cls})
+    found = globals()[name]
+    if found.float_type is not cls:
+        raise Unsupported(f"there are two module classes named {cls.__name__}; rename one")
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """The quantized classes of torch.nn by name, for pickle."""
+    if name.startswith("Quantized"):
+        cls = getattr(nn, name[9:], None) or getattr(model_preparer, name[9:], None)
+        if inspect.isclass(cls):
+            return quantized_class(cls)
+    raise AttributeError(name)
+
+
+def make_quantized(module: nn.Module, tensor_inputs: int) -> None:
+    """Turns the module itself into its quantized class, with no quantizers yet."""
+    module.__class__ = quantized_class(type(module))
+    module.param_quantizers = nn.ModuleDict()
+    for name, _ in module.named_parameters(recurse=False):
+        module.param_quantizers[name] = None
+    if "bias" in module._parameters and module.bias is None and "weight" in module.param_quantizers:
+        module.param_quantizers["bias"] = None
+    module.input_quantizers = nn.ModuleList([None] * tensor_inputs)
+    module.output_quantizers = nn.ModuleList([None])
+
+
+def make_float(module: nn.Module) -> None:
+    """The opposite."""
+    module.__class__ = type(module).float_type
+    for name in ("param_quantizers", "input_quantizers", "output_quantizers"):
+        delattr(module, name)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, QuantizationMixin)
+
+
+@contextmanager
+def compute_encodings(model: nn.Module) -> Iterator[None]:
+    """Parameters get their grids at once, activations at the end of the block, inside which they are watched and pass.
+
+    Frozen quantizers keep their grids.
+    """
+    found = {q for q in model.modules() if isinstance(q, QuantizeDequantize) and q.state is not State.FROZEN}
+    if not any(isinstance(q, QuantizeDequantize) for q in model.modules()):
+        raise InvalidArgument("compute_encodings: the model has no quantizers; give sim.model")
+    for quantizer in found:
+        quantizer.observer.reset()
+    weights = set()
+    for module in filter(is_quantized, model.modules()):
+        for name, quantizer in module.param_quantizers.items():
+            if quantizer in found:
+                quantizer.observer.observe(getattr(module, name))
+                quantizer.choose()
+                weights.add(quantizer)
+    try:
+        for quantizer in found - weights:
+            quantizer.state = State.OBSERVE
+        with torch.no_grad():
+            yield
+        for quantizer in found - weights:
+            if quantizer.observer.has_data():
+                quantizer.choose()
+    finally:
+        for quantizer in found:
+            quantizer.state = State.FAKE_QUANT
+
+
+def frozen_quantizer(quantizer: QuantizeDequantize, path: str) -> Quantizer:
+    """A Quantizer of the core with this grid, its channels in front."""
+    grid, spec = quantizer.qparams(), quantizer.spec
+    axis = 0 if spec.per_channel else None
+    spec = QSpec(spec.dtype, spec.qmin, spec.qmax, spec.symmetric, spec.per_channel, 0, spec.min_scale, spec.uneven)
+    made = Quantizer(TensorRecipe(spec), f"{path}.weight", grid.scale.numel()).to(grid.scale.device)
+    made.set_qparams(QParams(grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax, grid.dtype))
+    return made

@@ -1,0 +1,447 @@
+"""QuantizationSimModel: a model with quantizers, its encodings, and its integer network."""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import qkernels
+from qkernels.core import operations as o
+from qkernels.core.convert import convert
+from qkernels.core.graph import Untraceable, arguments, modules_of, trace
+from qkernels.core.placed import Places, prepare_placed
+from qkernels.core.recipe import Match, Override, Recipe
+from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.frontends.aimet import quantizers as qz
+from qkernels.frontends.aimet.config import OP_TYPES, Config, Tensors, op_type, read_config
+from qkernels.frontends.aimet.encodings import VERSIONS, by_name, quantizer_from, to_entry, to_list
+from qkernels.frontends.aimet.model_preparer import Concat, Functional
+from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
+from qkernels.frontends.common import close_matches
+
+OBSERVERS = {
+    "min_max": "minmax",
+    "tf": "minmax",
+    "post_training_tf": "minmax",
+    "training_range_learning_with_tf_init": "minmax",
+    "tf_enhanced": "mse",
+    "post_training_tf_enhanced": "mse",
+    "training_range_learning_with_tf_enhanced_init": "mse",
+    "percentile": "percentile",
+    "post_training_percentile": "percentile",
+}
+# The output is on the grid of the input.
+PASSING = {"MaxPool", "Flatten", "Dropout", "Identity", "PixelShuffle", "PixelUnshuffle", "Unflatten", "Upsample"}
+CHANNEL_AXIS = {cls: 1 if cls in o.CONVS[3:] else 0 for cls in (*o.CONVS, nn.Linear)}
+
+
+class QuantizationSimModel:
+    """`model` with quantizers on weights, model inputs and outputs, as the configuration says.
+
+    Args:
+        model: an instance whose operations are modules; see `model_preparer.prepare_model`.
+        dummy_input: a tensor, a tuple of arguments or a dict of them.
+        quant_scheme: "min_max" (default), "tf_enhanced" (least squared error) or "percentile"; also as enum.
+        default_output_bw, default_param_bw: bits, 2 to 8.
+        in_place: puts the quantizers into `model` itself.
+        config_file: a JSON file, a dict, or None for AIMET's default: symmetric weight grids a channel, affine outputs.
+
+    Attributes:
+        model: the quantized model, to be calibrated, trained and evaluated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        quant_scheme: Any = None,
+        default_output_bw: int = 8,
+        default_param_bw: int = 8,
+        in_place: bool = False,
+        config_file: Any = None,
+        default_data_type: Any = None,
+        rounding_mode: str | None = None,
+    ):
+        if getattr(default_data_type, "name", default_data_type) not in (None, "int"):
+            raise Unsupported(f"QuantizationSimModel: default_data_type must be int, got {default_data_type!r}")
+        if rounding_mode not in (None, "nearest"):
+            raise Unsupported(f'QuantizationSimModel: rounding_mode must be "nearest", got {rounding_mode!r}')
+        scheme = str(getattr(quant_scheme, "name", quant_scheme or "min_max")).lower()
+        if scheme not in OBSERVERS:
+            hint = close_matches(scheme, OBSERVERS)
+            raise InvalidArgument(f"QuantizationSimModel: quant_scheme: unknown scheme {quant_scheme!r}{hint}")
+        self._config, self._scheme = read_config(config_file), scheme
+        self._bits = (default_output_bw, default_param_bw)
+        self._dummy = arguments(dummy_input)
+        self.model = model if in_place else copy.deepcopy(model)
+        self._place()
+
+    # -- where quantizers go
+
+    def _place(self) -> None:
+        training = self.model.training
+        try:
+            traced = trace(self.model.eval(), *self._dummy)
+        except Untraceable as error:
+            raise Unsupported(
+                f"QuantizationSimModel: the model has no graph ({error}); make it one with prepare_model, or name the "
+                "parts with control flow in modules_to_exclude"
+            ) from None
+        finally:
+            self.model.train(training)
+        modules, config = modules_of(traced), self._config
+        calls = [n for n in traced.graph.nodes if n.op == "call_module" and not is_quantized(modules[n.target])]
+        inside = _inside_supergroups(traced, modules, config)
+        for node in calls:
+            module = modules[node.target]
+            if is_quantized(module) or type(module) is nn.Identity:
+                continue
+            tensors = [a for a in node.args if isinstance(a, fx.Node) and a.meta["value"].kind == "tensor"]
+            wanted, final = config.of(module), any(user.op == "output" for user in node.users)
+            inputs = [self._reads_model_input(a) or wanted.is_input_quantized for a in tensors]
+            output = wanted.is_output_quantized
+            if final and config.output_quantized is not None:
+                output = config.output_quantized
+            output = output and node not in inside and op_type(module) not in PASSING
+            qz.make_quantized(module, len(tensors))
+            for i, quantized in enumerate(inputs):
+                if quantized:
+                    module.input_quantizers[i] = self._quantizer((), wanted, f"{node.target}'s input")
+            if output and node.meta["value"].is_float:
+                module.output_quantizers[0] = self._quantizer((), wanted, node.target)
+            axis = CHANNEL_AXIS.get(type(module).float_type)
+            if axis is not None and wanted.params_quantized:
+                shape = module.weight.shape if wanted.per_channel else ()
+                shape = tuple(n if i == axis else 1 for i, n in enumerate(shape))
+                quantizer = self._quantizer(shape, wanted, f"{node.target}.weight", axis)
+                module.param_quantizers["weight"] = quantizer.to(module.weight.device)
+
+        for node in calls:
+            if isinstance(modules[node.target], Concat):
+                self._share_over_concat(node, modules)
+
+    def _share_over_concat(self, node: fx.Node, modules: dict[str, nn.Module]) -> None:
+        """What is concatenated goes onto the grid of the result."""
+        quantizer = modules[node.target].output_quantizers[0]
+        for source in node.all_input_nodes if quantizer is not None else ():
+            module = modules.get(source.target) if source.op == "call_module" else None
+            if module is not None and is_quantized(module) and module.output_quantizers[0] is not None:
+                module.output_quantizers[0] = quantizer
+
+    def _reads_model_input(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and self._config.input_quantized and node.meta["value"].is_float
+
+    def _quantizer(
+        self, shape: tuple[int, ...], wanted: Tensors, source: str, axis: int | None = None
+    ) -> QuantizeDequantize:
+        is_weight = axis is not None
+        observer = OBSERVERS[self._scheme]
+        made = QuantizeDequantize(
+            shape,
+            self._bits[is_weight],
+            wanted.params_symmetric if is_weight else wanted.is_symmetric,
+            is_weight,
+            strict=self._config.strict_symmetric,
+            observer="minmax" if is_weight and observer == "percentile" else observer,
+            axis=axis if shape else None,
+        )
+        made.source = made.observer.source = source
+        return made
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the configuration and the bit widths say, as a recipe of the core."""
+        config, (output_bw, param_bw) = self._config, self._bits
+        observer = OBSERVERS[self._scheme]
+
+        def recipes(wanted: Tensors) -> tuple:
+            return (
+                qz.tensor_recipe(output_bw, wanted.is_symmetric, strict=config.strict_symmetric, observer=observer),
+                qz.tensor_recipe(
+                    param_bw,
+                    wanted.params_symmetric,
+                    0 if wanted.per_channel else None,
+                    True,
+                    config.strict_symmetric,
+                    "minmax" if observer == "percentile" else observer,
+                ),
+            )
+
+        rules = [
+            Override(Match.of(cls), *recipes(wanted))
+            for name, wanted in config.by_type.items()
+            for cls in OP_TYPES[name]
+        ]
+        return Recipe(*recipes(config.defaults), tuple(rules))
+
+    # -- calibration
+
+    def compute_encodings(
+        self, forward_pass_callback: Callable[..., Any], forward_pass_callback_args: Any = ...
+    ) -> None:
+        """Calibrates on what the callback runs: `callback(model)` or `callback(model, args)`."""
+        args = () if forward_pass_callback_args is ... else (forward_pass_callback_args,)
+        training = self.model.training
+        with qz.compute_encodings(self.model.eval()):
+            forward_pass_callback(self.model, *args)
+        self.model.train(training)
+
+    def named_qmodules(self) -> Iterator[tuple[str, nn.Module]]:
+        return ((name, m) for name, m in self.model.named_modules() if is_quantized(m))
+
+    def named_quantizers(self) -> Iterator[tuple[str, QuantizeDequantize]]:
+        return ((name, m) for name, m in self.model.named_modules() if isinstance(m, QuantizeDequantize))
+
+    # -- integers
+
+    def prepared(self) -> nn.Module:
+        """The same network as `qkernels.prepare` gives it, for `qkernels.verify`, `exact` and `compare`."""
+        work = copy.deepcopy(self.model).eval()
+        inputs, outputs, weights = {}, {}, {}
+        for path, module in list(work.named_modules()):
+            if not is_quantized(module):
+                continue
+            if isinstance(module, Functional):
+                module.traced_as_leaf = False  # it calls its quantizers itself
+                continue
+            if any(q is not None for q in module.input_quantizers):
+                inputs[path] = list(module.input_quantizers)
+            if module.output_quantizers[0] is not None:
+                outputs[path] = module.output_quantizers[0]
+            weight = dict(module.param_quantizers.items()).get("weight")
+            if weight is not None:
+                weights[path] = qz.frozen_quantizer(weight, path)
+            qz.make_float(module)
+        return prepare_placed(work, *self._dummy, Places(inputs, outputs, weights))
+
+    def convert(self) -> nn.Module:
+        """The integer network: what AIMET leaves to another runtime. `report` of the result says what stayed float."""
+        return convert(self.prepared())
+
+    # -- files
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        filename_prefix: str,
+        dummy_input: Any = None,
+        filename_prefix_encodings: str | None = None,
+        encoding_version: str | None = None,
+        **unsupported: Any,
+    ) -> None:
+        """Writes the model without quantizers (`.pth`, weights rounded to their grids) and its encodings.
+
+        `<prefix>.encodings` names activations as ONNX exporters do (/path/Op_output_0), `<prefix>_torch.encodings` by
+        module. The version is "1.0.0" unless `encoding_version` or the variable AIMET_ENCODING_VERSION says "0.6.1".
+        """
+        given = [name for name, value in unsupported.items() if value]
+        if given:
+            raise Unsupported(f"export: {sorted(given)} have no counterpart")
+        version = encoding_version or os.environ.get("AIMET_ENCODING_VERSION", "1.0.0")
+        if version not in VERSIONS:
+            raise InvalidArgument(f"export: encoding_version must be one of {list(VERSIONS)}, got {version!r}")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.original_model(), folder / f"{filename_prefix}.pth")
+        stem = filename_prefix_encodings or filename_prefix
+        for name, content in ((stem, self.encodings(version)), (f"{stem}_torch", self.module_encodings())):
+            (folder / f"{name}.encodings").write_text(json.dumps(content, indent=4, sort_keys=True))
+
+    def original_model(self) -> nn.Module:
+        """The model without quantizers, its weights on their grids."""
+        work = copy.deepcopy(self.model)
+        for _, module in list(work.named_modules()):
+            if is_quantized(module):
+                with torch.no_grad():
+                    for name, quantizer in module.param_quantizers.items():
+                        if quantizer is not None:
+                            getattr(module, name).copy_(quantizer(getattr(module, name)))
+                qz.make_float(module)
+        return work
+
+    def encodings(self, version: str = "1.0.0") -> dict[str, Any]:
+        """The encodings by tensor name, in the form of `version`."""
+        tensors = {self._tensor_name(path, which): q for path, which, q in self._activations()}
+        parameters = {f"{path}.{name}": q for path, name, q in self._parameters()}
+        if version == "1.0.0":
+            tables = [[to_entry(name, q) for name, q in table.items()] for table in (tensors, parameters)]
+        else:
+            tables = [{name: to_list(q) for name, q in table.items()} for table in (tensors, parameters)]
+        return {"activation_encodings": tables[0], "param_encodings": tables[1], **self._header(version)}
+
+    def module_encodings(self) -> dict[str, Any]:
+        """The encodings by module."""
+        activations: dict[str, Any] = {}
+        for path, (side, index), quantizer in self._activations():
+            activations.setdefault(path, {}).setdefault(side, {})[str(index)] = to_list(quantizer)[0]
+        parameters = {f"{path}.{name}": to_list(q) for path, name, q in self._parameters()}
+        return {"activation_encodings": activations, "param_encodings": parameters, **self._header("0.6.1")}
+
+    def _activations(self) -> Iterator[tuple[str, tuple[str, int], QuantizeDequantize]]:
+        for path, module in self.named_qmodules():
+            for side, table in (("input", module.input_quantizers), ("output", module.output_quantizers)):
+                for i, quantizer in enumerate(table):
+                    if quantizer is not None and quantizer.has_grid():
+                        yield path, (side, i), quantizer
+
+    def _parameters(self) -> Iterator[tuple[str, str, QuantizeDequantize]]:
+        for path, module in self.named_qmodules():
+            for name, quantizer in module.param_quantizers.items():
+                if quantizer is not None and quantizer.has_grid():
+                    yield path, name, quantizer
+
+    def _tensor_name(self, path: str, which: tuple[str, int]) -> str:
+        kind = op_type(self.model.get_submodule(path))
+        kind = kind.removeprefix("Quantized")
+        return f"/{path.replace('.', '/')}/{kind}_{which[0]}_{which[1]}"
+
+    def _header(self, version: str) -> dict[str, Any]:
+        defaults = self._config.defaults
+        return {
+            "version": version,
+            "producer": {"package": "qkernels", "version": qkernels.__version__},
+            "excluded_layers": [],
+            "quantizer_args": {
+                "activation_bitwidth": self._bits[0],
+                "dtype": "int",
+                "is_symmetric": defaults.params_symmetric,
+                "param_bitwidth": self._bits[1],
+                "per_channel_quantization": defaults.per_channel,
+                "quant_scheme": self._scheme,
+            },
+        }
+
+    def load_encodings(
+        self,
+        encodings: "Mapping[str, Any] | str | os.PathLike",
+        strict: bool = True,
+        partial: bool = True,
+        requires_grad: bool | None = None,
+        allow_overwrite: bool = True,
+    ) -> None:
+        """Takes the grids of an encodings file or dict: 0.6.1, 1.0.0, by tensor name or by module.
+
+        Args:
+            strict: a name that fits nothing is an error.
+            partial: quantizers that the file does not name stay; otherwise they are removed.
+            requires_grad: whether the ends of the grids are trained from now on.
+            allow_overwrite: whether compute_encodings may change them later.
+        """
+        if not isinstance(encodings, Mapping):
+            encodings = json.loads(Path(encodings).read_text())
+        if "activation_encodings" not in encodings and "param_encodings" not in encodings:
+            raise InvalidArgument(f"load_encodings: no encodings, only the keys {sorted(encodings)}")
+        kept: set[QuantizeDequantize] = set()
+        modules = dict(self.named_qmodules())
+        for name, rows in by_name(encodings.get("param_encodings", {}), "param_encodings").items():
+            path, _, parameter = name.rpartition(".")
+            where = f"param_encodings.{name}"
+            if path not in modules or parameter not in modules[path].param_quantizers:
+                self._unknown(where, name, (f"{p}.{n}" for p, m in modules.items() for n in m.param_quantizers), strict)
+                continue
+            module = modules[path]
+            if type(module).float_type not in CHANNEL_AXIS:
+                continue  # such as the weight of a batch normalization, which stays float
+            axis = CHANNEL_AXIS[type(module).float_type]
+            made = quantizer_from(rows, tuple(getattr(module, parameter).shape), axis, True, where)
+            module.param_quantizers[parameter] = made.to(module.weight.device)
+            kept.add(made)
+        for path, side, index, rows in self._named_activations(encodings.get("activation_encodings", {}), strict):
+            made = quantizer_from(rows, (1,), 0, False, f"activation_encodings.{path}.{side}.{index}")
+            made.source = path
+            getattr(modules[path], f"{side}_quantizers")[index] = made
+            kept.add(made)
+        for quantizer in kept:
+            quantizer.to(next(self.model.parameters()).device)
+            if not allow_overwrite:
+                quantizer.freeze(requires_grad is not False)
+            elif requires_grad is not None:
+                quantizer.min.requires_grad_(requires_grad)
+                quantizer.max.requires_grad_(requires_grad)
+        if not partial:
+            for module in modules.values():
+                for table in (module.input_quantizers, module.output_quantizers, module.param_quantizers):
+                    for key in range(len(table)) if isinstance(table, nn.ModuleList) else list(table):
+                        if table[key] not in kept:
+                            table[key] = None
+
+    def _named_activations(self, table: Any, strict: bool) -> Iterator[tuple[str, str, int, list]]:
+        """(module, input or output, which one, encodings) of each entry, however it is named."""
+        modules = dict(self.named_qmodules())
+        by_path = {path.replace(".", "/"): path for path in modules}
+        if isinstance(table, Mapping) and any("input" in row or "output" in row for row in table.values()):
+            for path, sides in table.items():
+                where = f"activation_encodings.{path}"
+                if path not in modules:
+                    self._unknown(where, path, modules, strict)
+                    continue
+                for side, tensors in sides.items():
+                    if side not in ("input", "output"):
+                        raise InvalidArgument(f"{where}.{side}: must be input or output")
+                    for index, row in tensors.items():
+                        if int(index) >= len(getattr(modules[path], f"{side}_quantizers")):
+                            raise InvalidArgument(f"{where}.{side}.{index}: {path} has no such {side}")
+                        yield path, side, int(index), [row]
+            return
+        for name, rows in by_name(table, "activation_encodings").items():
+            found = re.fullmatch(r"/(.+)/\w+_(input|output)_(\d+)", name)
+            path = by_path.get(found[1]) or by_path.get(_last_names(found[1])) if found else None
+            if path is None:
+                known = [self._tensor_name(p, ("output", 0)) for p in modules]
+                self._unknown(f"activation_encodings.{name}", name, known, strict)
+                continue
+            yield path, found[2], int(found[3]), rows
+
+    def _unknown(self, where: str, name: str, known: Any, strict: bool) -> None:
+        if strict:
+            raise InvalidArgument(f"{where}: the model has no such tensor{close_matches(name, known)}")
+
+    def set_and_freeze_param_encodings(self, encoding_path: "Mapping[str, Any] | str | os.PathLike") -> None:
+        """Takes the weight grids of a file and keeps them through compute_encodings and training."""
+        source = encoding_path
+        content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+        content = {"param_encodings": content.get("param_encodings", content)}
+        self.load_encodings(content, requires_grad=False, allow_overwrite=False)
+
+    def load_and_freeze_encodings(self, encoding_path: Any, ignore_when_quantizer_disabled: bool = False) -> None:
+        self.load_encodings(encoding_path, requires_grad=False, allow_overwrite=False)
+
+    def __str__(self) -> str:
+        return f"QuantizationSimModel({self.model})"
+
+
+def _last_names(path: str) -> str:
+    """ONNX exporters write /features/features.0/Conv for the module features.0."""
+    return path.rpartition("/")[2].replace(".", "/")
+
+
+def _inside_supergroups(traced: fx.GraphModule, modules: dict[str, nn.Module], config: Config) -> set[fx.Node]:
+    """The calls whose output goes nowhere but into the next operation of their group."""
+    inside: set[fx.Node] = set()
+    for group in config.supergroups:
+        for node in traced.graph.nodes:
+            chain = _chain(node, group, modules)
+            inside.update(chain[:-1])
+    return inside
+
+
+def _chain(node: fx.Node, group: tuple[str, ...], modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The calls that match the group from `node` on; empty if they do not."""
+    found: list[fx.Node] = []
+    for kind in group:
+        while found and node.op == "call_module" and type(modules[node.target]) is nn.Identity and len(node.users) == 1:
+            node = next(iter(node.users))
+        if node.op != "call_module" or op_type(modules[node.target]) != kind:
+            return []
+        found.append(node)
+        if len(found) < len(group):
+            if len(node.users) != 1:
+                return []
+            node = next(iter(node.users))
+    return found

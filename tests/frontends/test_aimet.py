@@ -1,0 +1,394 @@
+"""The front end for AIMET scripts; against AIMET itself where it is installed (pip install aimet-torch)."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qkernels
+import qkernels.frontends.aimet as aimet
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.frontends.aimet import batch_norm_fold, model_preparer, quantsim
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Network(nn.Module):
+    """The network of AIMET's quickstart, narrower."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn_1 = nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8)
+        self.conv2, self.bn_2 = nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16)
+        self.linear = nn.Linear(7 * 7 * 16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn_1(self.conv1(x)))
+        x = F.relu(self.bn_2(self.conv2(x)))
+        x = self.linear(x.view(x.shape[0], -1))
+        return F.softmax(x, dim=-1)
+
+
+class Everything(nn.Module):
+    """Additions, products, concatenation, averages, reuse, passing operations, transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2, self.c3 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.b1, self.b2, self.up = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 2, 2)
+        self.pool, self.relu6, self.act = nn.MaxPool2d(2), nn.ReLU6(), nn.Hardswish()
+        self.avg, self.flat, self.drop = nn.AvgPool2d(2), nn.Flatten(), nn.Dropout()
+        self.fc1, self.fc2 = nn.Linear(8, 10), nn.Linear(18, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.b1(self.c1(x)))
+        x = F.relu(x + self.b2(self.c2(x)))
+        x = self.act(self.up(self.relu6(self.c3(self.pool(x)))))
+        x = self.avg(x * torch.sigmoid(x))
+        mean = x.mean([2, 3])
+        x = self.fc1(self.drop(self.flat(F.adaptive_avg_pool2d(x, 1))) + mean)
+        return self.fc2(torch.cat([x, mean], 1))
+
+
+def images(model=Network, count=8, seed=0):
+    shape = (1, 28, 28) if model is Network else (3, 16, 16)
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) - 0.3
+
+
+def prepared_model(model=Network, api=aimet):
+    torch.manual_seed(0)
+    network = model().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    prepared = api.model_preparer.prepare_model(network)
+    api.batch_norm_fold.fold_all_batch_norms(prepared, input_shapes=tuple(images(model).shape))
+    return prepared
+
+
+def calibrated(model=Network, api=aimet, **options):
+    sim = api.quantsim.QuantizationSimModel(prepared_model(model, api), dummy_input=images(model), **options)
+    with api.nn.compute_encodings(sim.model):
+        sim.model(images(model))
+    return sim
+
+
+# ---- preparation -----------------------------------------------------------------------------------------------------
+
+
+def test_prepare_model_names_modules_as_aimet():
+    model = Network().eval()
+    prepared = model_preparer.prepare_model(model)
+    assert [name for name, _ in prepared.named_children()][-3:] == ["module_relu", "module_relu_1", "module_softmax"]
+    assert str(prepared.module_softmax) == "Softmax(dim=-1)"
+    assert torch.equal(prepared(images()), model(images()))
+    assert prepared.conv1.weight is model.conv1.weight
+
+
+def test_a_module_called_twice_becomes_two():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.b(self.relu(self.a(x))))
+
+    assert isinstance(model_preparer.prepare_model(Twice()).module_relu_1, nn.ReLU)
+
+
+def test_control_flow_is_an_error_that_says_what_to_do():
+    class Flow(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(Unsupported, match="modules_to_exclude"):
+        model_preparer.prepare_model(Flow())
+
+
+@pytest.mark.parametrize("model", [Network, Everything])
+def test_folding_keeps_the_function_and_returns_pairs(model):
+    prepared = model_preparer.prepare_model(model().eval())
+    expected = prepared(images(model))
+    pairs = batch_norm_fold.fold_all_batch_norms(prepared, input_shapes=images(model).shape)
+    assert len(pairs) == 2
+    assert all(isinstance(norm, nn.BatchNorm2d) for _, norm in pairs)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+    assert torch.allclose(prepared(images(model)), expected, atol=1e-5)
+
+
+# ---- simulation ------------------------------------------------------------------------------------------------------
+
+
+def test_quantizers_stand_where_the_quickstart_prints_them():
+    sim = calibrated(default_output_bw=8, default_param_bw=4)
+    text = str(sim.model)
+    assert "(conv1): QuantizedConv2d(" in text
+    assert "(weight): QuantizeDequantize(shape=[8, 1, 1, 1], bitwidth=4, symmetric=True)" in text
+    assert "(bias): None" in text
+    where = [name for name, q in sim.named_quantizers()]
+    assert where == [
+        "conv1.param_quantizers.weight",
+        "conv1.input_quantizers.0",
+        "conv2.param_quantizers.weight",
+        "linear.param_quantizers.weight",
+        "linear.output_quantizers.0",
+        "module_relu.output_quantizers.0",
+        "module_relu_1.output_quantizers.0",
+        "module_softmax.output_quantizers.0",
+    ]
+    assert type(sim.model.bn_1) is nn.Identity
+
+
+@pytest.mark.parametrize("model", [Network, Everything])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_simulated_is_what_runs(model, bits):
+    sim = calibrated(model, default_param_bw=bits)
+    converted = sim.convert()
+    assert qkernels.verify(sim.prepared(), converted, [images(model)]).total_mismatches == 0
+    assert {row.kind for row in converted.report.stayed_float} <= {"Softmax"}
+    x = images(model, seed=1)
+    with torch.no_grad():
+        assert torch.allclose(converted(x), sim.model(x), atol=2e-2 * float(sim.model(x).abs().max()))
+
+
+def test_running_before_calibration_is_an_error():
+    sim = quantsim.QuantizationSimModel(prepared_model(), dummy_input=images())
+    with pytest.raises(InvalidState, match="no grid"):
+        sim.model(images())
+    with pytest.raises(InvalidState, match="no grid"):
+        sim.convert()
+
+
+def test_callback_and_context_calibrate_alike():
+    one = calibrated()
+    other = quantsim.QuantizationSimModel(prepared_model(), dummy_input=images())
+    other.compute_encodings(lambda model, x: model(x), images())
+    assert one.encodings() == other.encodings()
+
+
+def test_an_error_while_calibrating_leaves_no_quantizer_watching():
+    sim = calibrated()
+    before = sim.model(images())
+    with pytest.raises(ZeroDivisionError), aimet.nn.compute_encodings(sim.model):
+        raise ZeroDivisionError
+    assert torch.equal(sim.model(images()), before)
+
+
+def test_quantizers_can_be_taken_out_and_put_in():
+    sim = calibrated()
+    sim.model.module_softmax.output_quantizers[0] = None
+    sim.model.module_relu.output_quantizers[0] = aimet.QuantizeDequantize((), bitwidth=4, symmetric=False)
+    with aimet.nn.compute_encodings(sim.model):
+        sim.model(images())
+    assert len(sim.model.module_relu(images()).unique()) <= 16
+    assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
+
+
+def test_training_with_a_plain_optimizer_moves_ranges_too():
+    sim = calibrated(default_param_bw=4)
+    names = dict(sim.model.named_parameters())
+    assert {"conv1.param_quantizers.weight.min", "module_relu.output_quantizers.0.max"} <= names.keys()
+    before = {name: p.detach().clone() for name, p in names.items()}
+    optimizer = torch.optim.Adam(sim.model.parameters(), lr=1e-3)
+    sim.model.train()
+    for step in range(5):
+        loss = F.cross_entropy(sim.model(images(seed=step)), torch.arange(8))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [name for name, p in names.items() if not torch.equal(p, before[name])]
+    assert {"conv2.weight", "conv1.param_quantizers.weight.min", "module_relu.output_quantizers.0.max"} <= set(moved)
+    sim.model.eval()
+    assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_configuration_file(tmp_path):
+    config = {
+        "defaults": {
+            "ops": {"is_output_quantized": "True", "is_symmetric": "False"},
+            "params": {"is_quantized": "True", "is_symmetric": "True"},
+            "strict_symmetric": "True",
+            "per_channel_quantization": "False",
+        },
+        "params": {"bias": {"is_quantized": "False"}},
+        "op_type": {"Gemm": {"per_channel_quantization": "True", "is_output_quantized": "False"}},
+        "supergroups": [],
+        "model_input": {},
+        "model_output": {},
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    sim = calibrated(config_file=str(path))
+    assert sim.model.conv1.input_quantizers[0] is None
+    assert sim.model.conv1.output_quantizers[0] is not None
+    assert sim.model.conv1.param_quantizers["weight"].spec.qmin == -127
+    assert sim.model.conv1.param_quantizers["weight"].shape == ()
+    assert sim.model.linear.param_quantizers["weight"].shape == (10, 1)
+    assert sim.model.linear.output_quantizers[0] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"default": {}}, r"config\.default: unknown key; did you mean 'defaults'"),
+        ({"defaults": {"ops": {"is_symmetric": "yes"}}}, r"config\.defaults\.is_symmetric: must be"),
+        ({"op_type": {"Convv": {}}}, r"config\.op_type\.Convv: unknown operation; did you mean 'Conv'"),
+        ({"supergroups": [{"op_list": ["Conv", "Rel"]}]}, r"config\.supergroups\[0\]\.op_list.*'Relu'"),
+        ({"params": {"bias": {"is_quantized": "True"}}}, r"config\.params\.bias\.is_quantized"),
+    ],
+)
+def test_configuration_errors_say_where(config, message):
+    with pytest.raises((InvalidArgument, Unsupported), match=message):
+        quantsim.QuantizationSimModel(prepared_model(), dummy_input=images(), config_file=config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant_scheme": "tf_enhance"}, "did you mean 'tf_enhanced'"),
+        ({"default_output_bw": 16}, "bitwidth"),
+        ({"default_data_type": "float"}, "int"),
+    ],
+)
+def test_options_without_integers_are_errors(options, message):
+    with pytest.raises((InvalidArgument, Unsupported), match=message):
+        quantsim.QuantizationSimModel(prepared_model(), dummy_input=images(), **options)
+
+
+def test_recipe_is_that_of_the_core():
+    sim = calibrated(config_file={"defaults": STRICT})
+    recipe = sim.recipe
+    expected = qkernels.Recipe().weight.spec
+    assert (recipe.weight.spec.qmin, recipe.weight.spec.qmax) == (expected.qmin, expected.qmax)
+    assert recipe.weight.spec.per_channel
+    assert not recipe.weight.spec.uneven
+    assert recipe.activation.spec.dtype is torch.uint8
+
+
+STRICT = {
+    "ops": {"is_output_quantized": True},
+    "params": {"is_quantized": True, "is_symmetric": True},
+    "strict_symmetric": True,
+    "per_channel_quantization": True,
+}
+
+
+# ---- encodings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0"])
+@pytest.mark.parametrize("model", [Network, Everything])
+def test_exported_encodings_run_in_int8_on_a_float_model(tmp_path, version, model):
+    sim = calibrated(model, default_param_bw=4)
+    sim.export(tmp_path, "net", dummy_input=images(model), encoding_version=version)
+    content = json.loads((tmp_path / "net.encodings").read_text())
+    assert content["version"] == version
+    x = images(model, seed=2)
+    for name in ("net.encodings", "net_torch.encodings"):
+        other = quantsim.QuantizationSimModel(prepared_model(model), dummy_input=images(model))
+        other.load_encodings(tmp_path / name, partial=False)
+        assert torch.equal(other.convert()(x), sim.convert()(x))
+    exported = torch.load(tmp_path / "net.pth", weights_only=False)
+    assert not any("Quantize" in type(m).__name__ for m in exported.modules())
+
+
+def test_encoding_of_a_grid_is_that_of_the_schema():
+    sim = calibrated(default_param_bw=4)
+    row = sim.module_encodings()["param_encodings"]["conv1.weight"][0]
+    assert (row["bitwidth"], row["dtype"], row["is_symmetric"], row["offset"]) == (4, "int", "True", -8)
+    assert row["min"] == pytest.approx(-8 * row["scale"])
+    assert row["max"] == pytest.approx(7 * row["scale"])
+    entry = sim.encodings("1.0.0")["param_encodings"][0]
+    assert (entry["enc_type"], entry["bw"], entry["is_sym"], len(entry["scale"])) == ("PER_CHANNEL", 4, True, 8)
+
+
+def test_unknown_names_in_encodings_are_errors_with_close_matches():
+    sim = calibrated()
+    content = sim.module_encodings()
+    content["param_encodings"]["conv3.weight"] = content["param_encodings"].pop("conv1.weight")
+    with pytest.raises(InvalidArgument, match=r"param_encodings\.conv3\.weight.*conv1\.weight"):
+        sim.load_encodings(content)
+    sim.load_encodings(content, strict=False)
+    with pytest.raises(InvalidArgument, match="16 channels"):
+        sim.load_encodings({"param_encodings": {"conv2.weight": content["param_encodings"]["conv3.weight"]}})
+
+
+def test_frozen_encodings_stay():
+    sim = calibrated()
+    content = {"param_encodings": copy.deepcopy(sim.module_encodings()["param_encodings"])}
+    for row in content["param_encodings"]["conv1.weight"]:
+        row["scale"] *= 2
+    sim.set_and_freeze_param_encodings(content)
+    expected = sim.encodings()["param_encodings"]
+    with aimet.nn.compute_encodings(sim.model):
+        sim.model(images(seed=9))
+    assert sim.encodings()["param_encodings"] == expected
+    assert not sim.model.conv1.param_quantizers["weight"].min.requires_grad
+
+
+# ---- AIMET itself ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original():
+    found = pytest.importorskip("aimet_torch", reason="needs aimet-torch and torchvision", exc_type=ImportError)
+    from aimet_torch import batch_norm_fold, model_preparer, quantsim  # noqa: F401
+
+    return found
+
+
+def differences(mine, theirs, where=""):
+    if isinstance(theirs, dict):
+        yield from (f"{where}.{key}" for key in mine.keys() ^ theirs.keys())
+        for key in mine.keys() & theirs.keys():
+            yield from differences(mine[key], theirs[key], f"{where}.{key}")
+    elif isinstance(theirs, list):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            yield from differences(a, b, f"{where}[{i}]")
+    elif isinstance(theirs, float):
+        if mine != pytest.approx(theirs, rel=1e-4, abs=1e-9):
+            yield f"{where}: {mine} is not {theirs}"
+    elif mine != theirs:
+        yield f"{where}: {mine} is not {theirs}"
+
+
+@pytest.mark.parametrize("model", [Network, Everything])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits):
+    theirs = calibrated(model, original, default_param_bw=bits)
+    mine = calibrated(model, default_param_bw=bits)
+    theirs.export(str(tmp_path), "net", dummy_input=images(model))
+    expected = json.loads((tmp_path / "net_torch.encodings").read_text())
+    got = mine.module_encodings()
+    for table in ("activation_encodings", "param_encodings"):
+        assert not list(differences(got[table], expected[table]))
+    with torch.no_grad():
+        x = images(model)
+        assert torch.allclose(mine.model(x), theirs.model(x).as_subclass(torch.Tensor), atol=1e-4)
+    other = quantsim.QuantizationSimModel(prepared_model(model), dummy_input=images(model))
+    other.load_encodings(tmp_path / "net_torch.encodings", partial=False)
+    with torch.no_grad():
+        assert torch.allclose(other.convert()(x), theirs.model(x).as_subclass(torch.Tensor), atol=1e-4)
+
+
+def test_training_steps_are_those_of_aimet(original):
+    losses = []
+    for api in (aimet, original):
+        sim = calibrated(Network, api, default_param_bw=4)
+        optimizer = torch.optim.SGD(sim.model.parameters(), lr=1e-2)
+        for step in range(5):
+            loss = F.cross_entropy(sim.model(images(seed=step)), torch.arange(8))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append([p.detach().flatten().double() for n, p in sorted(sim.model.named_parameters())])
+    for a, b in zip(*losses, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
