@@ -51,6 +51,15 @@ class QuantizeDequantize(Quantizer):
         self.min, self.max = self.rule.low, self.rule.high
         self.state = State.FAKE_QUANT
 
+    def choose(self) -> None:
+        """Takes the grid of what was seen; training starts from the very ends that were seen."""
+        super().choose()
+        if not self.symmetric:
+            low, high = self.observer.range()
+            with torch.no_grad():
+                self.min.copy_(low.clamp(max=0.0))
+                self.max.copy_(torch.where(high > low, high.clamp(min=0.0), self.max))
+
     def is_initialized(self) -> bool:
         return self.has_grid()
 

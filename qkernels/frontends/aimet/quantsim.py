@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import qkernels
+from qkernels import __version__
 from qkernels.core import operations as o
 from qkernels.core.convert import convert
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
@@ -305,7 +305,7 @@ class QuantizationSimModel:
         defaults = self._config.defaults
         return {
             "version": version,
-            "producer": {"package": "qkernels", "version": qkernels.__version__},
+            "producer": {"package": "qkernels", "version": __version__},
             "excluded_layers": [],
             "quantizer_args": {
                 "activation_bitwidth": self._bits[0],
