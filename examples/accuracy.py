@@ -100,8 +100,8 @@ SETUPS = {
 class Experiment:
     """One network on one data set: the float network and what is made of it."""
 
-    def __init__(self, setup: Setup, images: Images, seed: int):
-        self.setup, self.seed = setup, seed
+    def __init__(self, setup: Setup, images: Images, seed: int, autocast: bool):
+        self.setup, self.seed, self.autocast = setup, seed, autocast
         low, high = images.train_x.min(), images.train_x.max()
         shift, width = (low, high - low) if setup.unit_range else (0.0, 1.0)
         self.train_x, self.test_x = ((x - shift) / width for x in (images.train_x, images.test_x))
@@ -114,17 +114,19 @@ class Experiment:
         if cache is not None and cache.is_file():
             model.load_state_dict(torch.load(cache, weights_only=True))
             return model.eval()
-        self.train(model, self.setup.optimizer(list(model.parameters())), self.setup.epochs)
+        self.train(model, self.setup.optimizer(list(model.parameters())), self.setup.epochs, autocast=False)
         if cache is not None:
             torch.save(model.state_dict(), cache)
         return model
 
-    def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+    def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, autocast: bool) -> None:
         model.train()
         for epoch in range(epochs):
             start = time.perf_counter()
             for chosen in torch.randperm(len(self.train_x)).split(self.setup.batch):
-                loss = self.setup.loss(model(self.train_x[chosen]), self.train_y[chosen])
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    output = model(self.train_x[chosen])
+                loss = self.setup.loss(output.float(), self.train_y[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -161,7 +163,7 @@ class Experiment:
         optimizer = self.setup.optimizer([{"params": others}])
         if grids:
             optimizer.add_param_group({"params": grids, "lr": 1e-3, "weight_decay": 0.0})
-        self.train(prepared, optimizer, 1)
+        self.train(prepared, optimizer, 1, self.autocast)
         return self.shipped(prepared)
 
     def with_8_bit_ends(self, recipe: Recipe) -> Recipe:
@@ -192,7 +194,7 @@ def lsq(name: str) -> Run:
 
 def longer(experiment: Experiment, model: nn.Module) -> dict[str, Any]:
     """What an epoch more gives by itself."""
-    experiment.train(model, experiment.setup.optimizer(list(model.parameters())), 1)
+    experiment.train(model, experiment.setup.optimizer(list(model.parameters())), 1, experiment.autocast)
     return plain(experiment, model)
 
 
@@ -233,10 +235,12 @@ def main() -> None:
     parser.add_argument("--root", help="where the fashion-mnist files are")
     parser.add_argument("--runs", nargs="+", choices=sorted(RUNS), help="rows of the table (default: all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--autocast", action="store_true", help="the epoch after float training in bfloat16 autocast")
     parser.add_argument("--float-weights", type=Path, help="keep the float network there, and take it from there")
     parser.add_argument("--json", type=Path, help="write the rows there; rows of other runs in it stay")
     options = parser.parse_args()
-    experiment = Experiment(SETUPS[options.network], load_images(options.data, options.root), options.seed)
+    images = load_images(options.data, options.root)
+    experiment = Experiment(SETUPS[options.network], images, options.seed, options.autocast)
     model = experiment.float_model(options.float_weights)
     rows: dict[str, dict[str, Any]] = {}
     if options.json is not None and options.json.is_file():
