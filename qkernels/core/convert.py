@@ -190,10 +190,7 @@ class _Converter:
             return self.codes[node.args[0]]  # layout is the layers' own business
         if node.op == "call_module":
             self.root[node.target] = copy.deepcopy(self.modules[node.target])
-        made = self.graph.node_copy(node, self._either)
-        if node.op == "call_method" and node.target in ("view", "view_as"):
-            made.target = made.target.replace("view", "reshape")  # codes may be channels-last where floats were not
-        return made
+        return self.graph.node_copy(node, self._either)
 
     def _pad(self, node: fx.Node, op: Operation, grid: QParams) -> fx.Node:
         """Zeros are the code of zero."""

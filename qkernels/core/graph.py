@@ -200,6 +200,7 @@ def simplify(traced: fx.GraphModule, keep_dropout: bool = False) -> None:
     """
     _positional_inputs(traced)
     _plain_max_pools(traced)
+    _reshapes_for_views(traced)
     _drop_in_place(traced)
     _drop_identities(traced, keep_dropout)
     _modules_from_calls(traced)
@@ -222,6 +223,14 @@ def _plain_max_pools(traced: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in plain and not node.kwargs.get("return_indices", False):
             node.target = plain[node.target]
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "return_indices" and v is not None}
+
+
+def _reshapes_for_views(traced: fx.GraphModule) -> None:
+    """`x.view(sizes)` becomes `x.reshape(sizes)`: integer layers store images channels-last, where floats may not."""
+    for node in traced.graph.nodes:
+        is_view = node.op == "call_method" and node.target in ("view", "view_as") and not node.kwargs
+        if is_view and not any(isinstance(a, torch.dtype) for a in node.args):
+            node.target = node.target.replace("view", "reshape")
 
 
 def _drop_in_place(traced: fx.GraphModule) -> None:

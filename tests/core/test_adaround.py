@@ -14,7 +14,7 @@ from qkernels.core.corrections import AdaRound
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import Clamp
 
-QUICK = AdaRound(samples=64, steps=200, batch=32, learning_rate=5e-2)
+QUICK = AdaRound(samples=48, steps=100, batch=24, learning_rate=1e-1)
 
 
 class Net(nn.Module):
@@ -34,14 +34,19 @@ class Net(nn.Module):
 
 def inputs():
     torch.manual_seed(1)
-    return torch.randn(64, 3, 10, 10).cumsum(3)  # neighbours alike: errors of a weight's neighbours can cancel
+    return torch.randn(48, 3, 10, 10).cumsum(3)  # neighbours alike: errors of a weight's neighbours can cancel
 
 
-def calibrated(corrections, bits=3):
+def calibrated(corrections):
     torch.manual_seed(0)
     model, x = Net().eval(), inputs()
-    prepared = qkernels.prepare(model, x[:1], "w4a8", weight_bits=bits, corrections=corrections)
+    prepared = qkernels.prepare(model, x[:1], "w4a8", weight_bits=3, corrections=corrections)
     return model, qkernels.calibrate(prepared, x.split(16)), x
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return calibrated((QUICK, "bias"))[1]
 
 
 def squared_error(model, prepared, x):
@@ -49,16 +54,14 @@ def squared_error(model, prepared, x):
         return float((model(x) - prepared(x)).square().sum())
 
 
-def test_the_network_is_closer_to_float_than_with_rounding_to_nearest():
-    model, nearest, x = calibrated(())
-    _, learned, _ = calibrated(QUICK)
+def test_the_network_is_closer_to_float_than_with_rounding_to_nearest(learned):
+    model, nearest, x = calibrated("bias")
     assert squared_error(model, learned, x) < 0.8 * squared_error(model, nearest, x)
 
 
-def test_every_code_is_next_to_its_weight_and_on_the_grid():
-    _, prepared, _ = calibrated(QUICK)
+def test_every_code_is_next_to_its_weight_and_on_the_grid(learned):
     changed = 0
-    for layer in prepared.modules():
+    for layer in learned.modules():
         if isinstance(layer, Prepared):
             grid = layer.quantizers["weight"].qparams()
             rows = layer.rows(layer.weight.detach())
@@ -70,32 +73,29 @@ def test_every_code_is_next_to_its_weight_and_on_the_grid():
     assert changed > 10
 
 
-def test_the_converted_model_has_the_learned_codes():
-    _, prepared, x = calibrated((QUICK, "bias"))
-    converted = qkernels.convert(prepared)
-    assert qkernels.verify(prepared, converted, x.split(16)).total_mismatches == 0
-    layer = prepared.get_submodule("head")
+def test_the_converted_model_has_the_learned_codes(learned):
+    converted = qkernels.convert(learned)
+    assert qkernels.verify(learned, converted, inputs().split(16)).total_mismatches == 0
+    layer = learned.get_submodule("head")
     codes = layer.weight_qparams().quantize(layer.corrected_weight().detach())
     assert torch.equal(converted.get_submodule("head").weight, codes)
 
 
-def test_a_prepared_model_keeps_what_was_learned_in_its_state():
-    _, prepared, x = calibrated((QUICK, "bias"))
-    _, other, _ = calibrated((AdaRound(samples=2, steps=1), "bias"))
-    other.load_state_dict(prepared.state_dict())
+def test_a_prepared_model_keeps_what_was_learned_in_its_state(learned):
+    _, other, x = calibrated((AdaRound(samples=2, steps=1), "bias"))
+    other.load_state_dict(learned.state_dict())
     again = copy.deepcopy(other)
     with torch.no_grad():
-        assert torch.equal(prepared(x), other(x))
-        assert torch.equal(prepared(x), again(x))
+        assert torch.equal(learned(x), other(x))
+        assert torch.equal(learned(x), again(x))
 
 
-def test_the_same_seed_gives_the_same_codes_and_the_global_generator_is_left_alone():
-    _, first, _ = calibrated(QUICK)
-    prepared, x = copy.deepcopy(first), inputs()
+def test_the_same_seed_gives_the_same_codes_and_the_global_generator_is_left_alone(learned):
+    prepared, x = copy.deepcopy(learned), inputs()
     state = torch.random.get_rng_state()
     qkernels.calibrate(prepared, x.split(16))
     assert torch.equal(state, torch.random.get_rng_state())
-    for name, value in first.state_dict().items():
+    for name, value in learned.state_dict().items():
         assert torch.equal(value, prepared.state_dict()[name]), name
 
 
@@ -133,13 +133,13 @@ def test_the_clamp_behind_a_layer_belongs_to_its_reconstruction():
     ]
 
 
-@pytest.mark.parametrize("recipe", ["w4a8", "w4a8-bias", "w4a4", "w3a3", "w2a2"])
+@pytest.mark.parametrize("recipe", ["w4a8-bias", "w3a3", "w2a2"])
 def test_narrow_grids_ship_what_was_evaluated(recipe, isa):
     torch.manual_seed(0)
-    model, x = Net().eval(), inputs()
-    prepared = qkernels.calibrate(qkernels.prepare(model, x[:1], recipe), x.split(16))
+    model, x = Net().eval(), inputs()[:16]
+    prepared = qkernels.calibrate(qkernels.prepare(model, x[:1], recipe), [x])
     converted = qkernels.convert(prepared)
-    assert qkernels.verify(prepared, converted, x[:20].split(16)).total_mismatches == 0
+    assert qkernels.verify(prepared, converted, [x, x[:3]]).total_mismatches == 0
     weight = converted.get_submodule("conv").weight
     qmax = prepared.get_submodule("conv").quantizers["weight"].spec.qmax
     assert weight.dtype == torch.int8

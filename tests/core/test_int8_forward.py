@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qkernels
@@ -153,3 +154,21 @@ def test_a_dropout_before_a_layer_keeps_it_in_float_while_it_drops():
     assert model.get_submodule("3").runs_on_integers(torch.ones(2, 8))
     x = torch.randn(5, 4)
     assert torch.equal(model(x), qkernels.exact(model)(x))
+
+
+class Views(nn.Module):
+    """Written for contiguous images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv(x)).view(x.shape[0], -1))
+
+
+def test_views_of_images_train_on_integer_kernels():
+    model = qkernels.prepare_qat(Views(), torch.randn(2, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+    model(x).sum().backward()
+    assert qkernels.verify(model, qkernels.convert(model), [x]).total_mismatches == 0
