@@ -162,7 +162,7 @@ class Experiment:
 
     def with_training(self, model: nn.Module, recipe: Recipe) -> dict[str, Any]:
         """One epoch; learned grids take steps of their own size."""
-        prepared = qkernels.prepare_qat(model, self.train_x[:1], recipe)
+        prepared = qkernels.prepare_qat(model, self.train_x[:1], recipe, forward="float")
         prepared(self.train_x[: self.setup.batch])  # grids start from the first batch
         grids = [p for name, p in prepared.named_parameters() if ".rule." in name]
         others = [p for name, p in prepared.named_parameters() if ".rule." not in name]
