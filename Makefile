@@ -17,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: build test test-csrc sanitize demo bench check style wheel-check clean
+.PHONY: build test test-csrc sanitize demo bench check style wheel-check gpu-check clean
 
 build: $(READY)
 	@mkdir -p build
@@ -53,6 +53,10 @@ style: $(READY)
 wheel-check: $(READY) $(OTHER)/.ready
 	$(BIN)/python tests/packaging/wheel_check.py $(BIN)/python $(BIN)/python $(OTHER)/bin/python
 	$(BIN)/python tests/packaging/wheel_check.py $(OTHER)/bin/python $(OTHER)/bin/python $(BIN)/python
+
+# On a machine with a GPU, where nothing may be downloadable: the Python at hand, without .venv if there is none.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info qkernels/*.so
