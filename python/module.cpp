@@ -14,6 +14,7 @@
 #include "csrc/fake_quant_mask/mask.h"
 #include "csrc/gemm/cuda_pack.h"
 #include "csrc/gemm/igemm.h"
+#include "csrc/image/image.h"
 #include "csrc/observe/observe.h"
 #include "csrc/pointwise/pointwise.h"
 #include "csrc/pool/pool.h"
@@ -66,6 +67,10 @@ KernelLists list_kernels() {
 #include "csrc/quantize/kernels.inc"
 #undef QK_QUANTIZE_KERNEL
 #undef QK_DEQUANTIZE_KERNEL
+#define QK_INTERLEAVE_KERNEL(need, name) \
+  lists["quantize_image"].emplace_back(#name, has_features(active, need));
+#include "csrc/image/kernels.inc"
+#undef QK_INTERLEAVE_KERNEL
 #define QK_LOOKUP_KERNEL(need, name) \
   lists["lookup"].emplace_back(#name, has_features(active, need));
 #define QK_BINARY_KERNEL(need, op, name) \

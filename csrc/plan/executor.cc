@@ -16,6 +16,12 @@ class Executor {
     args.q = at(op.q);
     quantize(args, parallel_);
   }
+  void operator()(const ImageOp& op) const {
+    QuantizeImageArgs args = op.args;
+    args.x = at(op.x);
+    args.q = at(op.q);
+    quantize_image(args, parallel_);
+  }
   void operator()(const DequantizeOp& op) const {
     DequantizeArgs args = op.args;
     args.q = at(op.q);

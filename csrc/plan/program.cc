@@ -60,7 +60,8 @@ void for_each_ref(Op& op, const F& f) {
   std::visit(
       [&f](auto& o) {
         using T = std::remove_cvref_t<decltype(o)>;
-        if constexpr (std::is_same_v<T, QuantizeOp> || std::is_same_v<T, DequantizeOp>) {
+        if constexpr (std::is_same_v<T, QuantizeOp> || std::is_same_v<T, ImageOp> ||
+                      std::is_same_v<T, DequantizeOp>) {
           f(o.x);
           f(o.q);
         } else if constexpr (std::is_same_v<T, LinearOp>) {
@@ -352,8 +353,48 @@ class Builder {
     return grid;
   }
 
+  // Whether the channels are planes of contiguous pixels.
+  static bool is_planar(const View& view) {
+    int64_t stride = 1;
+    for (int d = view.rank() - 1; d >= 2; --d) {
+      if (view.size[d] != 1 && view.stride[d] != stride) return false;
+      stride *= view.size[d];
+    }
+    return true;
+  }
+
+  void lower_image(const Step& step, const View& x, View* out) {
+    const auto& s = step.as<QuantizeStep>();
+    set_channels_last(out);
+    allocate(out);
+    ImageOp op;
+    op.args = {.x = nullptr,
+               .x_type = float_type(x.dtype),
+               .q = nullptr,
+               .q_signed = is_signed(*out),
+               .qmin = s.qmin,
+               .qmax = s.qmax,
+               .batch = x.size[0],
+               .channels = x.size[1],
+               .pixels = x.size.elements() / x.size[0] / x.size[1],
+               .batch_stride = x.stride[0],
+               .channel_stride = x.stride[1],
+               .scale = reinterpret_cast<const float*>(constants_[s.scale]),
+               .zero_point = reinterpret_cast<const int32_t*>(constants_[s.zero_point]),
+               .per_channel = s.axis == 1};
+    op.x = ref(x);
+    op.q = ref(*out);
+    emit(op, "quantize", quantize_kernel_name(op.args.x_type), {&x}, *out);
+  }
+
   void lower_quantize(const Step& step, View* out) {
     const auto& s = step.as<QuantizeStep>();
+    const View& source = input(step, 0);
+    if (wants_channels_last_[step.output] && !is_channels_last(source) && is_planar(source) &&
+        source.size[1] <= kMaxImageChannels && (s.axis == -1 || s.axis == 1) &&
+        source.size.elements() > 0) {
+      return lower_image(step, source, out);
+    }
     const View x = as_dense(input(step, 0));
     set_order_of(out, x);
     allocate(out);

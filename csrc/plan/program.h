@@ -8,6 +8,7 @@
 
 #include "csrc/conv/conv.h"
 #include "csrc/gemm/linear.h"
+#include "csrc/image/image.h"
 #include "csrc/plan/memory.h"
 #include "csrc/plan/move.h"
 #include "csrc/plan/shapes.h"
@@ -25,6 +26,10 @@ struct Ref {
 
 struct QuantizeOp {
   QuantizeArgs args;
+  Ref x, q;
+};
+struct ImageOp {
+  QuantizeImageArgs args;
   Ref x, q;
 };
 struct DequantizeOp {
@@ -66,8 +71,8 @@ struct ResizeOp {
   Ref in, out;
 };
 
-using Operation = std::variant<QuantizeOp, DequantizeOp, LinearOp, ConvOp, PairOp, MoveOp, FillOp,
-                               MaxPoolOp, AvgPoolOp, ResizeOp>;
+using Operation = std::variant<QuantizeOp, ImageOp, DequantizeOp, LinearOp, ConvOp, PairOp, MoveOp,
+                               FillOp, MaxPoolOp, AvgPoolOp, ResizeOp>;
 
 // What a description of the plan says of one operation.
 struct OperationInfo {

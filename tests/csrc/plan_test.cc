@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <fstream>
 #include <new>
 
 #include "tests/csrc/check.h"
@@ -124,6 +125,46 @@ void quantize_and_dequantize_are_the_formula() {
         qk::quantize(in[i], 1.0f / NetworkWriter::kScale, NetworkWriter::kZero, 3, 250);
     CHECK_EQ(got, qk::dequantize(code, NetworkWriter::kScale, NetworkWriter::kZero));
   }
+}
+
+void planar_images_are_interleaved() {
+  Rng rng(5);
+  for_each_isa([&](Isa) {
+    for (const int64_t channels : {1, 2, 3, 4, 16}) {
+      for (const int64_t pixels : {1, 15, 16, 17, 47, 48, 511, 513, 4097}) {
+        CONTEXT("channels ", channels, ", pixels ", pixels);
+        const bool per_channel = rng.chance(0.5);
+        Guarded<float> x(2 * channels * pixels), scale(channels);
+        Guarded<int32_t> zero_point(channels);
+        Guarded<uint8_t> q(2 * channels * pixels);
+        rng.fill(x);
+        for (float& s : scale) s = rng.real(0.01f, 0.1f);
+        for (int32_t& z : zero_point) z = static_cast<int32_t>(rng.integer(2, 200));
+        quantize_image({.x = x.data(),
+                        .x_type = FloatType::kFloat32,
+                        .q = q.data(),
+                        .q_signed = false,
+                        .qmin = 2,
+                        .qmax = 200,
+                        .batch = 2,
+                        .channels = channels,
+                        .pixels = pixels,
+                        .batch_stride = channels * pixels,
+                        .channel_stride = pixels,
+                        .scale = scale.data(),
+                        .zero_point = zero_point.data(),
+                        .per_channel = per_channel},
+                       test::threads(2));
+        for (int64_t i = 0; i < q.size(); ++i) {
+          const int64_t c = i % channels, p = i / channels % pixels, n = i / channels / pixels;
+          const int64_t grid = per_channel ? c : 0;
+          CHECK_EQ(static_cast<int32_t>(q[i]),
+                   qk::quantize(x[(n * channels + c) * pixels + p], 1.0f / scale[grid],
+                                zero_point[grid], 2, 200));
+        }
+      }
+    }
+  });
 }
 
 void input_layouts_do_not_matter() {
@@ -304,7 +345,16 @@ void living_buffers_never_overlap() {
 
 }  // namespace
 
-int main() {
+// `plan_test <path>` only writes the network, for examples/cpp.
+int main(int argc, char** argv) {
+  if (argc > 1) {
+    const std::vector<uint8_t> file = network_file();
+    std::ofstream(argv[1], std::ios::binary)
+        .write(reinterpret_cast<const char*>(file.data()),
+               static_cast<std::streamsize>(file.size()));
+    return 0;
+  }
+  planar_images_are_interleaved();
   quantize_and_dequantize_are_the_formula();
   every_isa_and_thread_count_gives_the_same_bits();
   input_layouts_do_not_matter();
