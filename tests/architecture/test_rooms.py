@@ -129,7 +129,8 @@ def file_ending_complaints(path: str, text: str) -> list[str]:
     room = Path(path).parts[0]
     if room in endings and Path(path).suffix not in endings[room]:
         return [f"{path}: a file of {room}/ ends in one of {sorted(endings[room])}"]
-    if room not in ("csrc", "python", "tests", "bench") and Path(path).suffix in {".cc", ".cpp", ".cu", ".cuh"}:
+    cplusplus = room in ("csrc", "python", "tests", "bench") or path.startswith("examples/cpp/")
+    if not cplusplus and Path(path).suffix in {".cc", ".cpp", ".cu", ".cuh"}:
         return [f"{path}: C++ lives in csrc/ and python/"]
     return []
 
