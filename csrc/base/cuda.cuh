@@ -117,7 +117,10 @@ QK_DEVICE int32_t dot4(int32_t sum, uint32_t a, uint32_t b) {
   return r;
 }
 
+// Of data that nobody writes during the launch.
 QK_DEVICE uint4 load_16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+// Of data that this thread may write later: an operation in place.
+QK_DEVICE uint4 load_16_in_place(const void* from) { return *static_cast<const uint4*>(from); }
 // Past L1: for data that is read once.
 QK_DEVICE uint4 load_16_once(const void* from) {
   uint4 v;
@@ -188,6 +191,7 @@ int32_t dot4(int32_t sum, uint32_t a, uint32_t b) {
   return static_cast<int32_t>(r);
 }
 inline uint4 load_16(const void* from) { return simt::global_load<uint4>(from); }
+inline uint4 load_16_in_place(const void* from) { return simt::global_load<uint4>(from); }
 inline uint4 load_16_once(const void* from) { return simt::global_load<uint4>(from); }
 inline uint4 load_16_shared_by_blocks(const void* from) { return simt::global_load<uint4>(from); }
 inline void store_16(void* to, uint4 v) { simt::global_store(to, v); }

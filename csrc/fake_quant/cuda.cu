@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   if (first >= size) return;
   Grid<Index> grid(args, first);
   if (kVector && size - first >= kPerThread) {
-    uint4 v = cuda::load_16(args.x + first);
+    uint4 v = cuda::load_16_in_place(args.x + first);
     v.x = float_bits(grid.apply(bits_float(v.x)));
     v.y = float_bits(grid.apply(bits_float(v.y)));
     v.z = float_bits(grid.apply(bits_float(v.z)));
