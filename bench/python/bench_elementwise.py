@@ -8,10 +8,11 @@ busy machine slows both.
 """
 
 import argparse
-import json
 import statistics
 import time
+from pathlib import Path
 
+import harness
 import torch
 
 import qkernels
@@ -94,6 +95,12 @@ def training_cases(n: int):
         ops.fake_quant_out(x, scale, zero_point, axis, *ends, y)
         ops.lsq_backward_out(grad, x, scale, learned, axis, *ends, 1.0, grad_x)
 
+    def with_mask():
+        _, mask, clipped = ops.fake_quant_mask(x, scale, zero_point, None, *ends)
+        return ops.fake_quant_mask_backward(grad, mask, None) if clipped else grad
+
+    yield "fake_quant mask fwd+bwd (alloc.)", with_mask, 2 * n
+
     columns = 1, torch.rand(256) * 0.1 + 0.01, torch.zeros(256, dtype=torch.int32)
     yield "fake_quant fwd+bwd", fake_quant, 2 * n
     yield "fake_quant fwd+bwd ch. innermost", lambda: fake_quant(*columns), 2 * n
@@ -132,6 +139,56 @@ def training_cases(n: int):
     )
 
 
+def observer_cases(n: int):
+    """Extremes, moving average, grid and fake-quantization. A ratio is per copy of the fp32 tensor."""
+    x = torch.randn(n // 4096, 1024) * 2
+    y, inf, ends = torch.empty_like(x), float("inf"), (-128, 127)
+
+    def state(channels: int):
+        low, high = torch.full((channels,), inf), torch.full((channels,), -inf)
+        return low, high, torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+
+    for name, axis, channels in (("tensor", None, 1), ("channel", 0, x.shape[0])):
+        ours, theirs, on = state(channels), state(channels), torch.ones(1, dtype=torch.int64)
+        rule = *ends, False, 2.0**-50, 0.01, "x"
+        per_channel = axis is not None
+        yield (
+            f"observer per {name}",
+            lambda ours=ours, axis=axis, rule=rule: ops.observe_fake_quant_out(x, *ours, None, axis, *rule, y),
+            2 * n,
+        )
+        yield (
+            f"observer per {name} (allocates)",
+            lambda ours=ours, axis=axis, rule=rule: ops.observe_fake_quant(x, *ours, None, axis, *rule),
+            2 * n,
+        )
+        if not per_channel or n <= 32 << 20:  # torch takes seconds for the channels of a large tensor
+            args = 0.01, *ends, 0, per_channel, False
+            yield (
+                f"observer per {name}, torch",
+                lambda on=on, theirs=theirs, args=args: torch.fused_moving_avg_obs_fake_quant(
+                    x, on, on, *theirs, *args
+                ),
+                2 * n,
+            )
+        yield f"extremes per {name}", lambda axis=axis: ops.observe_minmax(x, axis), n
+
+
+def weight_cases(n: int):
+    """A model of many weights in one call; a ratio is per copy of all of them."""
+    total, kept = 0, []
+    while total < n:
+        kept.append(torch.randn(64 << len(kept) % 4, 288 << len(kept) % 3))
+        total += kept[-1].numel() * 4
+    axes, rule = [0] * len(kept), (-127, 127, True, 2.0**-50)
+    yield f"foreach {len(kept)} weights (alloc.)", lambda: ops.foreach_observe_fake_quant(kept, axes, *rule), 2 * total
+    yield (
+        f"foreach {len(kept)} and codes (alloc.)",
+        lambda: ops.foreach_observe_fake_quant(kept, axes, *rule, torch.int8),
+        2 * total,
+    )
+
+
 def cases(megabytes: int):
     """(name, call, bytes moved); `megabytes` is the size of the larger tensor."""
     n = megabytes << 20
@@ -139,6 +196,9 @@ def cases(megabytes: int):
         yield from grid_cases(dtype, n)
     yield from channel_cases(n)
     yield from training_cases(n)
+    yield from observer_cases(n)
+    if megabytes <= 32:
+        yield from weight_cases(n)
     yield from code_cases(n)
 
 
@@ -165,8 +225,8 @@ def main() -> None:
                 f"{result['ratio']:7.2f} {result['best_ratio']:6.2f}"
             )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"isa": qkernels._C.isa_active(), "torch": torch.__version__, "results": results}, file, indent=1)
+        facts = {"isa": qkernels._C.isa_active(), "torch": torch.__version__}
+        harness.write_json(Path(options.json), facts | {"results": results})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
+
+import harness
 
 CODE = "import time, torch; t = time.perf_counter(); import qkernels; print(time.perf_counter() - t)"
 
@@ -12,12 +15,17 @@ CODE = "import time, torch; t = time.perf_counter(); import qkernels; print(time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=11)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--json", help="also write the result, with machine and commit, to this file")
+    options = parser.parse_args()
     runs = [
-        subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True) for _ in range(repeats)
+        subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+        for _ in range(options.repeats)
     ]
     seconds = [float(run.stdout) for run in runs]
-    print(json.dumps({"import_s": {"median": statistics.median(seconds), "min": min(seconds), "runs": repeats}}))
+    result = {"import_s": {"median": statistics.median(seconds), "min": min(seconds), "runs": options.repeats}}
+    print(json.dumps(result))
+    if options.json:
+        harness.write_json(Path(options.json), result)
 
 
 if __name__ == "__main__":
