@@ -86,6 +86,9 @@ class Observer(nn.Module):
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         raise NotImplementedError
 
+    def merge(self) -> None:
+        """Takes in what the other ranks of a distributed run have seen, beyond the extremes."""
+
     def range(self) -> tuple[Tensor, Tensor]:
         """The range that the grid should cover."""
         return self.low, self.high
@@ -119,6 +122,12 @@ def merge_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     both = torch.cat([-low, high])
     distributed.all_reduce(both, distributed.ReduceOp.MAX)
     return -both[: low.numel()], both[low.numel() :]
+
+
+def mean_over_ranks(values: Tensor) -> None:
+    """Replaces the values of each rank by their mean."""
+    distributed.all_reduce(values)
+    values /= distributed.get_world_size()
 
 
 def describe_non_finite(x: Tensor) -> str:
@@ -191,6 +200,9 @@ class Histogram(Observer):
         self.histogram.copy_(counts)
         self.low.copy_(low)
         self.high.copy_(high)
+
+    def merge(self) -> None:
+        distributed.all_reduce(self.histogram)
 
     def moved_to(self, low: Tensor, high: Tensor) -> Tensor:
         """The histogram so far over the wider range [low, high]."""
@@ -309,6 +321,10 @@ class Mse(Observer):
         super().reset()
         if self.seen is not None:
             self.seen.reset()
+
+    def merge(self) -> None:
+        if self.seen is not None:
+            self.seen.merge()
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         if self.seen is None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from qkernels.core.adaround import learn_rounding
 from qkernels.core.bias import correct_bias
 from qkernels.core.corrections import AdaRound, BiasCorrection
+from qkernels.core.observers import is_distributed
 from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.report import PrepareReport
@@ -55,6 +56,8 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
                 layer.observe_weight()
         hook.remove()
         for quantizer in watched:
+            if is_distributed() and quantizer not in weights:
+                quantizer.observer.merge()
             quantizer.choose()
         for quantizer, (state, _) in zip(watched, before, strict=True):
             quantizer.state = State.TRAIN if state is State.TRAIN else State.FAKE_QUANT

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import ops
-from qkernels.core.observers import is_distributed, make_observer
+from qkernels.core.observers import is_distributed, make_observer, mean_over_ranks
 from qkernels.core.qspec import QParams, grid_values
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.rules import make_rule
@@ -184,6 +184,8 @@ class Quantizer(nn.Module):
     def _take_over(self, x: Tensor | None = None) -> None:
         if not self._chosen and self.rule is not None:
             self.rule.start(x, self.scale, self.zero_point)
+            if not self.is_weight and not self.rule.observes and is_distributed():
+                mean_over_ranks(self.scale)  # each has seen its own part of the batch
         self._chosen = True
 
     def has_grid(self) -> bool:
