@@ -216,9 +216,7 @@ class Prepared:
         layer._parameters = {"weight": nn.Parameter(weight.clone(), requires_grad=False), "bias": None}
         if bias is not None:
             layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
-        if self.clamp is None:
-            return layer
-        return nn.Sequential(layer, nn.Hardtanh(self.clamp.low, self.clamp.high))
+        return layer
 
     def in_layout(self, grid: QParams) -> QParams:
         """The grid of the rows with its axis in the layout of `weight`."""

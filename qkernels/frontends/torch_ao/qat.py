@@ -7,16 +7,14 @@ from typing import Any
 from torch import nn
 
 from qkernels.core import training
-from qkernels.core.fusion import clamp_of
 from qkernels.core.layers import PREPARED
-from qkernels.core.operations import Operation
 from qkernels.core.prepare import quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.training import prepare_qat as core_prepare_qat
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.torch_ao import parse
 from qkernels.frontends.torch_ao.eager import _is_observed, note_example, observe_output, propagate_qconfig
-from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS
+from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS, Fused
 from qkernels.frontends.torch_ao.fx import mapping_recipe
 
 
@@ -75,10 +73,10 @@ def _trained_layer(module: nn.Module, path: str) -> nn.Module | None:
     norm = next((p for p in parts if type(p) in NORMS), None)
     clamp = next((p for p in parts if type(p) in CLAMPS), None)
     layer = PREPARED[type(parts[0])].of(parts[0], parse.factory_recipe(module.qconfig.weight), path, norm, trained=True)
-    if clamp is not None:
-        layer.clamp = clamp_of(Operation("relu" if isinstance(clamp, nn.ReLU) else "relu6", (), {}, clamp))
     layer.observe_weight()
     layer.quantizers["weight"].choose()
+    if clamp is not None:
+        layer = Fused(layer, clamp)
     if fused:
         layer._forward_pre_hooks, layer._forward_hooks = module._forward_pre_hooks, module._forward_hooks
     return layer.train(module.training)

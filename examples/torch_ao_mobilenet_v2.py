@@ -1,0 +1,203 @@
+"""torch's tutorial on eager quantization (MobileNetV2) with its import lines changed, on real images from a package.
+
+A float network is trained, quantized after training per tensor and per channel, and trained with quantization; every
+result runs on the integer layers of qkernels. `torch` is torch, except that `torch.ao.quantization` is the front end.
+"""
+
+import argparse
+import io
+
+import torch.nn.functional as F
+from _common import milliseconds
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import qkernels
+from qkernels.data import load_images
+from qkernels.frontends import torch_ao
+from qkernels.frontends.torch_ao import DeQuantStub, QuantStub, torch
+
+
+def make_divisible(v, divisor=8):
+    return max(divisor, int(v + divisor / 2) // divisor * divisor)
+
+
+class ConvBNReLU(nn.Sequential):
+    def __init__(self, in_planes, out_planes, kernel_size=3, stride=1, groups=1):
+        padding = (kernel_size - 1) // 2
+        super().__init__(
+            nn.Conv2d(in_planes, out_planes, kernel_size, stride, padding, groups=groups, bias=False),
+            nn.BatchNorm2d(out_planes, momentum=0.1),
+            nn.ReLU(inplace=False),
+        )
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, inp, oup, stride, expand_ratio):
+        super().__init__()
+        hidden_dim = round(inp * expand_ratio)
+        self.use_res_connect = stride == 1 and inp == oup
+        layers = [] if expand_ratio == 1 else [ConvBNReLU(inp, hidden_dim, kernel_size=1)]
+        layers.extend(
+            [
+                ConvBNReLU(hidden_dim, hidden_dim, stride=stride, groups=hidden_dim),
+                nn.Conv2d(hidden_dim, oup, 1, 1, 0, bias=False),
+                nn.BatchNorm2d(oup, momentum=0.1),
+            ]
+        )
+        self.conv = nn.Sequential(*layers)
+        self.skip_add = nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        return self.skip_add.add(x, self.conv(x)) if self.use_res_connect else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    SETTING = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 1),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+    def __init__(self, num_classes=10, width_mult=1.0):
+        super().__init__()
+        channels = make_divisible(32 * width_mult)
+        features = [ConvBNReLU(1, channels)]
+        for t, c, n, s in self.SETTING:
+            for i in range(n):
+                outputs = make_divisible(c * width_mult)
+                features.append(InvertedResidual(channels, outputs, s if i == 0 else 1, expand_ratio=t))
+                channels = outputs
+        last = make_divisible(1280 * max(1.0, width_mult)) if width_mult >= 1 else 4 * channels
+        features.append(ConvBNReLU(channels, last, kernel_size=1))
+        self.features = nn.Sequential(*features)
+        self.quant = QuantStub()
+        self.dequant = DeQuantStub()
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, num_classes))
+
+    def forward(self, x):
+        x = self.quant(x)
+        x = self.features(x)
+        x = x.mean([2, 3])
+        x = self.classifier(x)
+        return self.dequant(x)
+
+    def fuse_model(self, is_qat=False):
+        fuse_modules = torch.ao.quantization.fuse_modules_qat if is_qat else torch.ao.quantization.fuse_modules
+        for m in self.modules():
+            if type(m) is ConvBNReLU:
+                fuse_modules(m, ["0", "1", "2"], inplace=True)
+            if type(m) is InvertedResidual:
+                for idx in range(len(m.conv)):
+                    if type(m.conv[idx]) is nn.Conv2d:
+                        fuse_modules(m.conv, [str(idx), str(idx + 1)], inplace=True)
+
+
+def evaluate(model, data_loader, batches=None):
+    model.eval()
+    correct = total = 0
+    with torch.no_grad():
+        for i, (x, y) in enumerate(data_loader):
+            if i == batches:
+                break
+            correct += (model(x).argmax(1) == y).sum().item()
+            total += len(y)
+    return 100.0 * correct / total
+
+
+def train_one_epoch(model, optimizer, data_loader):
+    model.train()
+    for x, y in data_loader:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def size_in_mb(model):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell() / 1e6
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=8, help="of float training (default: %(default)s)")
+    parser.add_argument("--qat-epochs", type=int, default=4, help="of quantized training (default: %(default)s)")
+    parser.add_argument("--width", type=float, default=0.5, help="width of the network (default: %(default)s)")
+    parser.add_argument("--data", default="digits", help="digits, mnist-5k or fashion-mnist (default: %(default)s)")
+    options = parser.parse_args()
+    torch.manual_seed(191009)
+    images = load_images(options.data)
+
+    def loader(x, y, shuffle):
+        return DataLoader(TensorDataset(F.interpolate(x, (32, 32)), y), batch_size=64, shuffle=shuffle)
+
+    data_loader = loader(images.train_x, images.train_y, True)
+    data_loader_test = loader(images.test_x, images.test_y, False)
+    sample = next(iter(data_loader_test))[0]
+    rows = []
+
+    def result(name, model):
+        rows.append((name, evaluate(model, data_loader_test), size_in_mb(model), milliseconds(model, sample)))
+
+    float_model = MobileNetV2(width_mult=options.width)
+    optimizer = torch.optim.Adam(float_model.parameters(), lr=2e-3)
+    for _ in range(options.epochs):
+        train_one_epoch(float_model, optimizer, data_loader)
+    state = float_model.state_dict()
+
+    def load_model():
+        model = MobileNetV2(width_mult=options.width)
+        model.load_state_dict(state)
+        return model
+
+    fused = load_model().eval()
+    fused.fuse_model()
+    result("float, fused", fused)
+
+    for name, qconfig in (
+        ("min-max, per tensor", torch.ao.quantization.default_qconfig),
+        ("histogram, per channel", torch.ao.quantization.get_default_qconfig("x86")),
+    ):
+        model = load_model().eval()
+        model.fuse_model()
+        model.qconfig = qconfig
+        print(model.qconfig)
+        torch.ao.quantization.prepare(model, inplace=True)
+        evaluate(model, data_loader, batches=10)
+        prepared = torch_ao.prepared(model)
+        torch.ao.quantization.convert(model, inplace=True)
+        assert qkernels.verify(prepared, model, [sample]).total_mismatches == 0
+        result(name, model)
+    print("Inverted residual block after quantization\n", model.features[1].conv)
+
+    qat_model = load_model().train()
+    qat_model.fuse_model(is_qat=True)
+    optimizer = torch.optim.SGD(qat_model.parameters(), lr=1e-3)
+    qat_model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    torch.ao.quantization.prepare_qat(qat_model, inplace=True)
+    for epoch in range(options.qat_epochs):
+        train_one_epoch(qat_model, optimizer, data_loader)
+        if epoch > 1:
+            qat_model.apply(torch.ao.quantization.disable_observer)
+        if epoch > 0:
+            qat_model.apply(torch.nn.intrinsic.qat.freeze_bn_stats)
+        quantized_model = torch.ao.quantization.convert(qat_model.eval(), inplace=False)
+        print(f"epoch {epoch}: {evaluate(quantized_model, data_loader_test):.2f} %")
+    report = qkernels.verify(torch_ao.prepared(qat_model), quantized_model, [sample])
+    assert report.total_mismatches == 0
+    result("trained with quantization", quantized_model)
+
+    print(f"verify: {report.total_mismatches} of {report.total_compared:,} numbers differ")
+    print(f"{'':<28} {'accuracy':>9} {'size':>9} {'batch of ' + str(len(sample)):>12}")
+    for name, accuracy, size, latency in rows:
+        print(f"{name:<28} {accuracy:7.2f} % {size:6.2f} MB {latency:9.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
