@@ -40,7 +40,8 @@ class Quantizer(nn.Module):
         source: the path of the module whose output (or weight) passes here; for messages.
         channels: the number of channels if the grid is per channel.
         trained: whether it takes part in training, by the rule of the recipe.
-        is_weight: a weight is seen anew at every training step; an activation adds to what was seen.
+        is_weight: a weight is seen anew at every training step, unless the recipe asks for a moving average; an
+            activation adds to what was seen.
 
     State and grid are part of the state_dict. The tensor stays floating-point all the time: on the grid it holds the
     values that the integers of the converted model stand for.
@@ -62,6 +63,7 @@ class Quantizer(nn.Module):
         self.recipe = recipe
         self.source = source
         self.is_weight = is_weight
+        self.forgets = is_weight and recipe.observer != "moving_average"
         self.observer = make_observer(recipe.observer, recipe.spec, channels, **dict(recipe.options))
         self.observer.source = source or "a tensor"
         self.rule = None
@@ -137,13 +139,13 @@ class Quantizer(nn.Module):
     def _wait(self, x: Tensor) -> Tensor:
         """A training step before rounding begins."""
         self.delay -= 1
-        if not self.is_weight:
-            self.observer.observe(x)
+        if not self.forgets:
+            self.observer.observe(x, merged=not self.is_weight)
         return x
 
     def _follow(self, x: Tensor, clamp: Limits) -> Tensor:
         """Lets the grid follow `x`, or start from it, and rounds `x` to it."""
-        if self.is_weight:
+        if self.forgets:
             self.observer.reset()
         if self._fused and self._chosen and (self.is_weight or not is_distributed()):
             return self._observe_fake_quant(x, clamp)

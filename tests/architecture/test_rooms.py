@@ -152,6 +152,12 @@ MAY_IMPORT = {
         "qkernels.frontends.common",
         "qkernels.frontends.torch_ao",
     },
+    "qkernels.frontends.nni": {
+        "qkernels.core",
+        "qkernels.errors",
+        "qkernels.frontends.common",
+        "qkernels.frontends.nni",
+    },
     "qkernels.frontends.aimet": {
         "qkernels.core",
         "qkernels.errors",

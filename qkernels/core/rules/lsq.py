@@ -20,21 +20,26 @@ class LearnedStep(Rule):
 
     Args:
         init: the first scale. "mean": 2 * mean|x| / sqrt(Qp), as in the paper; "mse": the scale with the least squared
-            error; "range": the observer's.
+            error; "range": the observer's; or a number, with the middle of a symmetric grid or the lowest code of
+            another one as zero point.
     """
 
     observes = False
 
-    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False, init: str = "mean"):
+    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False, init: str | float = "mean"):
         super().__init__(spec, channels, is_weight)
-        if init not in INITS:
-            raise InvalidArgument(f"lsq: init must be one of {list(INITS)}, got {init!r}")
+        if init not in INITS and not (isinstance(init, float) and MIN_SCALE <= init <= MAX_SCALE):
+            raise InvalidArgument(f"lsq: init must be one of {list(INITS)} or a positive number, got {init!r}")
         self.init = init
         self.log_ratio = nn.Parameter(torch.zeros(self.size))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
         self.log_ratio.zero_()
+        if isinstance(self.init, float):
+            scale.fill_(self.init)
+            zero_point.fill_(self.spec.middle if self.spec.symmetric else self.spec.qmin)
+            return
         if x is None or self.init == "range":
             return
         if self.init == "mse":

@@ -1,0 +1,178 @@
+"""Quantizers at the modules of a living model, where somebody else says so: on weights, inputs and outputs.
+
+`prepare` rebuilds a model as a graph and decides by itself where grids go. Here the model stays the object that the
+user holds, with its Parameters, and computes with what was attached; `as_prepared` leads to `convert` and `verify`.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels.core.fusion import clamp_of
+from qkernels.core.layers import PREPARED, Prepared
+from qkernels.core.operations import BATCH_NORMS, CLAMPS, MODULES, Operation
+from qkernels.core.placed import Places, prepare_placed
+from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.recipe import TensorRecipe
+from qkernels.errors import InvalidArgument, InvalidState
+
+WEIGHT, OUTPUT = "weight", "output"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What gets a grid at one module.
+
+    Attributes:
+        inputs: recipes of tensor arguments by position.
+        output, weight: recipes, or None to leave them alone.
+        norm, clamp: paths of the batch normalization and the activation that become part of the layer.
+        start_step: for so many training steps the Quantizers only watch.
+    """
+
+    inputs: Mapping[int, TensorRecipe] = field(default_factory=dict)
+    output: TensorRecipe | None = None
+    weight: TensorRecipe | None = None
+    norm: str | None = None
+    clamp: str | None = None
+    start_step: int = 0
+
+
+class Originals:
+    """What the modules of a model were before `attach`."""
+
+    def __init__(self):
+        self.was: list[tuple[nn.Module, type, dict[str, Any]]] = []
+
+    def replace(self, module: nn.Module, new: nn.Module) -> None:
+        """Turns the object `module` into `new`, for everybody who holds it."""
+        self.was.append((module, module.__class__, module.__dict__))
+        module.__class__, module.__dict__ = new.__class__, new.__dict__
+
+    def restore(self) -> None:
+        """Takes everything off again. Parameters and running statistics keep what training made of them."""
+        for module, cls, state in reversed(self.was):
+            training = module.training
+            module.__class__, module.__dict__ = cls, state
+            module.train(training)
+        self.was.clear()
+
+
+def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) -> Originals:
+    """Puts Quantizers into `model`, in place; the Parameters stay the same objects under the same names.
+
+    Args:
+        sites: what to round, by the path of the module.
+        trained: the grids follow the training steps by the rule of their recipe; otherwise the Quantizers are off,
+            until `qkernels.core.phases.observe`.
+
+    Raises:
+        InvalidArgument: a weight recipe for a module whose weight is not computed with, or a norm that does not fit.
+    """
+    originals = Originals()
+    for path, site in sites.items():
+        module = model.get_submodule(path)
+        made = _with_weight(model, path, module, site, trained) if site.weight is not None else copy.copy(module)
+        if site.weight is None:
+            made._modules, made._forward_hooks = dict(module._modules), module._forward_hooks.copy()
+            made._forward_pre_hooks = module._forward_pre_hooks.copy()
+            made.quantizers = nn.ModuleDict()
+        originals.replace(module, made)
+        for name in (site.norm, site.clamp):
+            if name is not None:
+                originals.replace(model.get_submodule(name), nn.Identity().train(module.training))
+        device = next((p.device for p in model.parameters()), None)
+        for key, recipe in [*((f"input{i}", r) for i, r in site.inputs.items()), (OUTPUT, site.output)]:
+            if recipe is not None:
+                module.quantizers[key] = Quantizer(recipe, f"{path}.{key}", None, trained).to(device)
+        if site.inputs:
+            module.register_forward_pre_hook(_round_inputs)
+        if site.output is not None:
+            module.register_forward_hook(_round_output)
+        for quantizer in module.quantizers.values():
+            quantizer.state = State.TRAIN if trained else State.OFF
+            quantizer.delay = site.start_step if trained else 0
+    return originals
+
+
+def _with_weight(model: nn.Module, path: str, module: nn.Module, site: Site, trained: bool) -> nn.Module:
+    if type(module) not in PREPARED:
+        raise InvalidArgument(
+            f"{path}: a {type(module).__name__} has no weight that can be rounded; there are "
+            f"{sorted(cls.__name__ for cls in PREPARED)}"
+        )
+    norm = None if site.norm is None else model.get_submodule(site.norm)
+    if norm is not None and (type(norm) not in BATCH_NORMS or norm.running_mean is None):
+        raise InvalidArgument(f"{path}: {site.norm} is no batch normalization with running statistics")
+    layer = PREPARED[type(module)].of(module, site.weight, path, norm, trained)
+    layer._forward_hooks, layer._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
+    if site.clamp is not None:
+        clamp = model.get_submodule(site.clamp)
+        kind = MODULES.get(type(clamp))
+        if kind not in CLAMPS:
+            raise InvalidArgument(f"{path}: {site.clamp} is no clamp, got {type(clamp).__name__}")
+        layer.clamp = clamp_of(Operation(kind, (), {}, clamp))
+    return layer.train(module.training)
+
+
+def _round_inputs(module: nn.Module, args: tuple) -> tuple:
+    quantizers = module.quantizers
+    return tuple(quantizers[f"input{i}"](x) if f"input{i}" in quantizers else x for i, x in enumerate(args))
+
+
+def _round_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return module.quantizers[OUTPUT](output)
+
+
+def attached(model: nn.Module) -> Iterator[tuple[str, str, Quantizer]]:
+    """(path of the module, "weight", "output" or "input0", ..., Quantizer) of everything attached."""
+    for path, module in model.named_modules():
+        quantizers = module._modules.get("quantizers")
+        if isinstance(quantizers, nn.ModuleDict):
+            for key, quantizer in quantizers.items():
+                yield path, key, quantizer
+
+
+def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
+    """A copy of `model` as `prepare` would have made it, with the grids that the attached Quantizers have now.
+
+    Raises:
+        InvalidState: nothing is attached, or a Quantizer has no grid yet.
+    """
+    work = copy.deepcopy(model).eval()
+    found = list(attached(work))
+    if not found:
+        raise InvalidState(f"convert: {type(model).__name__} has no quantizers")
+    blind = [quantizer.source for _, _, quantizer in found if not quantizer.has_grid()]
+    if blind:
+        raise InvalidState(f"convert: {', '.join(blind)} saw no data; train or calibrate the model first")
+    places = Places({}, {}, {}, keep_grids=True)
+    for path, key, quantizer in found:
+        if key == OUTPUT:
+            places.outputs[path] = quantizer
+        elif key != WEIGHT:
+            row = places.inputs.setdefault(path, [])
+            position = int(key.removeprefix("input"))
+            row += [None] * (position + 1 - len(row))
+            row[position] = quantizer
+        elif not isinstance(work.get_submodule(path), Prepared):
+            places.weights[path] = quantizer
+    for path in {path for path, _, _ in found}:
+        _strip(work.get_submodule(path))
+    with torch.no_grad():
+        return prepare_placed(work, args, kwargs, places)
+
+
+def _strip(module: nn.Module) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_round_inputs, _round_output)]:
+            del hooks[key]
+    if isinstance(module, Prepared):
+        for key in [key for key in module.quantizers if key != WEIGHT]:
+            del module.quantizers[key]
+    else:
+        del module.quantizers
