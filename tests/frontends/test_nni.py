@@ -83,6 +83,13 @@ def test_a_calibration_config_goes_back_in():
             assert torch.equal(again[path][target]["zero_point"], wanted["zero_point"])
 
 
+def test_training_that_ends_within_the_delay_leaves_grids_for_what_was_seen(monkeypatch):
+    monkeypatch.setitem(CASES, "qat late", ("QATQuantizer", [entry()], {"quant_start_step": STEPS + 1}))
+    done = run(nni, "qat late")
+    converted = done.quantizer.convert()
+    assert qkernels.verify(done.quantizer.prepared(), converted, [done.images[0]]).total_mismatches == 0
+
+
 def test_a_config_list_is_a_recipe():
     weights = {"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric", "granularity": "out_channel"}}
     config = [entry(quant_dtype="uint8", op_types=["Conv2d", "Linear"], op_names=None, target_settings=weights)]

@@ -86,6 +86,9 @@ class _Quantizer:
         """Trains (or calibrates) and returns the model and its calibration config."""
         self._learn_scales()
         self.evaluator.train(self.bound_model, max_steps, max_epochs)
+        for quantizer in quantizers(self.bound_model):
+            if not quantizer.has_grid() and quantizer.observer.has_data():
+                quantizer.choose()  # training ended before rounding began
         return self.bound_model, self.get_calibration_config()
 
     def _learn_scales(self) -> None:
