@@ -274,7 +274,7 @@ def original(tmp_path_factory):
 def test_the_original_gives_the_same(original, name):
     ours, theirs = run(nni, name), original[name]
     if name not in ("ptq", "qat bn fold"):
-        assert ours.losses[0] == pytest.approx(theirs["losses"][0], rel=1e-3)
+        assert ours.losses[0] == pytest.approx(theirs["losses"][0], rel=1e-3 if "uint4" in name else 1e-5)
     wanted = {path: {t: list(e) for t, e in targets.items()} for path, targets in theirs["calibration"].items()}
     assert {path: {t: list(e) for t, e in targets.items()} for path, targets in ours.calibration.items()} == wanted
     if name in DIFFERENT:
@@ -288,7 +288,7 @@ def test_the_original_gives_the_same(original, name):
                 k: v for k, v in expected.items() if not torch.is_tensor(v)
             }
             for key in ("scale", "tracked_max", "tracked_min"):
-                torch.testing.assert_close(found[key], expected[key], rtol=2e-2, atol=1e-5)
+                torch.testing.assert_close(found[key], expected[key], rtol=2e-2 if name == "lsq" else 1e-2, atol=1e-5)
             assert (found["zero_point"] - expected["zero_point"]).abs().max() <= 1
 
 
