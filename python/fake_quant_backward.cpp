@@ -119,6 +119,49 @@ Tensor lsq(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
   return out;
 }
 
+std::tuple<Tensor, Tensor> pact_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                         const Tensor& zero_point, std::optional<int64_t> axis,
+                                         int64_t qmin, int64_t qmax) {
+  const char* op = "pact_backward";
+  const FloatType type = check_grad(op, grad, x);
+  axis = check_axis(op, x, axis);
+  check_grid_ends(op, qmin, qmax);
+  const GridView grid = check_grid(op, x, scale, zero_point, axis, qmin, qmax);
+  Tensor out = empty_like(x, x.scalar_type());
+  Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
+  pass.args.clips = true;
+  Tensor workspace = torch::stable::empty({lsq_workspace(pass.args.grid)}, ScalarType::Double);
+  Tensor grad_scale = torch::stable::empty(sizes_of(scale), ScalarType::Float);
+  Tensor unused = torch::stable::empty({grid.channels}, ScalarType::Float);
+  qk::lsq_backward(pass.args,
+                   {.channels = grid.channels,
+                    .factor = 1.0,
+                    .workspace = workspace.mutable_data_ptr<double>(),
+                    .scale = grad_scale.mutable_data_ptr<float>(),
+                    .zero_point = unused.mutable_data_ptr<float>()},
+                   torch_threads());
+  return {out, grad_scale};
+}
+
+Tensor pact(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
+            int64_t qmin, int64_t qmax) {
+  const char* op = "pact";
+  const FloatType type = check_float_type(op, "x", x);
+  axis = check_axis(op, x, axis);
+  check_grid_ends(op, qmin, qmax);
+  const GridView grid = check_grid(op, x, scale, zero_point, axis, qmin, qmax);
+  Tensor out = empty_like(x, x.scalar_type());
+  const GridLayout layout = plan_grid(out, &x, axis, grid);
+  qk::fake_quant({.x = x.const_data_ptr(),
+                  .y = out.mutable_data_ptr(),
+                  .type = type,
+                  .qmin = static_cast<int32_t>(qmin),
+                  .qmax = static_cast<int32_t>(qmax),
+                  .grid = layout},
+                 torch_threads());
+  return out;
+}
+
 // The walk of a mask: over a dense tensor in its own layout, so that shape, strides and axis
 // decide.
 std::tuple<Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, const Tensor& scale,
@@ -216,6 +259,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("fake_quant_mask", TORCH_BOX(&fake_quant_mask));
   m.impl("fake_quant_mask_backward", TORCH_BOX(&fake_quant_mask_backward));
   m.impl("lsq", TORCH_BOX(&lsq));
+  m.impl("pact", TORCH_BOX(&pact));
+  m.impl("pact_backward", TORCH_BOX(&pact_backward));
   m.impl("lsq_out", TORCH_BOX(&lsq_out));
   m.impl("lsq_backward", TORCH_BOX(&lsq_backward));
   m.impl("lsq_backward_out", TORCH_BOX(&lsq_backward_out));

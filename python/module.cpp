@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "csrc/base/cpu.h"
+#include "csrc/binary/binary.h"
 #include "csrc/conv/depthwise.h"
+#include "csrc/dorefa/dorefa.h"
 #include "csrc/fake_quant/fake_quant.h"
 #include "csrc/fake_quant_backward/backward.h"
 #include "csrc/fake_quant_mask/mask.h"
@@ -47,6 +49,16 @@ KernelLists list_kernels() {
 #include "csrc/fake_quant_mask/kernels.inc"
 #undef QK_FAKE_QUANT_MASK_KERNEL
 #undef QK_MASK_BACKWARD_KERNEL
+#define QK_DOREFA_KERNELS(need, type, weight, backward, gradient)                      \
+  lists["dorefa_weight"].emplace_back(#weight, has_features(active, need));            \
+  lists["dorefa_weight_backward"].emplace_back(#backward, has_features(active, need)); \
+  lists["dorefa_gradient"].emplace_back(#gradient, has_features(active, need));
+#include "csrc/dorefa/kernels.inc"
+#undef QK_DOREFA_KERNELS
+#define QK_SIGN_PRODUCT_KERNEL(need, name) \
+  lists["binary_conv2d"].emplace_back(#name, has_features(active, need));
+#include "csrc/binary/kernels.inc"
+#undef QK_SIGN_PRODUCT_KERNEL
 #define QK_MINMAX_KERNEL(need, type, name) \
   lists["observe"].emplace_back(#name, has_features(active, need));
 #include "csrc/observe/kernels.inc"

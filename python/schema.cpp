@@ -51,6 +51,18 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "lsq_backward_out(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int "
       "qmin, int qmax, float grad_factor, Tensor(a!) out) -> (Tensor, Tensor)");
 
+  // Other training rules: PACT, DoReFa, binary (qkernels/ops/rules.py).
+  m.def("pact(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor");
+  m.def(
+      "pact_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, "
+      "int qmax) -> (Tensor, Tensor)");
+  m.def("dorefa_weight(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax) -> Tensor");
+  m.def(
+      "dorefa_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, "
+      "int "
+      "qmax) -> Tensor");
+  m.def("dorefa_gradient(Tensor grad, Tensor seed, int bits) -> Tensor");
+
   // Observers: extremes of a tensor, and the state of an observer with the grid that follows from
   // it (qkernels/ops/observe.py).
   m.def("observe_minmax(Tensor x, int? axis) -> (Tensor, Tensor, Tensor)");
@@ -97,6 +109,19 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "conv(Tensor input, Tensor packed, Tensor? residual, int out_channels, int[] output_size, "
       "ScalarType output_dtype) -> Tensor");
+
+  // Binary networks: signs with a gradient, packed signs (int64 words) and their products.
+  m.def("binary_sign(Tensor x, bool is_weight) -> Tensor");
+  m.def("binary_sign_backward(Tensor grad, Tensor x, bool is_weight) -> Tensor");
+  m.def("pack_signs(Tensor x, int axis) -> Tensor");
+  m.def("binary_weight_pack(Tensor weight) -> Tensor");
+  m.def(
+      "binary_linear(Tensor input, Tensor packed, Tensor scale, Tensor? bias, int in_features) -> "
+      "Tensor");
+  m.def(
+      "binary_conv2d(Tensor input, Tensor packed, Tensor scale, Tensor? bias, int in_channels, "
+      "int[] "
+      "kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
 
   // Elementwise on integers. lookup is every unary op: out = table[q], table uint8/int8 [256]
   // indexed by the byte of q.

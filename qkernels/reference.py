@@ -93,6 +93,81 @@ def lsq_backward(
     return grad_x, total(scale_terms, scale), total(zero_terms, zero_point)
 
 
+# -- other training rules ----------------------------------------------------------------------------------------------
+
+
+def pact(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int) -> Tensor:
+    return fake_quant(x, scale, zero_point, axis, qmin, qmax)
+
+
+def pact_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """The terms in float32 as the kernel has them, their sum in float64."""
+    s, z = _along(scale, x, axis), _along(zero_point, x, axis)
+    v, low, high = x.float() * (1.0 / s), (qmin - z).float(), (qmax - z).float()
+    inside = (v >= low) & (v <= high)
+    clamped = torch.where(torch.isnan(v), low, torch.minimum(torch.maximum(v, low), high))
+    terms = (grad.float() * torch.where(inside, torch.zeros(()), clamped)).double()
+    others = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+    total = (terms.sum(dim=others) if others else terms).float().reshape(scale.shape)
+    return torch.where(inside, grad, torch.zeros_like(grad)), total
+
+
+def dorefa_weight(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """With torch's tanh, whose last bit may differ from the op's: a value near a tie may go the other way."""
+    t = torch.tanh(x.double())
+    u = (t / t.abs().amax().clamp(min=1e-12)).float() if x.numel() else x.float()
+    return fake_quant(u, scale, zero_point, None, qmin, qmax).to(x.dtype)
+
+
+def dorefa_weight_backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """In float64; the mask in float32."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    t, g = torch.tanh(x.double()), grad.double()
+    largest = t.abs().amax().clamp(min=1e-12)
+    u = t / largest
+    g = torch.where(
+        fake_quant_backward(torch.ones_like(u).float(), u.float(), scale, zero_point, None, qmin, qmax) == 1, g, 0.0
+    )
+    top = x.abs() == x.abs().amax()
+    through = (g * u).sum() / largest / top.sum() * torch.sign(x.double())
+    return ((g / largest - torch.where(top, through, 0.0)) * (1 - t * t)).to(x.dtype)
+
+
+def _mix_bits(h: Tensor) -> Tensor:
+    """On uint32 values in int64; products are taken modulo 2^32 in halves that fit."""
+
+    def times(h: Tensor, factor: int) -> Tensor:
+        return (h * (factor & 0xFFFF) + ((h * (factor >> 16)) & 0xFFFF) * 65536) & 0xFFFFFFFF
+
+    h = h ^ (h >> 16)
+    h = times(h, 0x85EBCA6B)
+    h = h ^ (h >> 13)
+    h = times(h, 0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def dorefa_gradient(grad: Tensor, seed: Tensor, bits: int) -> Tensor:
+    """Of a tensor whose memory is contiguous; other layouts number the elements of a row as they lie."""
+    if grad.numel() == 0:
+        return torch.empty_like(grad)
+    rows = grad.float().reshape(grad.shape[0] if grad.dim() else 1, -1)
+    seed_low, seed_high = int(seed) & 0xFFFFFFFF, int(seed) >> 32 & 0xFFFFFFFF
+    inner = _mix_bits(_mix_bits((torch.arange(rows.shape[0]) + seed_high) & 0xFFFFFFFF) ^ seed_low)[:, None]
+    outer = _mix_bits((inner + 0x9E3779B9) & 0xFFFFFFFF)
+    h = _mix_bits((_mix_bits(torch.arange(rows.shape[1]) ^ inner) + outer) & 0xFFFFFFFF)
+    noise = (h >> 8).float() * 2.0**-24 - 0.5
+    steps = float(2**bits - 1)
+    twice = 2.0 * rows.abs().amax(dim=1, keepdim=True)
+    codes = torch.round((rows * (1.0 / twice) + 0.5) * steps + noise).clamp(0, steps)
+    out = (codes / steps - 0.5) * twice
+    out = torch.where(torch.isfinite(1.0 / twice), out, torch.zeros(()))
+    out = torch.where(torch.isfinite(twice), out, torch.full((), float("nan")))
+    return out.reshape(grad.shape).to(grad.dtype)
+
+
 # -- observers ---------------------------------------------------------------------------------------------------------
 
 
@@ -470,3 +545,43 @@ def conv(
     else:
         acc = _CONVS[x.dim() - 2](_pad_spatial(x, padding, padding_mode), w, None, stride, 0, dilation, groups)
     return apply_epilogue(acc, weight_scale, bias, input_scale, epilogue, residual, 1)
+
+
+# -- binary networks ---------------------------------------------------------------------------------------------------
+
+
+def binary_sign(x: Tensor, is_weight: bool = False) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def binary_sign_backward(grad: Tensor, x: Tensor, is_weight: bool = False) -> Tensor:
+    passes = x.abs() <= 1
+    if is_weight:
+        passes |= x.float() * grad.float() > 0
+    return torch.where(passes, grad, torch.zeros_like(grad))
+
+
+def pack_signs(x: Tensor, axis: int) -> Tensor:
+    bits = (x.movedim(axis, -1) >= 0).long()
+    bits = F.pad(bits, (0, -bits.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    return (bits << torch.arange(64)).sum(dim=-1)
+
+
+def binary_weight(weight: Tensor) -> Tensor:
+    return binary_sign(weight)
+
+
+def binary_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Of signs that are not packed."""
+    product = (input.double() @ weight.double().T).float() * scale
+    return product if bias is None else product + bias
+
+
+def binary_conv2d(
+    input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride, padding, dilation
+) -> Tensor:
+    """Of signs that are not packed."""
+    product = F.conv2d(input.double(), weight.double(), None, stride, padding, dilation).float() * scale.reshape(
+        -1, 1, 1
+    )
+    return product if bias is None else product + bias.reshape(-1, 1, 1)

@@ -174,6 +174,18 @@ def observer_cases(n: int):
         yield f"extremes per {name}", lambda axis=axis: ops.observe_minmax(x, axis), n
 
 
+def rule_cases(n: int):
+    x, grad = torch.randn(n // 1024, 256), torch.randn(n // 1024, 256)
+    scale, zero_point, seed = torch.tensor([1 / 7]), torch.tensor([0], dtype=torch.int32), torch.tensor([1])
+    weight = x, scale, zero_point, -7, 7
+    yield "pact bwd (allocates)", lambda: ops.pact_backward(grad, x, scale, zero_point, None, -7, 7), 3 * n
+    yield "dorefa weight fwd (allocates)", lambda: ops.dorefa_weight(*weight), 2 * n
+    yield "dorefa weight bwd (allocates)", lambda: ops.dorefa_weight_backward(grad, *weight), 3 * n
+    yield "dorefa gradient (allocates)", lambda: ops.dorefa_gradient(grad, seed, 4), 2 * n
+    yield "sign fwd (allocates)", lambda: ops.binary_sign(x), 2 * n
+    yield "sign bwd (allocates)", lambda: ops.binary_sign_backward(grad, x), 3 * n
+
+
 def weight_cases(n: int):
     """A model of many weights in one call; a ratio is per copy of all of them."""
     total, kept = 0, []
@@ -197,6 +209,7 @@ def cases(megabytes: int):
     yield from channel_cases(n)
     yield from training_cases(n)
     yield from observer_cases(n)
+    yield from rule_cases(n)
     if megabytes <= 32:
         yield from weight_cases(n)
     yield from code_cases(n)

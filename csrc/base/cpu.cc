@@ -57,7 +57,8 @@ CpuFeatures detect() {
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F DQ BW VL
   if ((xcr0 & kZmmState) == kZmmState && avx512 && bit(c7, 11)) {
     features |= kCpuAvx512Vnni;
-    if (bit(c7, 1)) features |= kCpuAvx512Vbmi;
+    // The bit stands for what came together: VBMI and VPOPCNTDQ.
+    if (bit(c7, 1) && bit(c7, 14)) features |= kCpuAvx512Vbmi;
     constexpr uint64_t kTileState = 0x60000;
     const bool amx = bit(d7, 24) && bit(d7, 25);  // AMX-TILE, AMX-INT8
     if (amx && (xcr0 & kTileState) == kTileState && allow_tiles()) features |= kCpuAmx;

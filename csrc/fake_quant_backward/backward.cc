@@ -33,6 +33,7 @@ struct RunMaker {
             .qmin = args.qmin,
             .qmax = args.qmax,
             .stream = stream,
+            .clips = args.clips,
             .partial = nullptr,
             .columns = nullptr};
   }

@@ -6,6 +6,9 @@
 //   scale    = factor * sum(grad * (inside ? r - v : clamp(r, qmin - zp[c], qmax - zp[c])))
 //   zero     = factor * sum(inside ? 0 : -grad) * scale[c]
 //
+// or, the rounding left out, those of a clip at learned ends (PACT): inside = qmin - zp[c] <= v <=
+// qmax - zp[c], and grad * (inside ? 0 : clamp(v, qmin - zp[c], qmax - zp[c])) in the sum of scale.
+//
 // Layout: as fake_quant; operand 0 of the grid's walk is `out`, and `grad` has the layout of `out`.
 // Memory: owned by the caller, the workspace of the sums too; `out` may alias `grad` exactly.
 // Numbers: equal bits on every ISA and for every thread count. `out` has the bits of `grad` where
@@ -22,6 +25,7 @@
 #include "csrc/base/cpu.h"
 #include "csrc/base/dtype.h"
 #include "csrc/base/parallel.h"
+#include "csrc/base/training_numerics.h"
 #include "csrc/quantize/grid.h"
 
 namespace qk {
@@ -34,6 +38,7 @@ struct FakeQuantBackwardArgs {
   int32_t qmin;
   int32_t qmax;
   GridLayout grid;
+  bool clips = false;  // PACT; with sums only
 };
 
 void fake_quant_backward(const FakeQuantBackwardArgs& args, const Parallel& parallel);
@@ -68,6 +73,7 @@ struct FakeQuantBackwardRun {
   int32_t qmin;
   int32_t qmax;
   bool stream;      // store past the caches if `out` is aligned; the caller fences
+  bool clips;       // PACT; with sums only
   double* partial;  // [2], with a grid that holds for the whole run
   float* columns;   // [2][kGridBlock], with a grid of one channel an element
 };
@@ -91,10 +97,12 @@ inline __attribute__((always_inline)) void backward_element(const FakeQuantBackw
   const T grad = static_cast<const T*>(run.grad)[i];
   const int32_t zp = run.grid.zero_point[c];
   const float v = to_float(static_cast<const T*>(run.x)[i]) * run.grid.inv_scale[c];
-  const bool passes = fake_quant_passes(v, zp, run.qmin, run.qmax);
+  const bool passes = run.clips ? clip_passes(v, zp, run.qmin, run.qmax)
+                                : fake_quant_passes(v, zp, run.qmin, run.qmax);
   static_cast<T*>(run.out)[i] = passes ? grad : T{};
   if (scale_sum == nullptr) return;
-  *scale_sum += to_float(grad) * fake_quant_slope(v, zp, run.qmin, run.qmax);
+  *scale_sum += to_float(grad) * (run.clips ? clip_slope(v, zp, run.qmin, run.qmax)
+                                            : fake_quant_slope(v, zp, run.qmin, run.qmax));
   if (!passes) *zero_sum += to_float(grad);
 }
 

@@ -34,7 +34,7 @@ QK_INLINE void store_passing(Half* out, const Half* grad, __m256 passes) {
   kStream ? _mm_stream_si128(target, v) : _mm_storeu_si128(target, v);
 }
 
-template <typename T, bool kSums, bool kPerElement, bool kStream>
+template <typename T, bool kSums, bool kPerElement, bool kStream, bool kClips = false>
 QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
   const T* grad = static_cast<const T*>(run.grad);
   const T* x = static_cast<const T*>(run.x);
@@ -58,7 +58,8 @@ QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
                          qmax);
     }
     const __m256 v = _mm256_mul_ps(load(x + i), grid.inv_scale);
-    const __m256 r = _mm256_round_ps(v, kNearestEven);
+    const __m256 r =
+        kClips ? v : _mm256_round_ps(v, kNearestEven);  // a clip does not round: r - v is 0
     const __m256 passes =
         _mm256_and_ps(_mm256_cmp_ps(r, grid.lo, _CMP_GE_OQ), _mm256_cmp_ps(r, grid.hi, _CMP_LE_OQ));
     if constexpr (kSums) {
@@ -106,9 +107,11 @@ QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
 template <typename T, bool kStream>
 QK_INLINE void backward_with(const FakeQuantBackwardRun& run) {
   if (run.columns != nullptr) {
-    backward_run<T, true, true, kStream>(run);
+    run.clips ? backward_run<T, true, true, kStream, true>(run)
+              : backward_run<T, true, true, kStream>(run);
   } else if (run.partial != nullptr) {
-    backward_run<T, true, false, kStream>(run);
+    run.clips ? backward_run<T, true, false, kStream, true>(run)
+              : backward_run<T, true, false, kStream>(run);
   } else if (run.grid.per_element) {
     backward_run<T, false, true, kStream>(run);
   } else {

@@ -32,7 +32,7 @@ QK_INLINE void store_passing(Half* out, const Half* grad, __mmask16 passes, __mm
           : _mm256_mask_storeu_epi16(out, m, v);
 }
 
-template <typename T, bool kSums, bool kPerElement, bool kStream>
+template <typename T, bool kSums, bool kPerElement, bool kStream, bool kClips = false>
 QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
   const T* grad = static_cast<const T*>(run.grad);
   const T* x = static_cast<const T*>(run.x);
@@ -54,7 +54,8 @@ QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
                          _mm512_maskz_loadu_epi32(m, span.zero_point + i), qmin, qmax);
     }
     const __m512 v = _mm512_mul_ps(load(x + i, m), grid.inv_scale);
-    const __m512 r = _mm512_roundscale_ps(v, kNearestEven);
+    const __m512 r =
+        kClips ? v : _mm512_roundscale_ps(v, kNearestEven);  // a clip does not round: r - v is 0
     const __mmask16 passes =
         _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(r, grid.lo, _CMP_GE_OQ), r, grid.hi, _CMP_LE_OQ);
     if constexpr (kSums) {
@@ -94,9 +95,11 @@ QK_INLINE void backward_run(const FakeQuantBackwardRun& run) {
 template <typename T, bool kStream>
 QK_INLINE void backward_with(const FakeQuantBackwardRun& run) {
   if (run.columns != nullptr) {
-    backward_run<T, true, true, kStream>(run);
+    run.clips ? backward_run<T, true, true, kStream, true>(run)
+              : backward_run<T, true, true, kStream>(run);
   } else if (run.partial != nullptr) {
-    backward_run<T, true, false, kStream>(run);
+    run.clips ? backward_run<T, true, false, kStream, true>(run)
+              : backward_run<T, true, false, kStream>(run);
   } else if (run.grid.per_element) {
     backward_run<T, false, true, kStream>(run);
   } else {

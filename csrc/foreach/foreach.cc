@@ -120,6 +120,7 @@ void foreach_fake_quant_backward(const ForeachBackwardArgs& args, const Parallel
          .qmin = args.qmin,
          .qmax = args.qmax,
          .stream = false,
+         .clips = false,
          .partial = nullptr,
          .columns = nullptr});
   });

@@ -3,6 +3,14 @@
 This package is the only user of `torch.ops.qkernels`. `qkernels.reference` holds the same operations in plain torch.
 """
 
+from qkernels.ops.binary import (
+    binary_conv2d,
+    binary_linear,
+    binary_sign,
+    binary_sign_backward,
+    binary_weight_pack,
+    pack_signs,
+)
 from qkernels.ops.conv import conv, conv_output_size, conv_pack, conv_padding
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
@@ -20,6 +28,14 @@ from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out, lsq_out
 from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
+from qkernels.ops.rules import (
+    dorefa_gradient,
+    dorefa_weight,
+    dorefa_weight_backward,
+    pact,
+    pact_backward,
+    round_gradient,
+)
 
 __all__ = [
     "Epilogue",
@@ -27,6 +43,11 @@ __all__ = [
     "adaptive_avg_pool",
     "add",
     "avg_pool",
+    "binary_conv2d",
+    "binary_linear",
+    "binary_sign",
+    "binary_sign_backward",
+    "binary_weight_pack",
     "cat",
     "conv",
     "conv_output_size",
@@ -34,6 +55,9 @@ __all__ = [
     "conv_padding",
     "dequantize",
     "dequantize_out",
+    "dorefa_gradient",
+    "dorefa_weight",
+    "dorefa_weight_backward",
     "fake_quant",
     "fake_quant_backward",
     "fake_quant_backward_out",
@@ -56,6 +80,10 @@ __all__ = [
     "observe_fake_quant",
     "observe_fake_quant_out",
     "observe_minmax",
+    "pack_signs",
+    "pact",
+    "pact_backward",
     "quantize",
     "quantize_out",
+    "round_gradient",
 ]

@@ -23,6 +23,7 @@ FRIENDS = {
     "gemm": {"pointwise"},
     "image": {"quantize"},
     "plan": {"conv", "gemm", "image", "pointwise", "pool", "quantize"},
+    "dorefa": {"fake_quant", "fake_quant_backward", "observe", "quantize"},
     "fake_quant_mask": {"fake_quant", "quantize"},
     "foreach": {"fake_quant", "fake_quant_backward", "observe", "quantize"},
     "observe": {"fake_quant", "quantize"},

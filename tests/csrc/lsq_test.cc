@@ -56,6 +56,7 @@ void run_equals_scalar(int64_t n, Touches touches, Sums sums, Rng& rng) {
       .qmin = kQmin,
       .qmax = kQmax,
       .stream = false,
+      .clips = sums != Sums::kNone && rng.chance(0.5),
       .partial = sums == Sums::kRun ? partial[0] : nullptr,
       .columns = sums == Sums::kColumns ? columns[0].data() : nullptr};
   fake_quant_backward_f32_scalar(run);

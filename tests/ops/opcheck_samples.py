@@ -230,3 +230,50 @@ SAMPLES["fake_quant_mask_backward"] = [
 SAMPLES["lsq_out"] = [
     lambda: (torch.randn(3, 5), *(t.detach() for t in learned_grid()), None, -7, 8, torch.empty(3, 5)),
 ]
+
+# ---- pact, dorefa ----
+
+SAMPLES["pact"] = [
+    lambda: (torch.randn(3, 5, requires_grad=True), grid()[0].requires_grad_(), grid()[1], None, -7, 8),
+    lambda: (torch.randn(2, 4, 3, requires_grad=True), grid(4)[0].requires_grad_(), grid(4)[1], 1, -7, 8),
+]
+SAMPLES["pact_backward"] = [
+    lambda: (torch.randn(2, 4, 3), torch.randn(2, 4, 3), *grid(4), 1, -7, 8),
+]
+SAMPLES["dorefa_weight"] = [
+    lambda: (torch.randn(3, 5, requires_grad=True), *grid(), -7, 7),
+    lambda: (torch.randn(4, 6)[:, ::2], *grid(), -7, 7),
+]
+SAMPLES["dorefa_weight_backward"] = [
+    lambda: (torch.randn(3, 5), torch.randn(3, 5), *grid(), -7, 7),
+]
+SAMPLES["dorefa_gradient"] = [
+    lambda: (torch.randn(3, 5), torch.tensor([7]), 4),
+    lambda: (torch.randn(3, 5).t(), torch.tensor([7]), 4),
+]
+
+# ---- binary ----
+
+
+def _packed_signs(*shape: int) -> torch.Tensor:
+    return torch.ops.qkernels.pack_signs(torch.randn(shape), 1)
+
+
+def _packed_binary_weight(*shape: int) -> torch.Tensor:
+    return torch.ops.qkernels.binary_weight_pack(torch.randn(shape))
+
+
+SAMPLES["binary_sign"] = [
+    lambda: (torch.randn(3, 5, requires_grad=True), False),
+    lambda: (torch.randn(3, 5, requires_grad=True), True),
+]
+SAMPLES["binary_sign_backward"] = [lambda: (torch.randn(3, 5), torch.randn(3, 5), True)]
+SAMPLES["pack_signs"] = [lambda: (torch.randn(2, 70, 3, 4), 1), lambda: (torch.randn(3, 5), -1)]
+SAMPLES["binary_weight_pack"] = [lambda: (torch.randn(33, 70, 3, 2),), lambda: (torch.randn(5, 64),)]
+SAMPLES["binary_linear"] = [
+    lambda: (_packed_signs(4, 70), _packed_binary_weight(33, 70), torch.rand(33), torch.rand(33), 70),
+]
+SAMPLES["binary_conv2d"] = [
+    lambda: (_packed_signs(2, 70, 5, 6), _packed_binary_weight(33, 70, 3, 3), torch.rand(33), None, 70, [3, 3], [2, 1],
+             [1, 0], [1, 1]),
+]  # fmt: skip
