@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkernels import ops
 from qkernels.core.qspec import MAX_SCALE, MIN_SCALE, QSpec
 from qkernels.core.rules.base import Rule, rule
 
@@ -37,21 +38,5 @@ class Sign(Rule):
         return mean.clamp(MIN_SCALE, MAX_SCALE)
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        sign = _Sign.apply(x, self.is_weight)
+        sign = ops.binary_sign(x, self.is_weight)
         return sign * scale.reshape(-1, *[1] * (x.dim() - 1)) if self.scaled else sign
-
-
-class _Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, is_weight: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.is_weight = is_weight
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        passes = x.abs() <= 1
-        if ctx.is_weight:
-            passes |= x * grad > 0
-        return torch.where(passes, grad, 0.0), None

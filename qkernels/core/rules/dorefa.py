@@ -43,27 +43,7 @@ class DoReFa(Rule):
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         spec = self.spec
-        if self.is_weight:
-            x = torch.tanh(x)
-            x = x / x.abs().amax().clamp(min=1e-12)
+        if self.is_weight:  # [-1, 1] for all channels: they share one grid
+            return ops.dorefa_weight(x, scale[:1], zero_point[:1], spec.qmin, spec.qmax)
         y = ops.fake_quant(x, scale, zero_point, self.axis, spec.qmin, spec.qmax)
-        if self.is_weight or self.gradient_bits is None or not self.training:
-            return y
-        return _RoundGradient.apply(y, self.gradient_bits)
-
-
-class _RoundGradient(torch.autograd.Function):
-    """The identity; its gradient is rounded stochastically to a grid of 2**bits values for each sample."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, bits: int) -> Tensor:
-        ctx.bits = bits
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        steps = 2**ctx.bits - 1
-        largest = grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True).clamp(min=1e-30)
-        noise = torch.rand_like(grad) - 0.5
-        codes = torch.round((grad / (2 * largest) + 0.5) * steps + noise).clamp(0, steps)
-        return (codes / steps - 0.5) * (2 * largest), None
+        return y if self.gradient_bits is None or not self.training else ops.round_gradient(y, self.gradient_bits)

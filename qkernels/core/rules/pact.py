@@ -33,7 +33,7 @@ class LearnedClip(Rule):
         return (grown(self.log_ratio, scale * steps) / steps).clamp(min=MIN_SCALE), zero_point
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        spec = self.spec
-        if self.log_ratio is not None:
-            x = torch.minimum(torch.maximum(x, (spec.qmin - zero_point) * scale), (spec.qmax - zero_point) * scale)
-        return ops.fake_quant(x, scale.detach(), zero_point, self.axis, spec.qmin, spec.qmax)
+        grid = self.axis, self.spec.qmin, self.spec.qmax
+        if self.log_ratio is None:
+            return ops.fake_quant(x, scale, zero_point, *grid)
+        return ops.pact(x, scale, zero_point, *grid)
