@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.attention import open_attention
 from qkernels.core.fusion import clamp_of, fold_batch_norms, has_constant_clamp, is_fused
 from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
@@ -61,8 +62,9 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
 
     Returns:
         A module with the same forward. Its attribute `report` lists what becomes integer, what stays float, and why.
-        Batch normalization is folded. A model whose forward cannot be captured as one graph is prepared part by part:
-        each part then takes and returns float tensors.
+        Batch normalization is folded; torch's attention modules are taken apart into their projections. A model
+        whose forward cannot be captured as one graph is prepared part by part: each part then takes and returns float
+        tensors.
 
     >>> import qkernels
     >>> prepared = qkernels.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(2, 4))
@@ -88,6 +90,7 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
     args, kwargs = g.arguments(example_inputs)
     work = copy.deepcopy(model).eval()
     _bake_parametrizations(work)
+    work = open_attention(work)
     try:
         prepared: nn.Module = prepare_graph(work, args, kwargs, recipe, trained=trained)
     except Untraceable as error:
@@ -514,14 +517,24 @@ def _prepare_parts(
 
     visit(model, "")
     model.report, model.recipe = PrepareReport(tuple(rows)), recipe
-    with torch.no_grad():
-        got = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    got = _run_with_parts(model, args, kwargs)
     if not g.close(expected, got, 1e-3):
         raise Unsupported(
             f"prepare: {type(model).__name__} cannot be prepared part by part: with its parts replaced it gives other "
             "outputs on the example inputs. Name the parts to leave alone in skip=[...]"
         )
     return model
+
+
+def _run_with_parts(model: nn.Module, args: tuple, kwargs: dict) -> Any:
+    try:
+        with torch.no_grad():
+            return model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    except AttributeError as error:  # foreign code that reads more of a part than its outputs
+        raise Unsupported(
+            f"prepare: {type(model).__name__} cannot be prepared part by part: its code reads what its parts no longer "
+            f"have ({error}). Name the parts to leave alone in skip=[...]"
+        ) from error
 
 
 def _first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[tuple, dict]]:

@@ -96,6 +96,7 @@ class Match:
 
 def type_name(cls: type) -> str:
     """`Conv2d` for torch.nn classes, the full dotted name for others."""
+    cls = getattr(cls, "stands_for", cls)
     return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
 
 

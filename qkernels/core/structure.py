@@ -1,7 +1,7 @@
 """The structure of a converted model as JSON: layers with their configs, and the graph between them.
 
 `describe` and `build` are inverse, up to the contents of tensors. Building makes only layers of the registry, modules
-of `_NN_CLASSES`, and calls of `_FUNCTIONS` and `_METHODS`: a file can name nothing else.
+of `_MODULES`, and calls of `_FUNCTIONS` and `_METHODS`: a file can name nothing else.
 """
 
 import builtins
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qkernels.core import operations as o
+from qkernels.core.attention import DotProductAttention, open_attention
 from qkernels.core.convert import ConvertedModel
 from qkernels.core.registry import is_layer, layer_class
 from qkernels.core.report import Decision, PrepareReport
@@ -54,8 +55,9 @@ _METHODS = frozenset(o.METHODS) | frozenset(
     _words("bmm dim div float masked_fill matmul max min amax pow repeat size softmax sub sum to type_as")
 )
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})  # that the graph may read by getattr
-_NN_CLASSES = frozenset(
-    _words(
+_MODULES: dict[str, type[nn.Module]] = {
+    name: getattr(nn, name)
+    for name in _words(
         "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool2d AvgPool1d AvgPool2d AvgPool3d "
         "BatchNorm1d BatchNorm2d BatchNorm3d CELU Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d "
         "ConvTranspose3d Dropout Dropout1d Dropout2d Dropout3d ELU Embedding Flatten GELU GLU GroupNorm Hardsigmoid "
@@ -63,7 +65,7 @@ _NN_CLASSES = frozenset(
         "LogSoftmax MaxPool1d MaxPool2d MaxPool3d Mish PReLU PixelShuffle ReLU ReLU6 SELU SiLU Sigmoid Softmax "
         "Softmax2d Softplus Softsign Tanh Unflatten Upsample ZeroPad2d"
     )
-)
+} | {"DotProductAttention": DotProductAttention}
 _ENUMS = {
     str(value): value
     for value in (
@@ -113,7 +115,7 @@ def _describe(module: nn.Module, path: str) -> dict[str, Any]:
         return _describe_graph(module, path)
     if type(module) is nn.Sequential:
         return {"sequential": _describe_children(module, path)}
-    if type(module) is getattr(nn, type(module).__name__, None) and type(module).__name__ in _NN_CLASSES:
+    if _MODULES.get(type(module).__name__) is type(module):
         return {"nn": type(module).__name__, "arguments": _constructor_arguments(module, path)}
     return {"skeleton": type(module).__qualname__, "children": _describe_children(module, path)}
 
@@ -199,9 +201,9 @@ def _build(spec: dict[str, Any], tensors: dict[str, Tensor], path: str, skeleton
         module.name = path
         return module
     if "nn" in spec:
-        if spec["nn"] not in _NN_CLASSES:
+        if spec["nn"] not in _MODULES:
             raise CheckpointError(f"load: {spec['nn']!r} is not in the list of modules that a file may hold")
-        return getattr(nn, spec["nn"])(**{name: _decode(v, {}) for name, v in spec["arguments"].items()})
+        return _MODULES[spec["nn"]](**{name: _decode(v, {}) for name, v in spec["arguments"].items()})
     if "sequential" in spec:
         children = {name: _build(s, tensors, _join(path, name), None) for name, s in spec["sequential"].items()}
         return nn.Sequential(OrderedDict(children))
@@ -223,7 +225,7 @@ def _fill_skeleton(
         raise InvalidArgument(
             f"load: skeleton at {path or 'the top'!r} must be a {name}, got {type(skeleton).__qualname__}"
         )
-    model = copy.deepcopy(skeleton) if not path else skeleton
+    model = skeleton if path else open_attention(copy.deepcopy(skeleton))
     for child, child_spec in spec["children"].items():
         setattr(model, child, _build(child_spec, tensors, _join(path, child), getattr(model, child, None)))
     return model

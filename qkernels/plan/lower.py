@@ -91,7 +91,7 @@ class _Lowering:
             if kind in ("quantize", "lookup"):
                 self._require(user, sizes)
             elif kind == "linear":
-                sizes[-1] = layer.weight.shape[1]
+                sizes[-1] = layer.weight.shape[1 if user.args[0] is node else 0]  # else the residual
             elif kind == "conv" and user.args[0] is node:
                 transposed, groups = layer.options["transposed"], layer.options["groups"]
                 sizes[1] = layer.weight.shape[0] if transposed else layer.weight.shape[1] * groups

@@ -231,7 +231,7 @@ def test_a_leaf_with_other_outputs_is_reported():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention, self.fc = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+            self.attention, self.fc = nn.MultiheadAttention(4, 2, add_zero_attn=True), nn.Linear(4, 4)
 
         def forward(self, x):
             return self.fc(self.attention(x, x, x, need_weights=False)[0])
