@@ -36,6 +36,10 @@ from qkernels.errors import InvalidArgument, InvalidState
 class ConvertedModel(NetworkGraph):
     """An integer network: what `convert` returns for a model that has a graph."""
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For `torch.jit.script`: a plain graph, whose layers are replaced where the original's are not."""
+        return fx.GraphModule(self, self.graph, type(self).__name__)
+
 
 def convert(prepared: nn.Module) -> nn.Module:
     """The integer network of a calibrated model; `prepared` stays as it is.

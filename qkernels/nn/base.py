@@ -1,11 +1,12 @@
 """What every converted layer shares: grids as buffers, a config that rebuilds it, and a cache of what is derived."""
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer_class
@@ -108,6 +109,23 @@ class QLayer(nn.Module):
             else "it must come from the layer that this one was converted with"
         )
         raise InvalidType(f"{self._where()}: {role} must be {expected}, got {x.dtype} {list(x.shape)}.\n{advice}")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles in the place of this layer: the ops that `forward` calls."""
+        unchecked = copy.copy(self)
+        unchecked.__dict__["_check"] = lambda x, role: None  # by the ops alone
+        forward = unchecked.forward
+        binary = len(self._input_roles) == 2
+        return self._torchscript((lambda a, b: forward(a, b)) if binary else (lambda x: forward(x)))
+
+    def _torchscript(self, run: Callable) -> nn.Module:
+        tracer = fx.Tracer()
+        graph = tracer.trace(run)
+        graph._co_fields = {}
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload):
+                node.target = node.target.overloadpacket  # the form that TorchScript reads
+        return fx.GraphModule(tracer.root, graph)
 
     def _where(self) -> str:
         return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
@@ -12,6 +12,7 @@ from qkernels.core.registry import layer
 from qkernels.errors import InvalidArgument
 from qkernels.nn.weighted import WeightedLayer, quantized_weight
 from qkernels.ops.conv import conv_output_size, conv_padding
+from qkernels.ops.script import ScriptedConv
 
 
 @layer("conv")
@@ -53,6 +54,9 @@ class QConv(WeightedLayer):
         if size is None:
             size = sizes[spatial] = self._output_size(x)
         return ops.conv(x, packed, residual, channels, size, dtype)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptedConv(self._canonical(), *self._geometry(), self.options["output_padding"])
 
     def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels import ops, reference
 from qkernels.core import tables
@@ -79,6 +79,14 @@ class QCat(QLayer):
     def reference_forward(self, tensors: Sequence[Tensor]) -> Tensor:
         self._check_all(tensors)
         return reference.cat(list(tensors), self._derive(), self.options["dim"])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        count, tables, dim = len(self._input_roles), self.derived(), self.options["dim"]
+
+        def run(tensors: list[Tensor]) -> Tensor:
+            return ops.cat([tensors[i] for i in range(count)], tables, dim)
+
+        return self._torchscript(run)
 
     def _check_all(self, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != len(self._input_roles):

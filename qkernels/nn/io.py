@@ -23,9 +23,12 @@ class Quantize(QLayer):
     def reference_forward(self, x: Tensor) -> Tensor:
         return self._run(x, reference.quantize)
 
-    def _run(self, x: Tensor, quantize) -> Tensor:
+    def _check(self, x: Tensor, role: str) -> None:
         if not x.is_floating_point():
-            raise InvalidType(f"{self._where()}: input must be a float tensor, got {x.dtype} {list(x.shape)}")
+            raise InvalidType(f"{self._where()}: {role} must be a float tensor, got {x.dtype} {list(x.shape)}")
+
+    def _run(self, x: Tensor, quantize) -> Tensor:
+        self._check(x, "input")
         meta = self._grids["output"]
         scale, zero_point = self._buffers["output_scale"], self._buffers["output_zero_point"]
         return quantize(x, scale, zero_point, meta["axis"], meta["qmin"], meta["qmax"], meta["dtype"])

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.registry import layer
 from qkernels.nn.weighted import WeightedLayer, quantized_weight
+from qkernels.ops.script import ScriptedLinear
 
 
 @layer("linear")
@@ -24,6 +25,9 @@ class QLinear(WeightedLayer):
         self._check_residual(residual)
         packed, out_features, dtype = self.derived()
         return ops.linear(x, packed, out_features, dtype, residual)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptedLinear(*self._canonical())
 
     def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")

@@ -52,8 +52,9 @@ class QInterpolate(_SameGrid):
     def forward(self, x: Tensor) -> Tensor:
         self._check(x, "input")
         o = self.options
-        resized = F.interpolate(x.view(torch.uint8), o["size"], o["scale_factor"], o["mode"])
-        return resized.view(x.dtype)
+        if self._grids["input"]["dtype"] is torch.uint8:
+            return F.interpolate(x, o["size"], o["scale_factor"], o["mode"])
+        return F.interpolate(x.view(torch.uint8), o["size"], o["scale_factor"], o["mode"]).view(torch.int8)
 
     def reference_forward(self, x: Tensor) -> Tensor:
         self._check(x, "input")
@@ -112,7 +113,7 @@ class QAdaptiveAvgPool(_Averaging):
         return self._flattened(reference.adaptive_avg_pool(x, self._size(x), *self._derive()))
 
     def _size(self, x: Tensor) -> list[int]:
-        return [n if size is None else size for size, n in zip(self.options["output_size"], x.shape[2:], strict=True)]
+        return [x.shape[2 + d] if size is None else size for d, size in enumerate(self.options["output_size"])]
 
     def _flattened(self, y: Tensor) -> Tensor:
         return y.flatten(1) if self.options["flatten"] else y
