@@ -129,11 +129,14 @@ class Quantizer(nn.Module):
     def _round(self, x: Tensor, scale: Tensor, zero_point: Tensor, clamp: Limits) -> Tensor:
         """Straight through. On codes a clamp is a narrower range; its ends let the gradient pass half a step longer."""
         qmin, qmax = self.spec.qmin, self.spec.qmax
-        if clamp is not None and torch.compiler.is_compiling():
-            x = limited(x, clamp)
-        elif clamp is not None:
-            qmin, qmax = _codes_of(clamp, scale.item(), zero_point.item(), qmin, qmax)
         keep = "input" if self.is_weight else "mask"  # a weight is there anyway
+        if clamp is None:
+            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
+        if torch.compiler.is_compiling():  # no numbers of tensors here: the codes beyond the clamp are cut afterwards
+            y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
+            ends = ops.fake_quant(torch.tensor(clamp, device=x.device), scale, zero_point, None, qmin, qmax).to(y.dtype)
+            return torch.clamp(y, ends[0], ends[1])
+        qmin, qmax = _codes_of(clamp, scale.item(), zero_point.item(), qmin, qmax)
         return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
 
     def _wait(self, x: Tensor) -> Tensor:

@@ -104,6 +104,23 @@ def test_lsq_plus_rounds_its_zero_point_once():
     assert parameter(q, "offset").grad is not None
 
 
+@pytest.mark.parametrize(
+    "spec", [QSpec.activation(b) for b in (2, 3, 4, 7, 8)] + [QSpec.weight(b, False) for b in (4, 8)]
+)
+def test_a_learned_range_gives_back_every_grid_to_the_last_bit(spec):
+    g = torch.Generator().manual_seed(0)
+    n = 50_000
+    q = make_rule("range", QSpec(spec.dtype, spec.qmin, spec.qmax, spec.symmetric, per_channel=True), n)
+    scale = torch.exp(torch.rand(n, generator=g) * 30 - 20)
+    zero_point = torch.randint(spec.qmin, spec.qmax + 1, (n,), generator=g, dtype=torch.int32)
+    if spec.symmetric:
+        zero_point.fill_(spec.middle)
+    q.start(None, scale, zero_point)
+    got = q.grid(scale + 1, zero_point)
+    assert torch.equal(got[0], scale)
+    assert torch.equal(got[1], zero_point.float())
+
+
 def test_the_mse_start_has_less_error_than_the_range():
     x = torch.cat([values((5000,)).detach(), torch.tensor([30.0])])
     error = {}

@@ -205,6 +205,13 @@ def test_training_with_a_plain_optimizer_moves_ranges_too():
     assert {"conv2.weight", "conv1.param_quantizers.weight.min", "module_relu.output_quantizers.0.max"} <= set(moved)
     sim.model.eval()
     assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
+    again = quantsim.QuantizationSimModel(prepared_model(), dummy_input=images(), default_param_bw=4)
+    again.model.load_state_dict(sim.model.state_dict())
+    assert again.encodings() == sim.encodings()
+    again.load_encodings(sim.encodings(), partial=False)
+    assert again.encodings() == sim.encodings()
+    assert torch.equal(again.model.eval()(images()), sim.model(images()))
+    assert torch.equal(again.convert()(images()), sim.convert()(images()))
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------

@@ -10,26 +10,29 @@ from qkernels.core.rules.base import Rule, rule
 
 @rule("range")
 class LearnedRange(Rule):
-    """`scale = (high - low) / (qmax - qmin)`; affine: `zero_point = qmin - low / scale`, rounded once."""
+    """`scale = (high - low) / (qmax - qmin)`; affine: `zero_point = qmin - low / scale`, rounded once.
+
+    The ends are float64: those of a float32 grid fit exactly, and give the very same grid back.
+    """
 
     observes = False
 
     def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False):
         super().__init__(spec, channels, is_weight)
-        self.low = nn.Parameter(torch.zeros(self.size))
-        self.high = nn.Parameter(torch.zeros(self.size))
+        self.low = nn.Parameter(torch.zeros(self.size, dtype=torch.float64))
+        self.high = nn.Parameter(torch.zeros(self.size, dtype=torch.float64))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
-        self.low.copy_((self.spec.qmin - zero_point) * scale)
-        self.high.copy_((self.spec.qmax - zero_point) * scale)
+        self.low.copy_((self.spec.qmin - zero_point) * scale.double())
+        self.high.copy_((self.spec.qmax - zero_point) * scale.double())
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        steps = float(self.spec.qmax - self.spec.qmin)
-        scale = ((self.high - self.low) / steps).clamp(self.spec.min_scale, MAX_SCALE)
+        steps = self.spec.qmax - self.spec.qmin
+        scale = ((self.high - self.low) / steps).clamp(self.spec.min_scale, MAX_SCALE).to(torch.float32)
         if self.spec.symmetric:
             return scale, zero_point.to(torch.float32)
-        return scale, self.spec.qmin - self.low / scale
+        return scale, (self.spec.qmin - self.low / scale).to(torch.float32)
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return ops.lsq(x, scale, zero_point, self.axis, self.spec.qmin, self.spec.qmax, 1.0)

@@ -64,10 +64,10 @@ class QuantizeDequantize(Quantizer):
         return self.has_grid()
 
     def get_min(self) -> Tensor:
-        return self.min.detach().reshape(self.shape)
+        return self.min.detach().float().reshape(self.shape)
 
     def get_max(self) -> Tensor:
-        return self.max.detach().reshape(self.shape)
+        return self.max.detach().float().reshape(self.shape)
 
     def get_scale(self) -> Tensor:
         return self.qparams().scale.reshape(self.shape)
