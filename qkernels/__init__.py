@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 from qkernels import nn, ops
 from qkernels.core.convert import convert
 from qkernels.core.exact import exact
-from qkernels.core.phases import calibrate, calibrating
+from qkernels.core.phases import calibrate, calibrating, non_finite_counts
 from qkernels.core.prepare import prepare
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.recipe import Recipe
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "load_plan",
     "nn",
+    "non_finite_counts",
     "ops",
     "phase",
     "prepare",

@@ -43,6 +43,7 @@ class Observer(nn.Module):
 
     low: Tensor
     high: Tensor
+    non_finite: Tensor | None  # how many NaN and infinities were left out; None: they are errors
 
     def __init__(self, spec: QSpec, channels: int | None = None):
         super().__init__()
@@ -53,9 +54,14 @@ class Observer(nn.Module):
         size = channels if spec.per_channel else 1
         self.register_buffer("low", torch.full((size,), float("inf")))
         self.register_buffer("high", torch.full((size,), float("-inf")))
+        self.register_buffer("non_finite", None)
+
+    def ignore_non_finite(self) -> None:
+        """From now on NaN and infinities are counted instead of refused; the finite values of a tensor decide."""
+        self.non_finite = torch.zeros(2, dtype=torch.int64, device=self.low.device)
 
     def observe(self, x: Tensor, merged: bool = True) -> None:
-        """Takes notice of the values of `x`; NaN and infinities are a CalibrationError.
+        """Takes notice of the values of `x`; NaN and infinities are a CalibrationError, or counted if they are ignored.
 
         With `merged`, in a distributed run, each rank takes notice of the values of all ranks.
         """
@@ -64,10 +70,21 @@ class Observer(nn.Module):
         x = x.detach().to(torch.float32)
         low, high = self.extremes(x)
         if not torch.compiler.is_compiling() and not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            self.check_finite(x)
+            if self.non_finite is None:
+                self.check_finite(x)
+            x, low, high = self.finite_part(x)
         if merged and is_distributed():
             low, high = merge_extremes(low, high)
-        self.update(x, low, high)
+        if self.non_finite is None or bool((low <= high).all()):
+            self.update(x, low, high)
+
+    def finite_part(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The finite values of a tensor with one grid, and their extremes; counts the others."""
+        self.non_finite += torch.stack([torch.isnan(x).sum(), torch.isinf(x).sum()])
+        x = x[torch.isfinite(x)]
+        if x.numel() == 0:
+            return x, torch.full_like(self.low, float("inf")), torch.full_like(self.high, float("-inf"))
+        return x, *self.extremes(x)
 
     def check_finite(self, x: Tensor) -> None:
         if not bool(torch.isfinite(x).all()):
@@ -108,6 +125,8 @@ class Observer(nn.Module):
         """Forgets everything seen."""
         self.low.fill_(float("inf"))
         self.high.fill_(float("-inf"))
+        if self.non_finite is not None:
+            self.non_finite.zero_()
 
     def extra_repr(self) -> str:
         return f"low={self.low.tolist()}, high={self.high.tolist()}" if self.low.numel() == 1 else ""

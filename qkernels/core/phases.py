@@ -127,6 +127,19 @@ def calibrate(
     return prepared
 
 
+def non_finite_counts(prepared: nn.Module) -> dict[str, tuple[int, int]]:
+    """How many NaN and infinities each Quantizer left out since its observer began, by the source of the tensor.
+
+    Those that saw none are not listed. Made for models prepared with `non_finite="ignore"`.
+    """
+    counts = {
+        q.source: tuple(q.observer.non_finite.tolist())
+        for q in quantizers(prepared)
+        if q.observer.non_finite is not None
+    }
+    return {source: count for source, count in counts.items() if any(count)}
+
+
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """Calls the model on a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
     if isinstance(batch, Mapping):

@@ -66,6 +66,8 @@ class Quantizer(nn.Module):
         self.forgets = is_weight and recipe.observer != "moving_average"
         self.observer = make_observer(recipe.observer, recipe.spec, channels, **dict(recipe.options))
         self.observer.source = source or "a tensor"
+        if recipe.non_finite == "ignore":
+            self.observer.ignore_non_finite()
         self.rule = None
         if trained:
             self.rule = make_rule(recipe.rule, recipe.spec, channels, is_weight, **dict(recipe.rule_options))
@@ -172,7 +174,7 @@ class Quantizer(nn.Module):
     def _observe_fake_quant(self, x: Tensor, clamp: Limits) -> Tensor:
         """The grid follows within one op."""
         observer, spec = self.observer, self.spec
-        state = observer.low, observer.high, self.scale, self.zero_point, None
+        state = observer.low, observer.high, self.scale, self.zero_point, observer.non_finite
         momentum = getattr(observer, "momentum", None)
         grid = self.axis, spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, momentum, observer.source
         try:

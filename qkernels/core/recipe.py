@@ -25,6 +25,8 @@ class TensorRecipe:
     """How one kind of tensor gets its grid: the kind of grid, the observer by name, and the observer's options.
 
     `rule` and `rule_options` say how the grid behaves in training (`prepare_qat`); calibration does without.
+    `non_finite` says what the observer does with NaN and infinities: "error", or "ignore" to leave them out and count
+    them (`qkernels.non_finite_counts`).
     """
 
     spec: QSpec
@@ -32,6 +34,7 @@ class TensorRecipe:
     options: Options = ()
     rule: str = "ste"
     rule_options: Options = ()
+    non_finite: str = "error"
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
@@ -42,6 +45,10 @@ class TensorRecipe:
             make_rule(self.rule, self.spec, 1, **dict(self.rule_options))
         except TypeError as error:
             raise InvalidArgument(f"rule {self.rule!r}: {error}") from error
+        if self.non_finite not in ("error", "ignore") or (self.non_finite == "ignore" and self.spec.per_channel):
+            raise InvalidArgument(
+                f'non_finite must be "error", or "ignore" on a grid for the whole tensor, got {self.non_finite!r}'
+            )
         if self.observer not in OBSERVERS:
             raise InvalidArgument(f"unknown observer {self.observer!r}; there are {sorted(OBSERVERS)}")
         try:
@@ -51,13 +58,18 @@ class TensorRecipe:
 
     def to_config(self) -> dict:
         config = {"spec": self.spec.to_config(), "observer": self.observer, "options": dict(self.options)}
-        return config | {"rule": self.rule, "rule_options": dict(self.rule_options)}
+        return config | {
+            "rule": self.rule,
+            "rule_options": dict(self.rule_options),
+            "non_finite": self.non_finite,
+        }
 
     @classmethod
     def from_config(cls, config: dict) -> "TensorRecipe":
         spec, options = QSpec.from_config(config["spec"]), tuple(config["options"].items())
         rule_options = tuple(config.get("rule_options", {}).items())
-        return cls(spec, config["observer"], options, config.get("rule", "ste"), rule_options)
+        non_finite = config.get("non_finite", "error")
+        return cls(spec, config["observer"], options, config.get("rule", "ste"), rule_options, non_finite)
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,7 @@ def make_recipe(
     rule: str | None = None,
     weight_rule: str | None = None,
     activation_rule: str | None = None,
+    non_finite: str | None = None,
     skip: Iterable["str | type | re.Pattern"] = (),
 ) -> Recipe:
     """A recipe from a name or a Recipe, changed by keyword options.
@@ -251,6 +264,7 @@ def make_recipe(
         corrections: what is done against rounding errors at the end of calibration: names ("bias", "adaround") or
             values of `qkernels.core.corrections`; () for nothing.
         rule: how grids behave in training, see `qkernels.core.rules`; weight_rule and activation_rule set one of them.
+        non_finite: NaN and infinities in activations are an "error", or "ignore" leaves them out and counts them.
         skip: modules to leave float, each by path (its children included), Module class or compiled regex.
     """
     if isinstance(recipe, str):
@@ -286,6 +300,8 @@ def make_recipe(
         weight = replace(weight, rule=weight_rule, rule_options=())
     if activation_rule is not None:
         activation = replace(activation, rule=activation_rule, rule_options=())
+    if non_finite is not None:
+        activation = replace(activation, non_finite=non_finite)
     if isinstance(skip, (str, type, re.Pattern)):
         skip = (skip,)
     corrections = recipe.corrections if corrections is None else correction_values(corrections)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qkernels.core.phases import run_batch
 from qkernels.core.prepare import PreparedModel, check_float, prepare_model, prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Recipe, make_recipe
+from qkernels.core.rules import RULES
 from qkernels.errors import InvalidArgument
 
 FORWARDS = ("int8", "float")
@@ -36,7 +38,8 @@ def prepare_qat(
     Args:
         model: a float32 module, trained or not.
         example_inputs: as for `prepare`.
-        recipe: a name, or a `Recipe`. By name, activation ranges follow a moving average instead of a histogram.
+        recipe: a name, or a `Recipe`. By name, activation ranges follow a moving average instead of a histogram, and
+            weight ranges that are observed at every step the extremes instead of a search for the least error.
         rule: how grids are trained (see docs/training.md); None: as the recipe says, which is "ste" unless told.
         forward: "int8": convolutions and linear layers run on the integer kernels in the forward where they have
             one; "float": everything is simulated in float.
@@ -53,9 +56,12 @@ def prepare_qat(
         raise InvalidArgument(f"prepare_qat: forward must be one of {list(FORWARDS)}, got {forward!r}")
     if not isinstance(start_step, int) or start_step < 0:
         raise InvalidArgument(f"prepare_qat: start_step must be a number of steps, got {start_step!r}")
-    if isinstance(recipe, str):
-        options = {"observer": "moving_average", **options}
-    prepared = prepare_model(model, example_inputs, make_recipe(recipe, rule=rule, **options), trained=True)
+    recipe = (
+        _training_recipe(recipe, rule, options)
+        if isinstance(recipe, str)
+        else make_recipe(recipe, rule=rule, **options)
+    )
+    prepared = prepare_model(model, example_inputs, recipe, trained=True)
     if forward == "int8":
         for part in prepared.modules():
             if isinstance(part, PreparedModel):
@@ -67,6 +73,14 @@ def prepare_qat(
         quantizer.state = State.TRAIN
         quantizer.delay = start_step
     return prepared.train()
+
+
+def _training_recipe(name: str, rule: str | None, options: dict[str, Any]) -> Recipe:
+    """The recipe `name` with observers that are cheap enough for every step."""
+    recipe = make_recipe(name, rule=rule, **{"observer": "moving_average", **options})
+    if "weight_observer" in options or not RULES[recipe.weight.rule].observes:
+        return recipe
+    return replace(recipe, weight=replace(recipe.weight, observer="minmax", options=()))
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------

@@ -124,6 +124,24 @@ def test_non_finite_data_is_refused_by_name(name, bad):
 
 
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
+def test_non_finite_data_can_be_left_out_and_counted(name):
+    """The grid is that of the finite values; a batch without any changes nothing."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    ours, expected = (make_observer(name, QSpec.activation()) for _ in range(2))
+    ours.ignore_non_finite()
+    bad = x.clone()
+    bad[3], bad[100], bad[999] = float("nan"), float("inf"), -float("inf")
+    for batch in (bad, torch.full((5,), float("nan")), bad * 2):
+        ours.observe(batch)
+    for batch in (x, x * 2):
+        expected.observe(batch[torch.isfinite(bad)])
+    assert ours.qparams() == expected.qparams()
+    assert ours.non_finite.tolist() == [7, 4]
+    ours.reset()
+    assert ours.non_finite.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", sorted(OBSERVERS))
 def test_empty_batches_are_ignored_and_no_data_is_an_error(name):
     watcher = make_observer(name, QSpec())
     watcher.observe(torch.empty(0, 3))

@@ -9,6 +9,7 @@ from torch import nn
 
 import qkernels
 from qkernels.core.observers import OBSERVERS
+from qkernels.core.prepare import quantizers
 from qkernels.core.rules import RULES
 from qkernels.errors import CalibrationError, InvalidState
 
@@ -148,6 +149,35 @@ def test_nan_and_inf_are_an_error_that_names_the_module(bad, step):
         model(x)
     after = model.get_submodule("activation_quantizers").state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize("rule", ["ste", "lsq", "pact"])
+def test_nan_and_inf_are_left_out_and_counted_if_asked(rule):
+    model = made(rule=rule, non_finite="ignore")
+    optimizer = optimizer_of(model)
+    run(model, optimizer, range(2))
+    assert qkernels.non_finite_counts(model) == {}
+    x = images(9)
+    x[0, 0, 0, 0], x[1, 0, 0, 0], x[1, 1, 1, 1] = float("nan"), float("inf"), float("nan")
+    model(x).sum().backward()
+    if rule == "ste":
+        assert qkernels.non_finite_counts(model) == {"x": (2, 1)}
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+    assert all(bool(torch.isfinite(q.qparams().scale).all()) for q in quantizers(model))
+    with qkernels.calibrating(model):
+        model(x)
+    assert qkernels.non_finite_counts(model)["x"] == (2, 1)
+
+
+def test_low_bits_by_name_do_not_search_a_range_at_every_step():
+    """The search for the least squared error starts what is learned; grids that follow weights take their extremes."""
+    observers = {
+        rule: {q.recipe.observer for q in quantizers(made(recipe="w4a8", rule=rule)) if q.is_weight}
+        for rule in ("ste", "lsq")
+    }
+    assert observers == {"ste": {"minmax"}, "lsq": {"mse"}}
+    asked = made(recipe="w4a8", weight_observer="mse")
+    assert {q.recipe.observer for q in quantizers(asked) if q.is_weight} == {"mse"}
 
 
 def test_weights_of_zero_constant_activations_and_empty_batches_are_defined():
