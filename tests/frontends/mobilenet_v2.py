@@ -1,6 +1,16 @@
-"""The network of torch's tutorial on eager quantization, small enough for tests: stubs, FloatFunctional, mean."""
+"""The network of torch's tutorial on eager quantization: stubs, FloatFunctional, mean. Small, or as it is there."""
 
 from torch import nn
+
+# (inputs, outputs, stride, ratio) of each block; the channels of the first and the last convolution.
+SMALL = ([(16, 24, 2, 3), (24, 24, 1, 3), (24, 32, 2, 3), (32, 32, 1, 3)], 16, 64)
+_STAGES = [(1, 32, 16, 1, 1), (6, 16, 24, 2, 2), (6, 24, 32, 3, 2), (6, 32, 64, 4, 2), (6, 64, 96, 3, 1)]
+_STAGES += [(6, 96, 160, 3, 2), (6, 160, 320, 1, 1)]
+FULL = (
+    [(b if i else a, b, 1 if i else stride, ratio) for ratio, a, b, count, stride in _STAGES for i in range(count)],
+    32,
+    1280,
+)
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -14,7 +24,7 @@ class InvertedResidual(nn.Module):
         hidden = inputs * ratio
         self.adds = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
-            conv_bn_relu(inputs, hidden, 1),
+            *([conv_bn_relu(inputs, hidden, 1)] if ratio > 1 else []),
             conv_bn_relu(hidden, hidden, 3, stride, hidden),
             nn.Conv2d(hidden, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
@@ -28,17 +38,17 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """`api` is torch.ao.quantization or the front end; `functional` its FloatFunctional."""
 
-    def __init__(self, api, functional: type, classes: int = 10):
+    def __init__(self, api, functional: type, classes: int = 10, layout: tuple = SMALL):
         super().__init__()
         self.api = (api.fuse_modules, api.fuse_modules_qat)
-        blocks = [(16, 24, 2, 3), (24, 24, 1, 3), (24, 32, 2, 3), (32, 32, 1, 3)]
+        blocks, first, last = layout
         self.features = nn.Sequential(
-            conv_bn_relu(3, 16, stride=2),
+            conv_bn_relu(3, first, stride=2),
             *(InvertedResidual(*block, functional) for block in blocks),
-            conv_bn_relu(32, 64, 1),
+            conv_bn_relu(blocks[-1][1], last, 1),
         )
         self.quant, self.dequant = api.QuantStub(), api.DeQuantStub()
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(64, classes))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, classes))
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.2)
@@ -54,5 +64,6 @@ class MobileNetV2(nn.Module):
             if type(module) is nn.Sequential and len(module) == 3 and type(module[2]) is nn.ReLU:
                 fuse(module, ["0", "1", "2"], inplace=True)
             if type(module) is InvertedResidual:
-                fuse(module.conv, ["2", "3"], inplace=True)
+                last = len(module.conv) - 2
+                fuse(module.conv, [str(last), str(last + 1)], inplace=True)
         return self
