@@ -767,8 +767,8 @@ class Builder {
       const int from = root(o.from), to = root(o.to);
       Buffer &a = buffers_[from], &b = buffers_[to];
       if (from == to || a.home != Home::kArena || b.home != Home::kArena || a.bytes != b.bytes ||
-          a.last != o.operation) {
-        continue;
+          a.last != o.operation || b.first != o.operation) {
+        continue;  // b starts earlier if it was merged into the other operand: then it is in use
       }
       b.merged_into = from;
       a.last = b.last;

@@ -92,7 +92,7 @@ class _Merger:
         dtypes = {grid.dtype for grid in (*addition.in_qparams, addition.out_qparams)}
         if not operands or None in shapes or len(shapes) != 1 or len(dtypes) != 1:
             return
-        if any(_is_constant(a) for a in node.args):
+        if not _inputs_reach(self.graph).issuperset(node.args):
             return  # the same shape on the example perhaps only because the example has one row
         last, other = max(operands, key=lambda pair: order[pair[0]])
         residual = addition.in_qparams[other]
@@ -106,8 +106,10 @@ class _Merger:
         self.graph.erase_node(last)
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether the value comes from the model alone, not from its input."""
-    if node.op in ("placeholder", "get_attr"):
-        return node.op == "get_attr"
-    return bool(node.all_input_nodes) and all(_is_constant(n) for n in node.all_input_nodes)
+def _inputs_reach(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values come from the input of the model, not from the model alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:  # in the order of execution
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found

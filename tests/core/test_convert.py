@@ -106,3 +106,23 @@ def test_a_constant_operand_is_rounded_once_and_takes_any_batch():
     assert [module.kind for module in converted.modules() if is_layer(module)].count("quantize") == 1
     assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
     torch.testing.assert_close(converted(x), model(x), rtol=0.1, atol=0.1)
+
+
+def test_depth_of_a_network_is_not_limited():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(600))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    x = torch.randn(2, 2)
+    prepared = qkernels.prepare(Deep().eval(), x, observer="minmax")
+    with qkernels.calibrating(prepared):
+        prepared(x)
+    converted = qkernels.convert(prepared)
+    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+    assert torch.equal(qkernels.compile(converted, x)(x), converted(x))

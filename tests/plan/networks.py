@@ -61,6 +61,17 @@ class Inverted(nn.Module):
         return x + y if self.adds else y
 
 
+class FusedResidual(nn.Module):
+    """EfficientNetV2's: the sum reads two activations through tables, and both end there."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layer = conv(channels, channels, act=nn.SiLU)
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
 class Fire(nn.Module):
     """SqueezeNet's block; GoogLeNet's has the same two kinds of branches."""
 
@@ -149,6 +160,7 @@ def network(name: str) -> tuple[nn.Module, list[tuple[int, ...]], list[tuple[int
         "mobilenet_v2": (nn.Sequential(stem, Inverted(16, 16), Inverted(16, 24, 2), Inverted(24, 24)), 24),
         "mobilenet_v3": (nn.Sequential(stem, Inverted(16, 16, 1, 5, nn.Hardswish, nn.Hardsigmoid)), 16),
         "efficientnet": (nn.Sequential(stem, Inverted(16, 24, 2, 5, nn.SiLU, nn.Sigmoid)), 24),
+        "efficientnet_v2": (nn.Sequential(conv(3, 16, 3, 2, act=nn.SiLU), FusedResidual(16), conv(16, 24)), 24),
         "regnet": (nn.Sequential(stem, conv(16, 32, 3, 2, 4), conv(32, 32, 3, 1, 2)), 32),
         "squeezenet": (nn.Sequential(stem, Fire(16, 4, 8), Fire(20, 6, 10)), 26),
         "shufflenet": (nn.Sequential(stem, Shuffle(16), Shuffle(16)), 16),
@@ -174,7 +186,8 @@ def network(name: str) -> tuple[nn.Module, list[tuple[int, ...]], list[tuple[int
 
 
 NETWORKS = (
-    *("vgg", "resnet", "mobilenet_v2", "mobilenet_v3", "efficientnet", "regnet", "squeezenet", "shufflenet"),
+    *("vgg", "resnet", "mobilenet_v2", "mobilenet_v3", "efficientnet", "efficientnet_v2"),
+    *("regnet", "squeezenet", "shufflenet"),
     *("densenet", "unet", "mlp", "mlp_sequence", "conv1d", "conv3d", "segmentation", "two_inputs"),
 )
 

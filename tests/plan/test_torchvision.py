@@ -16,7 +16,15 @@ torchvision = pytest.importorskip("torchvision")
 
 NAMES = (
     *("mobilenet_v2", "mobilenet_v3_small", "resnet18", "resnet50", "resnext50_32x4d", "efficientnet_b0"),
-    *("squeezenet1_1", "shufflenet_v2_x1_0", "regnet_y_400mf", "regnet_x_400mf", "googlenet", "mnasnet0_5"),
+    *(
+        "efficientnet_v2_s",
+        "squeezenet1_1",
+        "shufflenet_v2_x1_0",
+        "regnet_y_400mf",
+        "regnet_x_400mf",
+        "googlenet",
+        "mnasnet0_5",
+    ),
     *("vgg11_bn", "densenet121", "inception_v3", "lraspp_mobilenet_v3_large", "fcn_resnet50"),
 )
 OPTIONS = {
