@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.core.fusion import clamp_of
 from qkernels.core.layers import PREPARED, Prepared
-from qkernels.core.operations import BATCH_NORMS, CLAMPS, MODULES, Operation
+from qkernels.core.operations import BATCH_NORMS
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
@@ -30,7 +29,8 @@ class Site:
     Attributes:
         inputs: recipes of tensor arguments by position.
         output, weight: recipes, or None to leave them alone.
-        norm, clamp: paths of the batch normalization and the activation that become part of the layer.
+        norm: the path of the batch normalization that becomes part of the layer.
+        folds: while it is trained, the norm is folded by its running statistics, which take a convolution of their own.
         start_step: for so many training steps the Quantizers only watch.
     """
 
@@ -38,7 +38,7 @@ class Site:
     output: TensorRecipe | None = None
     weight: TensorRecipe | None = None
     norm: str | None = None
-    clamp: str | None = None
+    folds: bool = False
     start_step: int = 0
 
 
@@ -82,9 +82,8 @@ def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) ->
             made._forward_pre_hooks = module._forward_pre_hooks.copy()
             made.quantizers = nn.ModuleDict()
         originals.replace(module, made)
-        for name in (site.norm, site.clamp):
-            if name is not None:
-                originals.replace(model.get_submodule(name), nn.Identity().train(module.training))
+        if site.norm is not None:
+            originals.replace(model.get_submodule(site.norm), nn.Identity().train(module.training))
         device = next((p.device for p in model.parameters()), None)
         for key, recipe in [*((f"input{i}", r) for i, r in site.inputs.items()), (OUTPUT, site.output)]:
             if recipe is not None:
@@ -109,13 +108,9 @@ def _with_weight(model: nn.Module, path: str, module: nn.Module, site: Site, tra
     if norm is not None and (type(norm) not in BATCH_NORMS or norm.running_mean is None):
         raise InvalidArgument(f"{path}: {site.norm} is no batch normalization with running statistics")
     layer = PREPARED[type(module)].of(module, site.weight, path, norm, trained)
+    if norm is not None:
+        layer.norm.folds = site.folds
     layer._forward_hooks, layer._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
-    if site.clamp is not None:
-        clamp = model.get_submodule(site.clamp)
-        kind = MODULES.get(type(clamp))
-        if kind not in CLAMPS:
-            raise InvalidArgument(f"{path}: {site.clamp} is no clamp, got {type(clamp).__name__}")
-        layer.clamp = clamp_of(Operation(kind, (), {}, clamp))
     return layer.train(module.training)
 
 

@@ -4,10 +4,12 @@
 layer: no grid between them.
 """
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
-from qkernels.core.graph import modules_of, replace_module, share
+from qkernels.core.graph import arguments, modules_of, replace_module, share, trace
 from qkernels.core.lowering import Clamp
 from qkernels.core.norm import scale_shift
 from qkernels.core.operations import BATCH_NORMS, CLAMPS, Operation, operation
@@ -116,3 +118,18 @@ def ones(norm: nn.Module, dims: int) -> nn.Module:
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](channels, channels, 1, groups=channels, bias=False)
     conv.weight = nn.Parameter(torch.ones_like(conv.weight, device=device), requires_grad=False)
     return conv.eval()
+
+
+def norms_behind(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """The path of the batch normalization that alone reads a convolution, by the path of the convolution."""
+    training = model.training
+    traced = trace(model.eval(), *arguments(example_inputs))
+    model.train(training)
+    modules, found = modules_of(traced), {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and type(modules[node.target]) in BATCH_NORMS:
+            before = node.args[0]
+            layer = modules.get(before.target) if before.op == "call_module" else None
+            if isinstance(layer, nn.modules.conv._ConvNd) and len(before.users) == 1:
+                found[before.meta["path"]] = node.meta["path"]
+    return found

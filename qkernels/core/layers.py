@@ -103,7 +103,10 @@ class Prepared:
     def normalized(self, x: Tensor) -> Tensor:
         """The layer and its batch normalization."""
         norm, quantizer = self.norm, self.quantizers["weight"]
-        if not norm.live:
+        if norm.live and norm.folds:
+            with torch.no_grad():
+                norm(self.compute(x, self.weight, self.bias))
+        if not norm.live or norm.folds:
             return self.folded(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
         rows = self.rows(self.weight)
         if self.grid_is_on_weight():
@@ -143,9 +146,9 @@ class Prepared:
     def grid_is_on_weight(self) -> bool:
         """Whether the codes do not change when a channel is multiplied by a number, or it is multiplied afterwards."""
         quantizer, spec = self.quantizers["weight"], self.quantizers["weight"].spec
-        return (quantizer.rule is not None and quantizer.rule.reshapes) or (
-            spec.per_channel and spec.symmetric and spec.qmin == -spec.qmax
-        )
+        if quantizer.rule is not None and quantizer.rule.reshapes:
+            return True
+        return spec.per_channel and spec.symmetric and spec.qmin == -spec.qmax and not self.norm.folds
 
     def corrected_bias(self) -> Tensor | None:
         if self.bias_correction is None or not self._is_rounded():

@@ -8,10 +8,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class Norm(_BatchNorm):
     """Live in training (batch statistics, running statistics updated); folded into the weight when frozen or in eval.
 
+    One that `folds` is folded in training too, by running statistics that follow the batches.
+
     Parameters and buffers are those of the batch normalization that it was made of, under their names.
     """
 
     frozen: bool
+    folds: bool = False
 
     @classmethod
     def of(cls, norm: nn.Module) -> "Norm":

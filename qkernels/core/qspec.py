@@ -4,6 +4,7 @@ Meaning of a grid: `x = (q - zero_point) * scale` for `qmin <= q <= qmax`.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,17 @@ class QSpec:
         """Symmetric int8 in [-127, 127] (narrow, so that w and -w have the same code), one grid a channel."""
         _, qmax = _bit_range(bits, torch.int8)
         return cls(torch.int8, -qmax, qmax, symmetric=True, per_channel=per_channel)
+
+    @classmethod
+    def even(cls, bits: int = 8, signed: bool = True, is_weight: bool = False, **kind: Any) -> "QSpec":
+        """Signed codes from 1 - 2**(bits - 1), as many on both sides of zero; or unsigned ones.
+
+        Unsigned weights get the same grid with its codes moved down by `2**(bits - 1)`: kernels take int8.
+        """
+        half = 2 ** (bits - 1)
+        if signed or is_weight:
+            return cls(torch.int8, 1 - half if signed else -half, half - 1, **kind)
+        return cls(torch.uint8, 0, 2 * half - 1, **kind)
 
     def to_config(self) -> dict:
         return asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}

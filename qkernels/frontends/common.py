@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.core.layers import PREPARED
+from qkernels.errors import InvalidArgument
+
+WEIGHTED = tuple(PREPARED)  # the classes of layers whose weight can be rounded
+
 
 def close_matches(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...` for a message about an unknown name."""
@@ -15,6 +20,42 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     return f"; there are {sorted(known)}" if len(known) <= 20 else ""
+
+
+def check_keys(entry: Any, known: Iterable[str], where: str) -> None:
+    """Refuses what is no dict, and keys that mean nothing."""
+    if not isinstance(entry, Mapping):
+        raise InvalidArgument(f"{where}: must be a dict, got {entry!r}")
+    for key in entry:
+        if key not in known:
+            raise InvalidArgument(f"{where}.{key}: unknown key{close_matches(str(key), known)}")
+
+
+def check_one_of(value: Any, known: Iterable[Any], where: str) -> None:
+    if value not in known:
+        raise InvalidArgument(f"{where}: must be one of {list(known)}, got {value!r}")
+
+
+def with_names(modules: Mapping[str, nn.Module], names: Iterable[str], where: str) -> set[str]:
+    """The paths `names`, all of which must exist."""
+    for name in names:
+        if name not in modules:
+            raise InvalidArgument(f"{where}: the model has no module {name!r}{close_matches(name, modules)}")
+    return set(names)
+
+
+def with_types(modules: Mapping[str, nn.Module], names: Iterable[str], known: Iterable[type], where: str) -> set[str]:
+    """The paths of the modules whose class has one of `names`; "default" stands for `WEIGHTED`.
+
+    The classes `known` may be named though the model has none of them.
+    """
+    names, types = set(names), {path: type(m).__name__ for path, m in modules.items()}
+    there = {*types.values(), *(cls.__name__ for cls in known), "default"}
+    for name in names - there:
+        raise InvalidArgument(f"{where}: no module is a {name!r}{close_matches(name, there)}")
+    if "default" in names:
+        names |= {cls.__name__ for cls in WEIGHTED}
+    return {path for path, name in types.items() if name in names}
 
 
 def become(model: nn.Module, other: nn.Module) -> nn.Module:

@@ -14,32 +14,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qkernels.core import graph as g
-from qkernels.core.attach import OUTPUT, WEIGHT, Site, as_prepared, attach, attached
-from qkernels.core.convert import convert as core_convert
-from qkernels.core.phases import observe, settle
-from qkernels.core.prepare import quantizers
+from qkernels.core.attach import OUTPUT, WEIGHT, Site
+from qkernels.core.attached import Attached
+from qkernels.core.fusion import norms_behind
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
-from qkernels.frontends.common import close_matches, keep_containers
+from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, keep_containers, with_names, with_types
 
 TYPES = ("weight", "input", "output")
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
 DTYPES = ("int", "uint")
-KEYS = (
-    "quant_types",
-    "quant_bits",
-    "quant_start_step",
-    "quant_dtype",
-    "quant_scheme",
-    "op_types",
-    "op_names",
-    "exclude",
-)
-
+SETTINGS = ("quant_types", "quant_bits", "quant_start_step", "quant_dtype", "quant_scheme")
+KEYS = (*SETTINGS, "op_types", "op_names", "exclude")
 
 # Scheme and dtype by the type of tensor, for entries that say nothing.
 _defaults = dict.fromkeys(TYPES, ("per_tensor_affine", "uint"))
@@ -47,15 +35,10 @@ _defaults = dict.fromkeys(TYPES, ("per_tensor_affine", "uint"))
 
 def set_quant_scheme_dtype(quant_type: str, new_scheme: str, new_dtype: str) -> None:
     """Changes scheme and dtype of "weight", "input" or "output" for quantizers made from now on."""
-    _one_of("set_quant_scheme_dtype: quant_type", quant_type, TYPES)
-    _one_of("set_quant_scheme_dtype: new_scheme", new_scheme, SCHEMES)
-    _one_of("set_quant_scheme_dtype: new_dtype", new_dtype, DTYPES)
+    check_one_of(quant_type, TYPES, "set_quant_scheme_dtype: quant_type")
+    check_one_of(new_scheme, SCHEMES, "set_quant_scheme_dtype: new_scheme")
+    check_one_of(new_dtype, DTYPES, "set_quant_scheme_dtype: new_dtype")
     _defaults[quant_type] = new_scheme, new_dtype
-
-
-def _one_of(what: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InvalidArgument(f"{what}: must be one of {list(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -75,42 +58,28 @@ def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...]) -> dict[s
     found: dict[str, _Entry | None] = {}
     for i, entry in enumerate(config_list):
         where = f"config_list[{i}]"
-        if not isinstance(entry, Mapping):
-            raise InvalidArgument(f"{where}: must be a dict, got {entry!r}")
-        for key in entry:
-            if key not in KEYS:
-                raise InvalidArgument(f"{where}.{key}: unknown key{close_matches(key, KEYS)}")
-        chosen = _selected(modules, entry, where)
+        check_keys(entry, KEYS, where)
         parsed = None if entry.get("exclude") else _entry(entry, where, kinds)
-        for path in chosen:
-            found.pop(path, None)
-            found[path] = parsed
+        chosen = _selected(modules, entry, where)
+        found |= {path: parsed for path in modules if path in chosen}
     return {path: entry for path, entry in found.items() if entry is not None}
 
 
-def _selected(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], where: str) -> list[str]:
+def _selected(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], where: str) -> set[str]:
     if "op_names" not in entry and "op_types" not in entry:
         raise InvalidArgument(f"{where}: needs op_types or op_names")
-    for name in entry.get("op_names", ()):
-        if name not in modules:
-            raise InvalidArgument(f"{where}.op_names: the model has no module {name!r}{close_matches(name, modules)}")
-    types = set(entry.get("op_types", ()))
-    known = {type(m).__name__ for m in modules.values()} | {cls.__name__ for cls in WEIGHTED} | {"default", "ReLU6"}
-    for name in types - known:
-        raise InvalidArgument(f"{where}.op_types: no module is a {name!r}{close_matches(name, known)}")
-    if "default" in types:
-        types |= {cls.__name__ for cls in WEIGHTED}
-    return [
-        path
-        for path, m in modules.items()
-        if ("op_names" not in entry or path in entry["op_names"]) and (not types or type(m).__name__ in types)
-    ]
+    chosen = with_names(modules, entry.get("op_names", modules), f"{where}.op_names")
+    if "op_types" in entry:
+        chosen &= with_types(modules, entry["op_types"], (*WEIGHTED, nn.ReLU, nn.ReLU6), f"{where}.op_types")
+    if not chosen:
+        raise InvalidArgument(f"{where}: selects no module of the model")
+    return chosen
 
 
 def _entry(entry: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> _Entry:
     types = entry.get("quant_types", ("weight",))
     for kind in types:
-        _one_of(f"{where}.quant_types", kind, kinds)
+        check_one_of(kind, kinds, f"{where}.quant_types")
     bits = entry.get("quant_bits", 8)
     widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(types, bits)
     for kind in types:
@@ -129,7 +98,7 @@ def _entry(entry: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> _Ent
         given = entry.get(key, {})
         given = given if isinstance(given, Mapping) else dict.fromkeys(types, given)
         for kind, value in given.items():
-            _one_of(f"{where}.{key}.{kind}", value, known)
+            check_one_of(value, known, f"{where}.{key}.{kind}")
         return {kind: given.get(kind, _defaults[kind][default]) for kind in types}
 
     return _Entry(
@@ -164,60 +133,48 @@ class _Quantizer:
     ):
         if self.trained and not isinstance(optimizer, Optimizer):
             raise InvalidType(f"{type(self).__name__}: optimizer must be a torch optimizer, got {optimizer!r}")
-        self.bound_model, self.optimizer, self.dummy_input = model, optimizer, dummy_input
+        self.bound_model, self.optimizer = model, optimizer
         self.entries = _parse(model, [self.default] if config_list is None else config_list, self.kinds)
-        norms = {} if dummy_input is None else _norms(model, dummy_input)
+        norms = {} if dummy_input is None else norms_behind(model, dummy_input)
         sites = {path: self._site(path, entry, norms.get(path)) for path, entry in self.entries.items()}
-        self.originals = attach(model, sites, self.trained)
-        self.exported = False
+        self.attached = Attached(model, sites, self.trained, dummy_input)
 
     def _site(self, path: str, entry: _Entry, norm: str | None) -> Site:
         recipes = {kind: self._recipe(entry, kind) for kind in entry.bits}
         weighted = isinstance(self.bound_model.get_submodule(path), WEIGHTED)
         inputs = {0: recipes["input"]} if "input" in recipes else {}
         weight = recipes.get("weight") if weighted else None
-        return Site(inputs, recipes.get("output"), weight, norm if weight else None, None, entry.start_step)
+        grids = inputs, recipes.get("output"), weight
+        return Site(*grids, norm if weight else None, folds=True, start_step=entry.start_step)
 
     def _recipe(self, entry: _Entry, kind: str) -> TensorRecipe:
         observer = "minmax" if kind == "weight" else "moving_average"
         return TensorRecipe(self._spec(entry, kind), observer, rule=self.rule)
 
     def _spec(self, entry: _Entry, kind: str) -> QSpec:
-        """Unsigned weights lie on the same grid with codes moved down by the half: kernels take int8."""
-        half, scheme = 2 ** (entry.bits[kind] - 1), entry.scheme[kind]
-        if entry.bits[kind] == 1:
+        bits, signed, scheme = entry.bits[kind], entry.dtype[kind] == "int", entry.scheme[kind]
+        if bits == 1:
             raise Unsupported("quant_bits: 1: use BNNQuantizer")
-        if scheme.startswith("per_channel") and kind != "weight":
+        per_channel, symmetric = scheme.startswith("per_channel"), scheme.endswith("symmetric")
+        if per_channel and kind != "weight":
             raise Unsupported(f"quant_scheme: {scheme} for {kind}s: no integer layer computes with it; use per_tensor")
-        where = scheme.endswith("symmetric"), scheme.startswith("per_channel")
-        if entry.dtype[kind] == "int":
-            return QSpec(torch.int8, 1 - half, half - 1, *where)
-        if kind == "weight":
-            return QSpec(torch.int8, -half, half - 1, *where)
-        return QSpec(torch.uint8, 0, 2 * half - 1, *where)
+        return QSpec.even(bits, signed, kind == "weight", symmetric=symmetric, per_channel=per_channel)
 
     def compress(self) -> nn.Module:
         """The model, ready to train; learned scales join the optimizer."""
-        if self.optimizer is not None:
-            known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            new = [p for q in quantizers(self.bound_model) for p in q.parameters() if id(p) not in known]
-            if new:
-                self.optimizer.add_param_group({"params": new})
+        if self.trained:
+            self.attached.learn(self.optimizer)
+        else:
+            self.attached.settle()
         return self.bound_model
 
     def prepared(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The network as `qkernels.prepare` gives it, for `exact`, `verify` and `compare`."""
-        if self.exported:
-            raise InvalidState("convert: export_model has taken the quantizers off; convert first")
-        if not args and not kwargs:
-            if self.dummy_input is None:
-                raise InvalidArgument("convert: give an input of the model, convert(x)")
-            args, kwargs = g.arguments(self.dummy_input)
-        return as_prepared(self.bound_model, args, kwargs)
+        return self.attached.prepared(args, kwargs)
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The int8 network; arguments of the model are needed if there was no dummy_input."""
-        return keep_containers(core_convert(self.prepared(*args, **kwargs)), self.bound_model)
+        return keep_containers(self.attached.convert(args, kwargs), self.bound_model)
 
     def export_model(
         self,
@@ -231,11 +188,10 @@ class _Quantizer:
         if onnx_path is not None and input_shape is None:
             raise InvalidArgument("export_model: onnx_path needs input_shape")
         calibration: dict[str, dict[str, Any]] = {path: {} for path in self.entries}
-        for path, key, quantizer in attached(self.bound_model):
+        for path, key, quantizer in self.attached:
             kind = {WEIGHT: "weight", OUTPUT: "output"}.get(key, "input")
             calibration[path] |= {f"{kind}_bits": self.entries[path].bits[kind], **self._calibration(kind, quantizer)}
-        self.originals.restore()
-        self.exported = True
+        self.attached.restore()
         _save(lambda path: torch.save(self.bound_model.state_dict(), path), model_path)
         if calibration_path is not None:
             _save(lambda path: torch.save(calibration, path), calibration_path)
@@ -247,21 +203,6 @@ class _Quantizer:
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         return {}
-
-
-def _norms(model: nn.Module, dummy_input: Any) -> dict[str, str]:
-    """The path of the BatchNorm that directly follows a convolution, by the path of the convolution."""
-    training = model.training
-    traced = g.trace(model.eval(), *g.arguments(dummy_input))
-    model.train(training)
-    modules, found = g.modules_of(traced), {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.modules.batchnorm._BatchNorm):
-            before = node.args[0]
-            layer = modules.get(before.target) if before.op == "call_module" else None
-            if isinstance(layer, WEIGHTED[:-1]) and len(before.users) == 1:
-                found[before.meta["path"]] = node.meta["path"]
-    return found
 
 
 def _save(write: Any, path: str) -> None:
@@ -279,11 +220,6 @@ class NaiveQuantizer(_Quantizer):
 
     def _spec(self, entry: _Entry, kind: str) -> QSpec:
         return QSpec.weight(entry.bits[kind], per_channel=False)
-
-    def compress(self) -> nn.Module:
-        observe(self.bound_model)
-        settle(self.bound_model)
-        return self.bound_model
 
 
 class QAT_Quantizer(_Quantizer):
@@ -334,16 +270,10 @@ class BNNQuantizer(_Quantizer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.optimizer.register_step_post_hook(self._clip)
+        self.optimizer.register_step_post_hook(self.attached.limit_weights)
 
     def _spec(self, entry: _Entry, kind: str) -> QSpec:
         return QSpec(torch.int8, -1, 1, symmetric=True)
-
-    @torch.no_grad()
-    def _clip(self, *_: Any) -> None:
-        for path, entry in self.entries.items():
-            if "weight" in entry.bits:
-                self.bound_model.get_submodule(path).weight.clamp_(-1.0, 1.0)
 
 
 class ObserverQuantizer(_Quantizer):
@@ -359,16 +289,11 @@ class ObserverQuantizer(_Quantizer):
             for kind, bits in entry.bits.items():
                 if bits != 8:
                     raise Unsupported(f"ObserverQuantizer: {path}: {kind}: 8 bits only, got {bits}")
-        observe(model)
 
     def _recipe(self, entry: _Entry, kind: str) -> TensorRecipe:
         if kind == "weight":
             return TensorRecipe(QSpec.weight(per_channel=False))
         return TensorRecipe(QSpec(torch.uint8, 0, 127), "histogram", (("codes", 256),))
-
-    def compress(self) -> nn.Module:
-        settle(self.bound_model)
-        return self.bound_model
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         low, high = quantizer.observer.range()

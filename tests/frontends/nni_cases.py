@@ -43,6 +43,15 @@ PER_CHANNEL = {"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric", "g
 WEIGHTS = ["weight"]
 RELU = entry(op_names=["relu1", "relu2"], target_names=["_output_"])
 
+BLOCKS = {"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric", "granularity": [1, -1, -1, -1]}}
+BY_TYPE = [
+    entry(op_names=None, op_names_re=["conv.*"], op_types=["Conv2d", "Linear"], exclude_op_names=["conv1"]),
+    entry(op_names=None, op_types=["Linear"], target_names=["weight", "_input_0"], quant_dtype="int4"),
+]
+FOLD = [entry(fuse_names=[("conv1", "bn1", "relu1")])]
+FOLD_PER_CHANNEL = [entry(fuse_names=[("conv1", "bn1", "relu1")], target_settings=PER_CHANNEL)]
+UINT8 = entry(quant_dtype="uint8", target_settings={"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric"}})
+
 # name: (class, config_list, options of the class)
 CASES = {
     "qat affine": ("QATQuantizer", [entry(), RELU], {}),
@@ -52,11 +61,20 @@ CASES = {
     "qat delayed": ("QATQuantizer", [entry()], {"quant_start_step": 3}),
     "qat never": ("QATQuantizer", [entry()], {"quant_start_step": STEPS - 1}),
     "qat first wins": ("QATQuantizer", [entry(target_names=WEIGHTS), entry(quant_dtype="int4")], {}),
-    "qat bn fold": ("QATQuantizer", [entry(fuse_names=[("conv1", "bn1", "relu1")])], {}),
+    "qat uint8": ("QATQuantizer", [UINT8, RELU], {}),
+    "qat rows": ("QATQuantizer", [entry(op_names=["conv1", "conv2"], target_settings=BLOCKS)], {}),
+    "qat by type": ("QATQuantizer", BY_TYPE, {}),
+    "qat bn fold": ("QATQuantizer", FOLD, {}),
+    "qat bn fold out_channel": ("QATQuantizer", FOLD_PER_CHANNEL, {}),
     "lsq": ("LsqQuantizer", [entry(quant_scheme="symmetric")], {}),
+    "lsq out_channel": ("LsqQuantizer", [entry(target_settings=PER_CHANNEL)], {}),
+    "lsq plus": ("LsqPlusQuantizer", [entry()], {}),
     "dorefa": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4")], {}),
+    "dorefa outputs": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4"), RELU], {}),
     "bnn": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"])], {}),
+    "bnn outputs": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"]), RELU], {}),
     "ptq": ("PtqQuantizer", [entry()], {}),
+    "ptq out_channel": ("PtqQuantizer", [entry(target_settings=PER_CHANNEL)], {}),
 }
 
 
@@ -90,11 +108,61 @@ def run(api, name):
     evaluator = api.TorchEvaluator(training_func, optimizer, training_step, evaluating_func=evaluating_func)
     quantizer = getattr(api, kind)(model, config_list, evaluator, **options)
     quantizer.track_forward(images[0])
-    _, calibration = quantizer.compress(STEPS, None)
+    _, calibration = quantizer.compress(0 if kind == "PtqQuantizer" else STEPS, None)
     with torch.no_grad():
         logits = model.eval()(images[1])
     plain = {m: {t: dict(e) for t, e in targets.items()} for m, targets in calibration.items()}
     return SimpleNamespace(calibration=plain, losses=losses, logits=logits, quantizer=quantizer, images=images)
+
+
+def corrected():
+    """Changes of the original that make up for where it differs (docs/frontends.md), by name."""
+    from nni.compression.base import apply_method, compressor
+    from nni.compression.quantization import dorefa_quantizer
+
+    def grid(space):
+        scaler, shape = space._scaler, space.shape
+        if scaler is None:
+            return space.scale, space.zero_point
+        return tuple(scaler.expand(t, shape, keepdim=True) for t in (space.scale, space.zero_point))
+
+    def forward(ctx, x, space):
+        # x * (1 / s), rounded before the zero point is added: ties go to the even code, not to the even sum
+        scale, zero_point = grid(space)
+        codes = torch.round(x * (1.0 / scale)) + zero_point
+        ctx.inside = (codes >= space.qmin) & (codes <= space.qmax)
+        return (codes.clamp(space.qmin, space.qmax) - zero_point) * scale
+
+    def backward(ctx, gradient):
+        # what is rounded to the last code is not clipped; and the gradient of others is not overwritten
+        return torch.where(ctx.inside, gradient, 0.0), None
+
+    class Learned(torch.autograd.Function):
+        # the same again
+        @staticmethod
+        def forward(ctx, x, scale, space):
+            ctx.save_for_backward(x * (1.0 / scale))
+            ctx.space, ctx.shape = space, scale.shape
+            return torch.round(torch.clamp(x * (1.0 / scale), space.qmin, space.qmax)) * scale
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (codes,) = ctx.saved_tensors
+            qmin, qmax = ctx.space.qmin, ctx.space.qmax
+            inside = (torch.round(codes) >= qmin) & (torch.round(codes) <= qmax)
+            slope = torch.where(inside, torch.round(codes) - codes, codes.clamp(qmin, qmax))
+            slope = slope / (qmax * codes.numel()) ** 0.5
+            return gradient * inside, (gradient * slope).sum_to_size(ctx.shape), None
+
+    apply_method.quant_apply_methods["lsq_clamp_round"] = lambda x, space: Learned.apply(x, grid(space)[0], space)
+    apply_method.quant_apply_methods["dorefa_clamp_round_output"] = apply_method.QATClampRound.apply
+    apply_method.QATClampRound.forward = staticmethod(forward)
+    apply_method.QATClampRound.backward = staticmethod(backward)
+    apply_method.ClampRound.forward = staticmethod(forward)
+    # the bias of a layer with a folded norm is not put into the optimizer a second time
+    compressor.Quantizer.patch_optimizer_param_group = lambda self: {}
+    # gradients are not rounded
+    dorefa_quantizer.DoReFaQuantizer.register_output_backward_hook = lambda self: None
 
 
 def main():
@@ -103,11 +171,14 @@ def main():
 
     classes = {kind: getattr(quantization, kind) for kind, _, _ in CASES.values()}
     api = SimpleNamespace(trace=nni.trace, TorchEvaluator=TorchEvaluator, **classes)
-    found = {}
-    for name in CASES:
-        result = run(api, name)
-        found[name] = {"calibration": result.calibration, "losses": result.losses, "logits": result.logits}
-    torch.save(found, sys.argv[1])
+
+    def all_cases():
+        results = {name: run(api, name) for name in CASES}
+        return {n: {"calibration": r.calibration, "losses": r.losses, "logits": r.logits} for n, r in results.items()}
+
+    found = {"as it is": all_cases()}
+    corrected()
+    torch.save(found | {"corrected": all_cases()}, sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import nni_cases
 import pytest
 import torch
 from nni_cases import CASES, STEPS, Net, entry, run
@@ -31,18 +32,22 @@ def test_a_trained_network_converts_without_a_mismatch(name):
     prepared = done.quantizer.prepared()
     converted = qkernels.convert(prepared)
     assert qkernels.verify(prepared, converted, [done.images[0]]).total_mismatches == 0
-    torch.testing.assert_close(converted(done.images[1]), done.logits, rtol=0, atol=0.25)
+    # What the model computes is what is converted.
+    torch.testing.assert_close(converted(done.images[1]), done.logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "fold" not in name and name not in ("ptq", "qat never")])
-def test_what_the_model_computes_is_what_is_converted(name):
-    """Every tensor between layers has a grid of its own here, so that simulation and integers agree to the bit."""
-    if not name.startswith(("qat", "lsq")):
-        pytest.skip("layers without quantized inputs stay float")
-    done = run(nni, name)
+@pytest.mark.parametrize("clamp", [nn.ReLU, nn.ReLU6])
+def test_a_fused_activation_stays_and_the_output_is_rounded_behind_it(clamp, monkeypatch):
+    fused = entry(op_names=["conv1"], fuse_names=[("conv1", "bn1", "relu1")])
+    monkeypatch.setitem(CASES, "fused", ("QATQuantizer", [fused], {}))
+    monkeypatch.setattr(nni_cases.nn, "ReLU", clamp)
+    done = run(nni, "fused")
+    assert isinstance(done.quantizer.bound_model.relu1, clamp)
+    output = done.calibration["conv1"]["_output_0"]
+    assert output["tracked_min"] == 0
+    assert output["tracked_max"] > 0
     converted = done.quantizer.convert()
-    same = (converted(done.images[1]) - done.logits).abs() < 1e-5
-    assert same.float().mean() > 0.9
+    torch.testing.assert_close(converted(done.images[1]), done.logits, rtol=0, atol=1e-5)
 
 
 def test_the_model_stays_the_object_that_it_was():
@@ -117,7 +122,7 @@ def quantizer_of(model, config_list, kind="QATQuantizer"):
         ({"quant_dtype": "float8"}, InvalidArgument, r"config_list\[0\]\.quant_dtype: must be None, int"),
         ({"quant_dtype": "int16"}, Unsupported, "2 to 8 bits"),
         ({"quant_scheme": "odd"}, InvalidArgument, r"quant_scheme: must be one of"),
-        ({"granularity": "rows"}, InvalidArgument, r"granularity: unknown 'rows'"),
+        ({"granularity": "rows"}, InvalidArgument, r"granularity: must be one of .*'rows'"),
         (
             {"target_settings": {"weight": {"quant_dtype": "int8", "granularity": [4, 4]}}},
             Unsupported,
@@ -254,8 +259,10 @@ def test_a_wrong_config_list_of_2_is_refused(change, error, message):
 
 # ---- the original ----------------------------------------------------------------------------------------------------
 
-# Where training differs on purpose (docs/frontends.md): of dorefa the first step is compared, of all the keys.
-DIFFERENT = {"qat bn fold", "dorefa", "ptq"}
+# Begins elsewhere: the original's first zero point is the end of the grid (docs/frontends.md).
+BEGINS_ELSEWHERE = {"lsq plus"}
+# What `nni_cases.corrected` changes matters from the first step on.
+RANDOM_GRADIENTS, BIAS_TWICE = {"dorefa", "dorefa outputs"}, {"qat bn fold", "qat bn fold out_channel"}
 
 
 @pytest.fixture(scope="module")
@@ -270,33 +277,45 @@ def original(tmp_path_factory):
     return torch.load(saved, weights_only=False)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_original_gives_the_same(original, name):
-    ours, theirs = run(nni, name), original[name]
-    if name not in ("ptq", "qat bn fold"):
-        assert ours.losses[0] == pytest.approx(theirs["losses"][0], rel=1e-3 if "uint4" in name else 1e-5)
-    wanted = {path: {t: list(e) for t, e in targets.items()} for path, targets in theirs["calibration"].items()}
-    assert {path: {t: list(e) for t, e in targets.items()} for path, targets in ours.calibration.items()} == wanted
-    if name in DIFFERENT:
-        return
-    # Values exactly between two codes go to different ones (x * (1 / s) against x / s), and training carries it on.
-    assert ours.losses == pytest.approx(theirs["losses"], abs=2e-2)
-    for path, targets in theirs["calibration"].items():
+def without_numbers(calibration):
+    def described(value):
+        return (value.shape, value.dtype) if torch.is_tensor(value) else value
+
+    return {m: {t: {k: described(v) for k, v in e.items()} for t, e in ts.items()} for m, ts in calibration.items()}
+
+
+def assert_numbers_agree(ours, theirs, rtol, atol):
+    for path, targets in theirs.items():
         for target, expected in targets.items():
-            found = ours.calibration[path][target]
-            assert {k: v for k, v in found.items() if not torch.is_tensor(v)} == {
-                k: v for k, v in expected.items() if not torch.is_tensor(v)
-            }
-            for key in ("scale", "tracked_max", "tracked_min"):
-                torch.testing.assert_close(found[key], expected[key], rtol=2e-2 if name == "lsq" else 1e-2, atol=1e-5)
-            assert (found["zero_point"] - expected["zero_point"]).abs().max() <= 1
+            found = ours[path][target]
+            assert list(found) == list(expected)
+            for key in ("scale", "tracked_max", "tracked_min", "zero_point"):
+                exact = key == "zero_point" and rtol > 1e-4  # a range on the edge may round to the next zero point
+                torch.testing.assert_close(found[key], expected[key], rtol=rtol, atol=1.0 if exact else atol)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_corrected_original_gives_the_same(original, name):
+    """Eight steps of training, then the calibration config and the logits in eval mode."""
+    ours, theirs = run(nni, name), original["corrected"][name]
+    assert without_numbers(ours.calibration) == without_numbers(theirs["calibration"])
+    if name not in BEGINS_ELSEWHERE:
+        assert ours.losses == pytest.approx(theirs["losses"], rel=1e-5)
+        assert_numbers_agree(ours.calibration, theirs["calibration"], 1e-4, 1e-6)
+        torch.testing.assert_close(ours.logits, theirs["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - BEGINS_ELSEWHERE - RANDOM_GRADIENTS - BIAS_TWICE))
+def test_the_original_as_it_is_stays_close(original, name):
+    """What the corrections are worth: a loss by 0.02 at most after eight steps, a range by one percent."""
+    ours, theirs = run(nni, name), original["as it is"][name]
+    assert without_numbers(ours.calibration) == without_numbers(theirs["calibration"])
+    assert ours.losses[:1] == pytest.approx(theirs["losses"][:1], rel=1e-3 if "uint4" in name else 1e-4)
+    assert ours.losses == pytest.approx(theirs["losses"], abs=2e-2)
+    assert_numbers_agree(ours.calibration, theirs["calibration"], 2e-2 if "lsq" in name else 1e-2, 1e-5)
 
 
 def test_ranges_are_those_of_the_original_while_nothing_is_rounded(original):
-    """With the delay no rounding interferes: every number agrees."""
     assert CASES["qat never"][2]["quant_start_step"] == STEPS - 1
-    ours, theirs = run(nni, "qat never").calibration, original["qat never"]["calibration"]
-    for path, targets in theirs.items():
-        for target, expected in targets.items():
-            for key in ("scale", "zero_point", "tracked_max", "tracked_min"):
-                torch.testing.assert_close(ours[path][target][key], expected[key], rtol=1e-4, atol=1e-6)
+    ours, theirs = run(nni, "qat never").calibration, original["as it is"]["qat never"]["calibration"]
+    assert_numbers_agree(ours, theirs, 1e-4, 1e-6)

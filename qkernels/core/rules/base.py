@@ -95,6 +95,23 @@ class _Grown(torch.autograd.Function):
         return grad / result, None
 
 
+class _Bounded(torch.autograd.Function):
+    """A sum inside the bounds of scales; the gradient passes as if there were none, and so leads back inside."""
+
+    @staticmethod
+    def forward(ctx, difference: Tensor, first: Tensor) -> Tensor:
+        return (first + difference).clamp(MIN_SCALE, MAX_SCALE)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def moved(difference: Tensor, first: Tensor) -> Tensor:
+    """A learned scale by its difference to `first`; as in most papers and packages, it may run into the bounds."""
+    return _Bounded.apply(difference, first)
+
+
 def grown(log_ratio: Tensor, first: Tensor) -> Tensor:
     """A learned positive number: `first` at the beginning, when `log_ratio` is 0."""
     return _Grown.apply(log_ratio, first)

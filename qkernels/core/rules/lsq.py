@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qkernels import ops
 from qkernels.core.observers import Mse
 from qkernels.core.qspec import MAX_SCALE, MIN_SCALE, QSpec, grid_values
-from qkernels.core.rules.base import Rule, grown, rule
+from qkernels.core.rules.base import Rule, grown, moved, rule
 from qkernels.errors import InvalidArgument
 
 INITS = ("mean", "mse", "range")
@@ -22,15 +22,24 @@ class LearnedStep(Rule):
         init: the first scale. "mean": 2 * mean|x| / sqrt(Qp), as in the paper; "mse": the scale with the least squared
             error; "range": the observer's; or a number, with the middle of a symmetric grid or the lowest code of
             another one as zero point.
+        plain: the scale is `first + log_ratio` instead, and its gradient is divided by the size of the whole tensor
+            where it otherwise goes by that of a channel: the steps of plain LSQ.
     """
 
     observes = False
 
-    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False, init: str | float = "mean"):
+    def __init__(
+        self,
+        spec: QSpec,
+        channels: int | None = None,
+        is_weight: bool = False,
+        init: str | float = "mean",
+        plain: bool = False,
+    ):
         super().__init__(spec, channels, is_weight)
         if init not in INITS and not (isinstance(init, float) and MIN_SCALE <= init <= MAX_SCALE):
             raise InvalidArgument(f"lsq: init must be one of {list(INITS)} or a positive number, got {init!r}")
-        self.init = init
+        self.init, self.plain = init, plain
         self.log_ratio = nn.Parameter(torch.zeros(self.size))
 
     @torch.no_grad()
@@ -59,10 +68,12 @@ class LearnedStep(Rule):
         return grid_values(self.spec, *search.range())
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        return grown(self.log_ratio, scale), zero_point.to(torch.float32)
+        learned = moved if self.plain else grown
+        return learned(self.log_ratio, scale), zero_point.to(torch.float32)
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         spec = self.spec
         positive = spec.qmax - (spec.middle if spec.symmetric else spec.qmin)
-        factor = 1.0 / math.sqrt(max(x.numel() // self.size, 1) * positive)
+        count = x.numel() if self.plain else x.numel() // self.size
+        factor = 1.0 / math.sqrt(max(count, 1) * positive)
         return ops.lsq(x, scale, zero_point, self.axis, spec.qmin, spec.qmax, factor)

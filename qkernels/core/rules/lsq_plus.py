@@ -16,8 +16,15 @@ class LearnedStepAndOffset(LearnedStep):
         init: as in `lsq`, "range" by default: the observer's grid fits data that is not symmetric.
     """
 
-    def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False, init: str | float = "range"):
-        super().__init__(spec, channels, is_weight, init)
+    def __init__(
+        self,
+        spec: QSpec,
+        channels: int | None = None,
+        is_weight: bool = False,
+        init: str | float = "range",
+        plain: bool = False,
+    ):
+        super().__init__(spec, channels, is_weight, init, plain)
         self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(self.size))
 
     @torch.no_grad()

@@ -7,16 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qkernels.core.attach import OUTPUT, WEIGHT, as_prepared, attach, attached
-from qkernels.core.convert import convert as core_convert
-from qkernels.core.graph import arguments
-from qkernels.core.phases import observe, settle
-from qkernels.core.prepare import quantizers
+from qkernels.core.attach import OUTPUT, WEIGHT
+from qkernels.core.attached import Attached, recipe_of
 from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Recipe, TensorRecipe
-from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
-from qkernels.frontends.common import close_matches, keep_containers
+from qkernels.errors import InvalidArgument, InvalidType, Unsupported
+from qkernels.frontends.common import check_one_of, close_matches, keep_containers
 from qkernels.frontends.nni.config import Setting, parse
 from qkernels.frontends.nni.evaluator import TorchEvaluator
 
@@ -36,7 +33,7 @@ class _Quantizer:
     rule_options: ClassVar[Mapping[str, Any]] = {}
     observer: ClassVar[str] = "moving_average"
     trained: ClassVar[bool] = True
-    tensor_shape: ClassVar[tuple[int, ...]] = ()  # of the numbers of a per-tensor grid in the calibration config
+    shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {}  # of per-tensor numbers, where they are not ()
 
     def __init__(
         self,
@@ -52,15 +49,14 @@ class _Quantizer:
             raise InvalidType(f"{type(self).__name__}: evaluator must be a TorchEvaluator, got {evaluator!r}")
         if existed_wrappers or fused_compressors:
             raise Unsupported(f"{type(self).__name__}: pruning and distillation on the same wrappers; do them before")
-        self.bound_model, self.evaluator = model, evaluator
-        self.config_list = config_list
+        self.bound_model, self.evaluator, self.config_list = model, evaluator, config_list
         self.settings = parse(model, config_list)
-        self._recipe = self.settings.recipe(model, self._recipe_of)
-        self.originals = attach(model, self.settings.sites(self._recipe_of, start_step), self.trained)
-        self._example: tuple[tuple, dict] | None = None
+        sites = self.settings.sites(self._recipe_of, start_step)
+        self._recipe = recipe_of(model, sites)
+        self.attached = Attached(model, sites, self.trained, evaluator.dummy_input)
 
-    def _recipe_of(self, setting: Setting, is_weight: bool) -> TensorRecipe:
-        spec = setting.spec(is_weight)
+    def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
+        spec = setting.spec(target == "weight")
         return TensorRecipe(spec, self.observer, rule=self.rule, rule_options=tuple(self.rule_options.items()))
 
     @property
@@ -69,120 +65,91 @@ class _Quantizer:
         return self._recipe
 
     def track_forward(self, *args: Any, **kwargs: Any) -> None:
-        """Remembers arguments of the model, for the graph that `convert` needs, and runs it once."""
+        """Runs the model once, in the mode that it is in, and remembers the arguments for `convert`.
+
+        What passes is the first thing that ranges follow.
+        """
         device = next((p.device for p in self.bound_model.parameters()), torch.device("cpu"))
         args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
-        self._example = args, kwargs
-        training, states = self.bound_model.training, [(q, q.state) for q in quantizers(self.bound_model)]
-        for quantizer, _ in states:
-            quantizer.state = State.OFF
-        with torch.no_grad():
-            self.bound_model.eval()(*args, **kwargs)
-        self.bound_model.train(training)
-        for quantizer, state in states:
-            quantizer.state = state
+        self.attached.track(args, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()})
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Calibration]:
         """Trains (or calibrates) and returns the model and its calibration config."""
-        self._learn_scales()
+        self.attached.learn(self.evaluator.optimizers[0], weight_decay=0.0)
         self.evaluator.train(self.bound_model, max_steps, max_epochs)
-        for quantizer in quantizers(self.bound_model):
-            if not quantizer.has_grid() and quantizer.observer.has_data():
-                quantizer.choose()  # training ended before rounding began
+        self.attached.settle()
         return self.bound_model, self.get_calibration_config()
-
-    def _learn_scales(self) -> None:
-        """Learned scales join the optimizer."""
-        known = {id(p) for o in self.evaluator.optimizers for group in o.param_groups for p in group["params"]}
-        new = [p for q in quantizers(self.bound_model) for p in q.parameters() if id(p) not in known]
-        if new:
-            self.evaluator.optimizers[0].add_param_group({"params": new, "weight_decay": 0.0})
 
     def get_calibration_config(self) -> Calibration:
         """Scales, zero points and ranges by module and target, in NNI's form."""
         found: Calibration = defaultdict(dict)
-        for path, key, quantizer in attached(self.bound_model):
-            target = _target(key)
-            found[path][target] = self._entry(quantizer, self.settings.targets[path][target])
+        for (path, target), (quantizer, setting) in self._places().items():
+            numbers = self._numbers(quantizer, setting)
+            scheme = {"quant_scheme": setting.scheme or "symmetric", "quant_bits": setting.bits}
+            described = {"quant_dtype": setting.quant_dtype, **scheme}
+            entry = {name: self._shaped(quantizer, name, number) for name, number in numbers.items()}
+            found[path][target] = {k: entry[k] for k in ("scale", "zero_point")} | described | entry
         return found
 
-    def _entry(self, quantizer: Quantizer, setting: Setting) -> dict[str, Any]:
+    def _places(self) -> dict[tuple[str, str], tuple[Quantizer, Setting]]:
+        """The quantizer and the setting of each (module, target)."""
+        names = {WEIGHT: "weight", OUTPUT: "_output_0"}
+        places = [
+            (self.settings.layer(path), names.get(k) or k.replace("input", "_input_"), q)
+            for path, k, q in self.attached
+        ]
+        return {(path, name): (q, self.settings.targets[path][name]) for path, name, q in places}
+
+    def _numbers(self, quantizer: Quantizer, setting: Setting) -> dict[str, Tensor]:
+        """The numbers of a calibration entry, in NNI's order."""
         grid = quantizer.qparams()
-        shift = 0 if setting.signed or not quantizer.is_weight else 2 ** (setting.bits - 1)
         low, high = self._tracked(quantizer, grid)
-        numbers = {"scale": grid.scale, "zero_point": grid.zero_point.float() + shift}
-        shape = self.tensor_shape if grid.axis is None else (-1, *[1] * (self._rank(quantizer) - 1))
-        described = {
-            "quant_dtype": setting.quant_dtype,
-            "quant_scheme": setting.scheme or "symmetric",
-            "quant_bits": setting.bits,
-        }
-        ends = {"tracked_max": high, "tracked_min": low}
-        as_tensor = {k: v.detach().cpu().clone().reshape(shape) for k, v in {**numbers, **ends}.items()}
-        return {k: as_tensor[k] for k in numbers} | described | {k: as_tensor[k] for k in ends}
+        zero_point = grid.zero_point.float() + setting.shift(quantizer.is_weight)
+        return {"scale": grid.scale, "zero_point": zero_point, "tracked_max": high, "tracked_min": low}
 
     def _tracked(self, quantizer: Quantizer, grid: QParams) -> tuple[Tensor, Tensor]:
         return quantizer.observer.low, quantizer.observer.high
 
-    def _rank(self, quantizer: Quantizer) -> int:
-        return self.bound_model.get_submodule(quantizer.source.removesuffix(".weight")).weight.dim()
+    def _shaped(self, quantizer: Quantizer, name: str, number: Tensor) -> Tensor:
+        number = number.detach().cpu().clone()
+        if quantizer.axis is None:
+            return number.reshape(self.shapes.get(name, ()))
+        layer = self.bound_model.get_submodule(quantizer.source.removesuffix(".weight"))
+        return number.reshape(-1, *[1] * (layer.weight.dim() - 1))
 
     def update_calibration_config(self, calibration_config: Calibration) -> None:
         """Takes scales and zero points from a calibration config and keeps them, whatever data comes."""
-        places = {(path, _target(key)): quantizer for path, key, quantizer in attached(self.bound_model)}
+        places = self._places()
         for path, targets in calibration_config.items():
             for target, entry in targets.items():
                 if (path, target) not in places:
-                    known = [".".join(place) for place in places]
-                    name = f"{path}.{target}"
-                    raise InvalidArgument(
-                        f"calibration_config: nothing is quantized at {name}{close_matches(name, known)}"
-                    )
-                quantizer, setting = places[path, target], self.settings.targets[path][target]
-                if entry["quant_dtype"] != setting.quant_dtype:
-                    raise InvalidArgument(
-                        f"calibration_config.{path}.{target}.quant_dtype: the config_list says {setting.quant_dtype}, "
-                        f"got {entry['quant_dtype']}"
-                    )
-                shift = 0 if setting.signed or not quantizer.is_weight else 2 ** (setting.bits - 1)
+                    close = close_matches(f"{path}.{target}", [".".join(place) for place in places])
+                    raise InvalidArgument(f"calibration_config: nothing is quantized at {path}.{target}{close}")
+                quantizer, setting = places[path, target]
+                where = f"calibration_config.{path}.{target}.quant_dtype"
+                check_one_of(entry["quant_dtype"], [setting.quant_dtype], where)
+                zero_point = torch.as_tensor(entry["zero_point"]).float() - setting.shift(quantizer.is_weight)
                 spec = quantizer.spec
-                zero_point = torch.as_tensor(entry["zero_point"]).float() - shift
-                quantizer.set_qparams(
-                    QParams(
-                        torch.as_tensor(entry["scale"]), zero_point, quantizer.axis, spec.qmin, spec.qmax, spec.dtype
-                    )
-                )
+                kind = quantizer.axis, spec.qmin, spec.qmax, spec.dtype
+                quantizer.set_qparams(QParams(torch.as_tensor(entry["scale"]), zero_point, *kind))
                 quantizer.state = State.FROZEN
 
     def unwrap_model(self) -> nn.Module:
         """The float model again, with its trained parameters; quantizers and what they know are gone."""
-        self.originals.restore()
+        self.attached.restore()
         return self.bound_model
 
     def prepared(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The network as `qkernels.prepare` gives it, for `exact`, `verify` and `compare`."""
-        return as_prepared(self.bound_model, *self._arguments(args, kwargs))
+        return self.attached.prepared(args, kwargs)
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The int8 network; arguments of the model are needed if `track_forward` was not called."""
-        return keep_containers(core_convert(self.prepared(*args, **kwargs)), self.bound_model)
-
-    def _arguments(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args or kwargs:
-            return args, kwargs
-        if self._example is not None:
-            return self._example
-        if self.evaluator.dummy_input is not None:
-            return arguments(self.evaluator.dummy_input)
-        raise InvalidState("convert: call track_forward(input) first, or convert(input)")
+        return keep_containers(self.attached.convert(args, kwargs), self.bound_model)
 
     @classmethod
     def from_compressor(cls, *args: Any, **kwargs: Any) -> None:
         raise Unsupported(f"{cls.__name__}.from_compressor: make one quantizer for the whole config_list")
-
-
-def _target(key: str) -> str:
-    return {WEIGHT: "weight", OUTPUT: "_output_0"}.get(key) or key.replace("input", "_input_")
 
 
 class QATQuantizer(_Quantizer):
@@ -215,13 +182,13 @@ class LsqQuantizer(_Learned):
     """Learned step sizes, which begin at 0.01. Esser et al. 2020."""
 
     rule = "lsq"
-    rule_options: ClassVar = {"init": 0.01}
-    tensor_shape = (1,)
+    rule_options: ClassVar = {"init": 0.01, "plain": True}
+    shapes: ClassVar = dict.fromkeys(["scale", "tracked_max", "tracked_min"], (1,))
 
-    def _recipe_of(self, setting: Setting, is_weight: bool) -> TensorRecipe:
+    def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
         # Zero points do not move: 0 for signed and unsigned codes.
-        scheme = "symmetric" if setting.signed or is_weight else "affine"
-        return super()._recipe_of(Setting(setting.bits, setting.signed, scheme, setting.per_channel), is_weight)
+        scheme = "symmetric" if setting.signed or target == "weight" else "affine"
+        return super()._recipe_of(target, Setting(setting.bits, setting.signed, scheme, setting.per_channel))
 
 
 class LsqPlusQuantizer(_Learned):
@@ -231,14 +198,33 @@ class LsqPlusQuantizer(_Learned):
     """
 
     rule = "lsq_plus"
-    rule_options: ClassVar = {"init": 0.01}
-    tensor_shape = (1,)
+    rule_options: ClassVar = {"init": 0.01, "plain": True}
+    shapes: ClassVar = dict.fromkeys(["scale", "zero_point", "tracked_max", "tracked_min"], (1,))
 
 
 class DoReFaQuantizer(_Learned):
-    """Weights through tanh, activations clipped to [0, 1]. Zhou et al. 2016."""
+    """Weights through tanh, outputs clipped to [0, 1]; inputs follow moving averages. Zhou et al. 2016."""
 
     rule = "dorefa"
+
+    def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
+        if target.startswith("_input_"):
+            return TensorRecipe(setting.spec(False), "moving_average")
+        return super()._recipe_of(target, setting)
+
+    def _numbers(self, quantizer: Quantizer, setting: Setting) -> dict[str, Tensor]:
+        """NNI describes weights on [0, 1], before they are spread to [-1, 1]."""
+        numbers = super()._numbers(quantizer, setting)
+        if not quantizer.is_weight:
+            return numbers
+        lowest = torch.tensor(float(quantizer.spec.qmin + setting.shift(True)))
+        zero = torch.tensor(0.0)
+        return {"scale": numbers["scale"] / 2, "zero_point": lowest, "tracked_max": zero + 1, "tracked_min": zero}
+
+    def update_calibration_config(self, calibration_config: Calibration) -> None:
+        """As for the others; the grids of weights are always the same."""
+        cut = {p: {t: e for t, e in ts.items() if t != "weight"} for p, ts in calibration_config.items()}
+        super().update_calibration_config(cut)
 
 
 class BNNQuantizer(_Learned):
@@ -249,20 +235,11 @@ class BNNQuantizer(_Learned):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for optimizer in self.evaluator.optimizers:
-            optimizer.register_step_post_hook(self._clip)
-
-    @torch.no_grad()
-    def _clip(self, *_: Any) -> None:
-        for path, targets in self.settings.targets.items():
-            if "weight" in targets:
-                self.bound_model.get_submodule(path).weight.clamp_(-1.0, 1.0)
+            optimizer.register_step_post_hook(self.attached.limit_weights)
 
 
 class PtqQuantizer(_Quantizer):
-    """Grids for the extremes that `evaluating_func` shows.
-
-    `is_bias_correction` makes up for the mean error of each layer; needs `track_forward` before `compress`.
-    """
+    """Grids for the extremes of all that passes until `compress` has run `evaluating_func`."""
 
     observer = "minmax"
     trained = False
@@ -272,7 +249,6 @@ class PtqQuantizer(_Quantizer):
 
         As in NNI the limits have no effect: `evaluating_func` decides how much data it shows.
         """
-        observe(self.bound_model)
         self.evaluator.evaluate(self.bound_model)
-        settle(self.bound_model)
+        self.attached.settle()
         return self.bound_model, self.get_calibration_config()
