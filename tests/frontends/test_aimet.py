@@ -47,8 +47,8 @@ class Everything(nn.Module):
         x = torch.relu(self.b1(self.c1(x)))
         x = F.relu(x + self.b2(self.c2(x)))
         x = self.act(self.up(self.relu6(self.c3(self.pool(x)))))
+        mean = x.mean([2, 3])  # not of what is averaged below: a tensor on its own grid, added to itself, gives ties
         x = self.avg(x * torch.sigmoid(x))
-        mean = x.mean([2, 3])
         x = self.fc1(self.drop(self.flat(F.adaptive_avg_pool2d(x, 1))) + mean)
         return self.fc2(torch.cat([x, mean], 1))
 
@@ -317,6 +317,20 @@ def test_encoding_of_a_grid_is_that_of_the_schema():
     assert (entry["enc_type"], entry["bw"], entry["is_sym"], len(entry["scale"])) == ("PER_CHANNEL", 4, True, 8)
 
 
+def test_encodings_go_through_a_file_without_loss(tmp_path):
+    sim = calibrated(Everything, default_param_bw=4)
+    optimizer = torch.optim.SGD(sim.model.parameters(), lr=1e-2)
+    sim.model(images(Everything)).square().sum().backward()
+    optimizer.step()
+    for version in ("0.6.1", "1.0.0"):
+        expected = sim.encodings(version)
+        other = quantsim.QuantizationSimModel(
+            prepared_model(Everything), dummy_input=images(Everything), default_param_bw=4
+        )
+        other.load_encodings(json.loads(json.dumps(expected)), partial=False)
+        assert other.encodings(version) == expected
+
+
 def test_unknown_names_in_encodings_are_errors_with_close_matches():
     sim = calibrated()
     content = sim.module_encodings()
@@ -383,9 +397,11 @@ def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits
     other = quantsim.QuantizationSimModel(prepared_model(model), dummy_input=images(model))
     other.load_encodings(tmp_path / "net_torch.encodings", partial=False)
     with torch.no_grad():
-        expected = theirs.model(x).as_subclass(torch.Tensor)
-        # Sums in float32 and in integers may round to neighbouring codes.
-        assert (other.convert()(x) - expected).abs().max() <= 0.02 * expected.abs().max()
+        for seed in range(3):
+            x = images(model, seed=seed)
+            expected = theirs.model(x).as_subclass(torch.Tensor)
+            assert torch.allclose(other.model(x), expected, atol=1e-4)
+            assert torch.allclose(other.convert()(x), expected, atol=1e-4)
 
 
 def test_training_steps_are_those_of_aimet(original):
@@ -399,7 +415,9 @@ def test_training_steps_are_those_of_aimet(original):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained.append({n: p.detach().flatten().as_subclass(torch.Tensor) for n, p in sim.model.named_parameters()})
+        trained.append(
+            {n: p.detach().flatten().float().as_subclass(torch.Tensor) for n, p in sim.model.named_parameters()}
+        )
     mine, theirs = trained
     assert mine.keys() == theirs.keys()
     for name in mine:
