@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qkernels.core.attach import Originals, Site, as_prepared, attach, attached
+from qkernels.core.attach import WEIGHT, Originals, Site, as_prepared, attach, attached
 from qkernels.core.convert import convert
 from qkernels.core.graph import arguments
 from qkernels.core.layers import PREPARED
 from qkernels.core.phases import observe, settle
-from qkernels.core.prepare import quantizers
+from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
@@ -59,9 +59,12 @@ class Attached:
             optimizer.add_param_group({"params": new, **options})
 
     def settle(self) -> None:
-        """Chooses the grids that are not chosen yet: for all that was watched."""
+        """Chooses the grids that are not chosen yet: for all that was watched, and for the weights of now."""
         if not self.trained:
             settle(self.model)
+        for layer in prepared_layers(self.model):
+            if not layer.quantizers[WEIGHT].has_grid():
+                layer.observe_weight()
         for quantizer in quantizers(self.model):
             if not quantizer.has_grid() and quantizer.observer.has_data():
                 quantizer.choose()  # training ended before rounding began
@@ -87,6 +90,8 @@ class Attached:
             if self.example is None:
                 raise InvalidState("convert: no input of the model is known; give one, convert(x)")
             args, kwargs = self.example
+        if self.trained:
+            self.settle()
         return as_prepared(self.model, args, dict(kwargs or {}))
 
     def convert(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:

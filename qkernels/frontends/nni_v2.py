@@ -122,6 +122,9 @@ class _Quantizer:
     kinds: ClassVar[tuple[str, ...]] = TYPES
     trained: ClassVar[bool] = True
     rule: ClassVar[str] = "ste"
+    rule_options: ClassVar[tuple[tuple[str, Any], ...]] = ()
+    folds: ClassVar[bool] = False  # batch norms, with dummy_input
+    exports_rounded: ClassVar[bool] = False  # weights in export_model
     default: ClassVar[dict[str, Any]] = {"quant_types": ["weight"], "quant_bits": 8, "op_types": ["default"]}
 
     def __init__(
@@ -135,7 +138,7 @@ class _Quantizer:
             raise InvalidType(f"{type(self).__name__}: optimizer must be a torch optimizer, got {optimizer!r}")
         self.bound_model, self.optimizer = model, optimizer
         self.entries = _parse(model, [self.default] if config_list is None else config_list, self.kinds)
-        norms = {} if dummy_input is None else norms_behind(model, dummy_input)
+        norms = norms_behind(model, dummy_input) if self.folds and dummy_input is not None else {}
         sites = {path: self._site(path, entry, norms.get(path)) for path, entry in self.entries.items()}
         self.attached = Attached(model, sites, self.trained, dummy_input)
 
@@ -145,11 +148,11 @@ class _Quantizer:
         inputs = {0: recipes["input"]} if "input" in recipes else {}
         weight = recipes.get("weight") if weighted else None
         grids = inputs, recipes.get("output"), weight
-        return Site(*grids, norm if weight else None, folds=True, start_step=entry.start_step)
+        return Site(*grids, norm if weight else None, folds=True, start_step=max(entry.start_step - 1, 0))
 
     def _recipe(self, entry: _Entry, kind: str) -> TensorRecipe:
         observer = "minmax" if kind == "weight" else "moving_average"
-        return TensorRecipe(self._spec(entry, kind), observer, rule=self.rule)
+        return TensorRecipe(self._spec(entry, kind), observer, (), self.rule, self.rule_options)
 
     def _spec(self, entry: _Entry, kind: str) -> QSpec:
         bits, signed, scheme = entry.bits[kind], entry.dtype[kind] == "int", entry.scheme[kind]
@@ -187,11 +190,16 @@ class _Quantizer:
         """Takes the quantizers off, saves the float state_dict and the calibration config, and returns the latter."""
         if onnx_path is not None and input_shape is None:
             raise InvalidArgument("export_model: onnx_path needs input_shape")
+        self.attached.settle()
         calibration: dict[str, dict[str, Any]] = {path: {} for path in self.entries}
         for path, key, quantizer in self.attached:
             kind = {WEIGHT: "weight", OUTPUT: "output"}.get(key, "input")
             calibration[path] |= {f"{kind}_bits": self.entries[path].bits[kind], **self._calibration(kind, quantizer)}
+        rounded = {path: q for path, key, q in self.attached if key == WEIGHT and self.exports_rounded}
+        rounded = {path: self.bound_model.get_submodule(path).quantized_weight() for path in rounded}
         self.attached.restore()
+        for path, weight in rounded.items():
+            self.bound_model.get_submodule(path).weight.data.copy_(weight)
         _save(lambda path: torch.save(self.bound_model.state_dict(), path), model_path)
         if calibration_path is not None:
             _save(lambda path: torch.save(calibration, path), calibration_path)
@@ -225,6 +233,8 @@ class NaiveQuantizer(_Quantizer):
 class QAT_Quantizer(_Quantizer):
     """Straight-through training; weights on the range of now, activations on moving averages. Jacob et al. 2018."""
 
+    folds = True
+
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         if kind == "weight":
             grid, entry = quantizer.qparams(), self.entries[quantizer.source.removesuffix(".weight")]
@@ -241,6 +251,8 @@ class LsqQuantizer(_Quantizer):
     """Learned step sizes. Esser et al. 2020."""
 
     rule = "lsq"
+    rule_options = (("plain", True),)
+    folds = True
 
     def _spec(self, entry: _Entry, kind: str) -> QSpec:
         half = 2 ** (entry.bits[kind] - 1)
@@ -257,6 +269,7 @@ class DoReFaQuantizer(_Quantizer):
     """Weights through tanh, inputs and outputs clipped to [0, 1]. Zhou et al. 2016."""
 
     rule = "dorefa"
+    exports_rounded = True
 
     def _spec(self, entry: _Entry, kind: str) -> QSpec:
         bits = entry.bits[kind]
@@ -267,6 +280,7 @@ class BNNQuantizer(_Quantizer):
     """Signs. Courbariaux et al. 2016. Weights are kept in [-1, 1] after each step of the optimizer."""
 
     rule = "bnn"
+    exports_rounded = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -280,6 +294,7 @@ class ObserverQuantizer(_Quantizer):
     """Watches all data until `compress()`, which chooses grids: weights by extremes, activations by histograms."""
 
     trained = False
+    exports_rounded = True
 
     def __init__(self, model: nn.Module, config_list: Iterable[Mapping[str, Any]], *args: Any, **kwargs: Any):
         if model.training:
@@ -296,7 +311,7 @@ class ObserverQuantizer(_Quantizer):
         return TensorRecipe(QSpec(torch.uint8, 0, 127), "histogram", (("codes", 256),))
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
-        low, high = quantizer.observer.range()
-        ends = {f"tracked_max_{kind}": high.max().item(), f"tracked_min_{kind}": low.min().item()}
-        spec = quantizer.spec
-        return ends | {f"tracked_qmin_{kind}": spec.qmin, f"tracked_qmax_{kind}": spec.qmax}
+        grid = quantizer.qparams()
+        low, high = ((end - grid.zero_point) * grid.scale for end in (grid.qmin, grid.qmax))
+        ends = {f"tracked_max_{kind}": high.item(), f"tracked_min_{kind}": low.item()}
+        return ends | {f"tracked_qmin_{kind}": grid.qmin, f"tracked_qmax_{kind}": grid.qmax}

@@ -1,11 +1,9 @@
 """NNI's scripts run, agree with the originals where those agree with themselves, and end in the integer network."""
 
 import math
-import os
-import subprocess
-import sys
 
 import nni_cases
+import originals
 import pytest
 import torch
 from nni_cases import CASES, STEPS, Net, entry, run
@@ -14,7 +12,6 @@ from torch import nn
 import qkernels
 import qkernels.frontends.nni as nni
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
-from qkernels.frontends import nni_v2
 
 
 @pytest.fixture(autouse=True)
@@ -148,115 +145,6 @@ def test_the_wrong_order_is_refused():
         nni.LightningEvaluator()
 
 
-# ---- 2.x -------------------------------------------------------------------------------------------------------------
-
-EVERYTHING = [
-    {"quant_types": ["weight", "input", "output"], "quant_bits": 8, "op_types": ["Conv2d", "Linear"]},
-    {"quant_types": ["output"], "quant_bits": 8, "op_names": ["relu1"], "quant_dtype": "uint"},
-]
-V2 = {
-    "QAT_Quantizer": EVERYTHING,
-    "LsqQuantizer": EVERYTHING,
-    "DoReFaQuantizer": [
-        {"quant_types": ["weight", "input"], "quant_bits": {"weight": 4, "input": 8}, "op_types": ["Conv2d"]}
-    ],
-    "BNNQuantizer": [{"quant_types": ["weight", "input"], "quant_bits": 1, "op_names": ["conv2"]}],
-}
-
-
-def trained_v2(kind, config_list, steps=4, **options):
-    torch.manual_seed(0)
-    model, x, y = Net(), torch.randn(8, 1, 16, 16), torch.randint(0, 10, (8,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    quantizer = getattr(nni_v2, kind)(model, config_list, optimizer, **options)
-    assert quantizer.compress() is model
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.nll_loss(model(x), y).backward()
-        optimizer.step()
-    model.eval()
-    return model, quantizer, x
-
-
-@pytest.mark.parametrize("dummy", [True, False])
-@pytest.mark.parametrize("kind", V2)
-def test_quantizers_of_2_train_convert_and_export(kind, dummy, tmp_path):
-    options = {"dummy_input": torch.randn(1, 1, 16, 16)} if dummy else {}
-    model, quantizer, x = trained_v2(kind, V2[kind], **options)
-    prepared = quantizer.prepared(x)
-    converted = qkernels.convert(prepared)
-    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
-    calibration = quantizer.export_model(str(tmp_path / "model.pth"), str(tmp_path / "calibration.pth"))
-    assert set(torch.load(tmp_path / "model.pth")) == set(Net().state_dict())
-    assert set(torch.load(tmp_path / "calibration.pth")) == set(calibration)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.pth", "model.pth"]
-    assert (type(model.conv1), type(model.bn1)) == (nn.Conv2d, nn.BatchNorm2d)
-    assert all("weight_bits" in entry or "output_bits" in entry for entry in calibration.values())
-    with pytest.raises(InvalidState, match="export_model"):
-        quantizer.convert(x)
-
-
-def test_naive_needs_nothing_but_a_model():
-    model = Net()
-    nni_v2.NaiveQuantizer(model).compress()
-    weight = model.conv1.quantized_weight()
-    assert weight.unique().numel() <= 255
-    assert not torch.equal(weight, model.conv1.weight)
-
-
-def test_observer_freezes_at_compress():
-    torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(8, 1, 16, 16)
-    quantizer = nni_v2.ObserverQuantizer(model, EVERYTHING)
-    expected = Net()
-    expected.load_state_dict(model.state_dict(), strict=False)
-    torch.testing.assert_close(model(x), expected.eval()(x))  # nothing is rounded before compress
-    quantizer.compress()
-    once = model(x)
-    model(1000 * x)
-    assert torch.equal(model(x), once)
-    assert qkernels.verify(quantizer.prepared(x), quantizer.convert(x), [x]).total_mismatches == 0
-
-
-def test_the_last_entry_wins_and_exclude_takes_out():
-    config = [
-        {"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"]},
-        {"quant_types": ["weight"], "quant_bits": 4, "op_names": ["conv1"]},
-        {"exclude": True, "op_names": ["conv2"]},
-    ]
-    quantizer = nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(Net().parameters(), lr=0.1))
-    assert {path: dict(entry.bits) for path, entry in quantizer.entries.items()} == {"conv1": {"weight": 4}}
-
-
-def test_set_quant_scheme_dtype_changes_what_entries_leave_open():
-    try:
-        nni_v2.set_quant_scheme_dtype("weight", "per_channel_symmetric", "int")
-        model, _, _ = trained_v2("QAT_Quantizer", EVERYTHING[:1])
-        spec = model.conv1.quantizers["weight"].spec
-        assert (spec.per_channel, spec.symmetric, spec.qmin) == (True, True, -127)
-    finally:
-        nni_v2.set_quant_scheme_dtype("weight", "per_tensor_affine", "uint")
-    with pytest.raises(InvalidArgument, match="quant_type"):
-        nni_v2.set_quant_scheme_dtype("weights", "per_channel_symmetric", "int")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"quant_type": ["weight"]}, InvalidArgument, r"config_list\[0\]\.quant_type: unknown key; did you mean"),
-        ({"quant_bits": 40}, InvalidArgument, r"config_list\[0\]\.quant_bits\.weight: must be an integer from 1 to 31"),
-        ({"quant_bits": 16}, Unsupported, "at most 8 bits"),
-        ({"quant_types": ["bias"]}, InvalidArgument, "must be one of"),
-        ({"quant_start_step": -1}, InvalidArgument, "quant_start_step"),
-        ({"op_names": ["conv9"]}, InvalidArgument, "did you mean"),
-    ],
-)
-def test_a_wrong_config_list_of_2_is_refused(change, error, message):
-    config = [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"], **change}]
-    with pytest.raises(error, match=message):
-        nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(Net().parameters(), lr=0.1))
-
-
 # ---- the original ----------------------------------------------------------------------------------------------------
 
 # Begins elsewhere: the original's first zero point is the end of the grid (docs/frontends.md).
@@ -267,14 +155,7 @@ RANDOM_GRADIENTS, BIAS_TWICE = {"dorefa", "dorefa outputs"}, {"qat bn fold", "qa
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    folder = os.environ.get("QKERNELS_NNI_PATH")
-    if not folder:
-        pytest.skip("QKERNELS_NNI_PATH names no folders with nni 3.0 and what it imports")
-    saved = tmp_path_factory.mktemp("nni") / "results.pt"
-    script = os.path.join(os.path.dirname(__file__), "nni_cases.py")
-    environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, str(saved)], env=environment, check=True, capture_output=True)
-    return torch.load(saved, weights_only=False)
+    return originals.results("nni_cases.py", "QKERNELS_NNI_PATH", tmp_path_factory.mktemp("nni"))
 
 
 def without_numbers(calibration):
