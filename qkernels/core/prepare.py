@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
-from qkernels.core.attention import open_attention
 from qkernels.core.fusion import clamp_of, fold_batch_norms, has_constant_clamp, is_fused
 from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.lowering import LoweringUnit, lower, lowerable_kinds
 from qkernels.core.operations import Operation
+from qkernels.core.plain import plain_copy
 from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Override, Recipe, TensorRecipe, make_recipe, type_name
@@ -79,6 +78,10 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
 def check_float(model: nn.Module, verb: str) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidType(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidType(
+            f"{verb}: model is a TorchScript module, which has no Python forward: give the original module"
+        )
     if any(isinstance(m, Quantizer) for m in model.modules()):
         raise InvalidArgument(f"{verb}: the model is prepared already")
 
@@ -88,9 +91,7 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
     if trained:
         recipe = replace(recipe, corrections=())  # training makes up for rounding by itself
     args, kwargs = g.arguments(example_inputs)
-    work = copy.deepcopy(model).eval()
-    _bake_parametrizations(work)
-    work = open_attention(work)
+    work = plain_copy(model)
     try:
         prepared: nn.Module = prepare_graph(work, args, kwargs, recipe, trained=trained)
     except Untraceable as error:
@@ -98,20 +99,6 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
     if not prepared.report.integer:
         warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=3)
     return prepared
-
-
-def _bake_parametrizations(model: nn.Module) -> None:
-    """Weights given by a formula (weight normalization and the like) become plain Parameters.
-
-    `torch.nn.utils.parametrize.remove_parametrizations` would also change the class, which the original shares.
-    """
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            values = {name: getattr(module, name).detach() for name in module.parametrizations}
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, value in values.items():
-                module.register_parameter(name, nn.Parameter(value))
 
 
 # --- a model with a graph --------------------------------------------------------------------------------------------

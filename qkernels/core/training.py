@@ -1,5 +1,6 @@
 """`prepare_qat` and the phases of training: what is watched, rounded and frozen, and when."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch import nn
 from qkernels.core.exact_forward import link
 from qkernels.core.norm import Norm
 from qkernels.core.phases import run_batch
+from qkernels.core.plain import is_pruned
 from qkernels.core.prepare import PreparedModel, check_float, prepare_model, prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Recipe, make_recipe
@@ -54,6 +56,11 @@ def prepare_qat(
     check_float(model, "prepare_qat")
     if forward not in FORWARDS:
         raise InvalidArgument(f"prepare_qat: forward must be one of {list(FORWARDS)}, got {forward!r}")
+    if is_pruned(model):
+        warnings.warn(
+            "prepare_qat: the masks of torch.nn.utils.prune are applied once; training may fill pruned weights again",
+            stacklevel=2,
+        )
     if not isinstance(start_step, int) or start_step < 0:
         raise InvalidArgument(f"prepare_qat: start_step must be a number of steps, got {start_step!r}")
     recipe = (

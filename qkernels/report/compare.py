@@ -1,6 +1,5 @@
 """`compare`: the signal-to-noise ratio of every layer of an integer network against the float one."""
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qkernels.core import graph as g
-from qkernels.core.attention import open_attention
 from qkernels.core.convert import ConvertedModel
+from qkernels.core.plain import plain_copy
 from qkernels.errors import InvalidArgument
 
 
@@ -99,7 +98,7 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
                 agreeing, rows = agreeing + int(same.sum()), rows + len(same)
             for path, float_part, part, part_args, part_kwargs in _parts(float_model, converted, args, kwargs):
                 if path not in traces:
-                    traces[path] = g.trace(open_attention(copy.deepcopy(float_part)), part_args, part_kwargs)
+                    traces[path] = g.trace(plain_copy(float_part), part_args, part_kwargs)
                 values = list(g.bind(float_part, part_args, part_kwargs).values())
                 _compare_part(path, traces[path], part, values, powers)
     finally:

@@ -227,6 +227,32 @@ def test_parametrized_weights_and_keyword_calls():
     check_same(model, prepared, IMAGE)
 
 
+def _pruned(conv):
+    return torch.nn.utils.prune.l1_unstructured(conv, "weight", 0.5)
+
+
+@pytest.mark.parametrize("formula", [_pruned, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_computed_by_hooks(formula):
+    model = model_of(lambda self, x: self.conv(x), conv=formula(nn.Conv2d(4, 4, 1)))
+    with torch.no_grad():
+        model(IMAGE)
+    prepared = qkernels.prepare(model, IMAGE)
+    assert kinds_of(prepared) == ["conv"]
+    assert len(model.conv._forward_pre_hooks) == 1
+    check_same(model, prepared, IMAGE)
+
+
+def test_training_a_pruned_model_warns_that_the_mask_is_gone():
+    with pytest.warns(UserWarning, match="masks of torch.nn.utils.prune are applied once"):
+        qkernels.prepare_qat(_pruned(nn.Linear(4, 4)), torch.randn(2, 4))
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(TypeError, match="TorchScript"):
+        qkernels.prepare(torch.jit.script(nn.Linear(4, 4)), torch.randn(2, 4))
+
+
 def test_a_leaf_with_other_outputs_is_reported():
     class Model(nn.Module):
         def __init__(self):

@@ -1,0 +1,44 @@
+"""A copy of a model to work on: weights are plain Parameters, attention has a graph."""
+
+import copy
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from qkernels.core.attention import open_attention
+
+_FORMULAS = (BasePruningMethod, WeightNorm, SpectralNorm)  # forward pre-hooks that compute a weight
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode. Weights given by formulas (pruning, weight and spectral normalization) have their values."""
+    computed = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
+    work = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).eval()
+    for module in work.modules():
+        _bake_hooks(module)
+        _bake_parametrizations(module)
+    return open_attention(work)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    return any(isinstance(hook, BasePruningMethod) for m in model.modules() for hook in m._forward_pre_hooks.values())
+
+
+def _bake_hooks(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, _FORMULAS):
+            hook.remove(module)
+            del module._forward_pre_hooks[key]
+
+
+def _bake_parametrizations(module: nn.Module) -> None:
+    """`torch.nn.utils.parametrize.remove_parametrizations` would also change the class, which the original shares."""
+    if parametrize.is_parametrized(module):
+        values = {name: getattr(module, name).detach() for name in module.parametrizations}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
