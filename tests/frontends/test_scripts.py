@@ -8,6 +8,7 @@ import torch
 
 import qkernels
 from qkernels.data import load_images
+from qkernels.frontends import nni_v2
 
 FOLDER = Path(__file__).parent / "scripts"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -21,6 +22,19 @@ AIMET = {
     "import aimet_torch.v2 as aimet": "import qkernels.frontends.aimet as aimet",
     "from aimet_torch import": "from qkernels.frontends.aimet import",
     "from aimet_torch.v2 import": "from qkernels.frontends.aimet import",
+}
+NNI = {
+    "import nni\n": "import qkernels.frontends.nni as nni\n",
+    "from nni.common.types import": "from qkernels.frontends.nni import",
+    "from nni.contrib.compression.quantization import": "from qkernels.frontends.nni import",
+    "from nni.contrib.compression.utils import": "from qkernels.frontends.nni import",
+    "from torchvision import": "from local_mnist import",  # where the data comes from
+    "from torchvision.datasets import": "from local_mnist import",
+}
+NNI_2 = {
+    "from nni.algorithms.compression.pytorch.quantization import B": "from qkernels.frontends.nni_v2 import B",
+    "from nni.algorithms.compression.pytorch.quantization import O": "from qkernels.frontends.nni_v2 import O",
+    "from nni.compression.pytorch.quantization.settings import": "from qkernels.frontends.nni_v2 import",
 }
 
 
@@ -90,3 +104,35 @@ def test_aimet_script_leads_where_the_original_led(tmp_path):
     assert torch.equal(mine["float"], theirs["float"])
     for name, bound in (("simulated", 1e-4), ("trained", 2e-2)):
         assert (mine[name] - theirs[name].as_subclass(torch.Tensor)).abs().max() < bound
+
+
+def test_nni_quickstart_script(tmp_path, capsys):
+    mine, _ = run("nni_quickstart.py", NNI, tmp_path)
+    shown = capsys.readouterr().out
+    assert "defaultdict(<class 'dict'>, {'conv1': {'weight': {'scale': tensor(" in shown
+    assert "'zero_point': tensor(-127.), 'quant_dtype': 'int8', 'quant_scheme': 'affine', 'quant_bits': 8, " in shown
+    assert set(mine["calibration"]) == {"conv1", "conv2", "fc1", "fc2", "relu1", "relu2", "relu3"}
+    assert mine["accuracy"] > 0.9
+    quantizer, x = mine["quantizer"], torch.randn(16, 1, 28, 28)
+    converted = quantizer.convert()
+    assert qkernels.verify(quantizer.prepared(), converted, [x]).total_mismatches == 0
+    assert agreement(converted(x), mine["model"](x)) == 1
+
+
+def test_nni_quantizers_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(nni_v2, "_defaults", dict(nni_v2._defaults))
+    mine, labels = run("nni_quantizers.py", NNI_2, tmp_path)
+    x = load_images("digits").test_x
+    reached = {name: accuracy(result["logits"], labels) for name, result in mine.items()}
+    # Two epochs are nothing for signs, with no batch norm behind the second convolution.
+    assert min(share for name, share in reached.items() if name != "bnn") > 0.93, reached
+    for result in (result for name, result in mine.items() if name != "float"):
+        quantizer, model = result["quantizer"], result["model"]
+        prepared = quantizer.prepared(x[:1])
+        converted = quantizer.convert(x[:1])
+        assert qkernels.verify(prepared, converted, [x[:32]]).total_mismatches == 0
+        # A sum simulated in float32 may round to the neighbouring code.
+        assert ((converted(x) - result["logits"]).abs() < 1e-3).float().mean() > 0.99
+        quantizer.export_model(str(tmp_path / "model.pth"), str(tmp_path / "calibration.pth"))
+        assert torch.load(tmp_path / "model.pth").keys() == mine["float"]["model"].state_dict().keys()
+        assert type(model.bn1) is torch.nn.BatchNorm2d
