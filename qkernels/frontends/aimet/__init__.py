@@ -6,8 +6,16 @@
 See docs/frontends.md.
 """
 
-from qkernels.frontends.aimet import batch_norm_fold, model_preparer, nn, quantsim
+from qkernels.frontends.aimet import batch_norm_fold, encodings, model_preparer, nn, quantsim
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize
 from qkernels.frontends.aimet.quantsim import QuantizationSimModel
 
-__all__ = ["QuantizationSimModel", "QuantizeDequantize", "batch_norm_fold", "model_preparer", "nn", "quantsim"]
+__all__ = [
+    "QuantizationSimModel",
+    "QuantizeDequantize",
+    "batch_norm_fold",
+    "encodings",
+    "model_preparer",
+    "nn",
+    "quantsim",
+]

@@ -94,6 +94,9 @@ class Config:
     input_quantized: bool = False
     output_quantized: bool | None = None
 
+    def is_strict(self, symmetric: bool) -> bool:
+        return symmetric and self.strict_symmetric
+
     def of(self, module: nn.Module) -> Tensors:
         return self.by_type.get(op_type(module), self.defaults)
 

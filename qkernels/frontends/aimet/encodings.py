@@ -1,81 +1,134 @@
 """Encodings, AIMET's form of grids, to and from JSON.
 
-The grid is x = (code + offset) * scale with codes from 0: offset = qmin - zero_point of the core's grid. An encoding
-holds `bitwidth` (0.6.1) or `bw` (1.0.0), and scale and offset of one or of each channel.
+The grid is `x = (code + offset) * scale` with codes from 0. An encoding holds `bitwidth` (0.6.1) or `bw` (1.0.0), and
+scale and offset of one or of each channel; in 0.6.1 also the ends `min` and `max`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import torch
-
-from qkernels.core.qspec import QParams
+from qkernels.core.attach import OUTPUT, WEIGHT
+from qkernels.core.grids import Grid, Grids
 from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.aimet.quantizers import QuantizeDequantize
+from qkernels.frontends.common import check_one_of, close_matches
 
 VERSIONS = ("0.6.1", "1.0.0")
+TABLES = ("activation_encodings", "param_encodings")
 
 
-def to_list(quantizer: QuantizeDequantize) -> list[dict[str, Any]]:
-    """The encodings of a quantizer in the form of 0.6.1, one a channel."""
-    grid = quantizer.qparams()
-    ends = [
-        grid.dequantize(torch.full(grid.scale.shape, code, dtype=grid.dtype)) if grid.axis is None else None
-        for code in (grid.qmin, grid.qmax)
-    ]
-    if grid.axis is not None:
-        rows = QParams(grid.scale, grid.zero_point, 0, grid.qmin, grid.qmax, grid.dtype)
-        ends = [rows.dequantize(torch.full(grid.scale.shape, c, dtype=grid.dtype)) for c in (grid.qmin, grid.qmax)]
-    return [
-        {
-            "bitwidth": quantizer.bitwidth,
-            "dtype": "int",
-            "is_symmetric": str(quantizer.symmetric),
-            "max": high,
-            "min": low,
-            "offset": grid.qmin - zero_point,
-            "scale": scale,
-        }
-        for scale, zero_point, low, high in zip(
-            grid.scale.tolist(), grid.zero_point.tolist(), ends[0].tolist(), ends[1].tolist(), strict=True
-        )
-    ]
+def rows_of(grid: Grid) -> list[dict[str, Any]]:
+    """A grid in the form of 0.6.1: an encoding a channel."""
+    common = {"bitwidth": grid.bits, "dtype": "int", "is_symmetric": str(grid.symmetric)}
+    numbers = zip(grid.scale, grid.offset, *grid.ends(), strict=True)
+    return [{**common, "max": high, "min": low, "offset": o, "scale": s} for s, o, low, high in numbers]
 
 
-def to_entry(name: str, quantizer: QuantizeDequantize) -> dict[str, Any]:
-    """The encodings of a quantizer in the form of 1.0.0."""
-    rows = to_list(quantizer)
+def entry_of(name: str, grid: Grid) -> dict[str, Any]:
+    """A grid in the form of 1.0.0."""
+    if grid.is_even and not grid.symmetric:
+        raise Unsupported(f"{name}: encodings of 1.0.0 have no affine grid of {grid.codes} codes; those of 0.6.1 do")
+    kind = "PER_CHANNEL" if grid.per_channel else "PER_TENSOR"
     return {
-        "bw": quantizer.bitwidth,
-        "dtype": "INT",
-        "enc_type": "PER_CHANNEL" if quantizer.axis is not None else "PER_TENSOR",
-        "is_sym": quantizer.symmetric,
-        "name": name,
-        "offset": [row["offset"] for row in rows],
-        "scale": [row["scale"] for row in rows],
+        **{"bw": grid.bits, "dtype": "INT", "enc_type": kind, "is_sym": grid.symmetric, "name": name},
+        **{"offset": list(grid.offset), "scale": list(grid.scale)},
     }
 
 
-def by_name(encodings: Any, where: str) -> dict[str, list[dict[str, Any]]]:
+def write(grids: Grids, version: str, name_of: Callable[[str, str], str]) -> dict[str, Any]:
+    """Grids by tensor name, in the form of `version`; `name_of(path, key)` names the activations."""
+    check_one_of(version, VERSIONS, "encoding_version")
+    tables: list[Any] = []
+    for weights in (False, True):
+        places = [(p, k, g) for p, table in grids.items() for k, g in table.items() if (k == WEIGHT) is weights]
+        named = [(f"{p}.{k}" if weights else name_of(p, k), g) for p, k, g in places]
+        new = version == "1.0.0"
+        tables.append([entry_of(*pair) for pair in named] if new else {name: rows_of(g) for name, g in named})
+    return dict(zip(TABLES, tables, strict=True))
+
+
+def write_by_module(grids: Grids) -> dict[str, Any]:
+    """Grids by module, in the form of 0.6.1."""
+    activations: dict[str, Any] = {}
+    for path, table in grids.items():
+        for key, grid in table.items():
+            if key != WEIGHT:
+                side, index = (OUTPUT, "0") if key == OUTPUT else ("input", key.removeprefix("input"))
+                activations.setdefault(path, {}).setdefault(side, {})[index] = rows_of(grid)[0]
+    weights = {f"{p}.{WEIGHT}": rows_of(table[WEIGHT]) for p, table in grids.items() if WEIGHT in table}
+    return dict(zip(TABLES, (activations, weights), strict=True))
+
+
+def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = True) -> Grids:
+    """The grids of encodings of any form.
+
+    Args:
+        paths: the modules that there are.
+        strict: a name that fits none of them is an error.
+    """
+    found: Grids = {}
+    entries = [*_activations(encodings.get(TABLES[0], {}), paths), *_parameters(encodings.get(TABLES[1], {}))]
+    for where, path, key, rows in entries:
+        if path in paths:
+            found.setdefault(path, {})[key] = grid_of(rows, where)
+        elif strict:
+            known = [f"{p}.{key}" if key == WEIGHT else p for p in paths]
+            named = f"{path}.{key}" if key == WEIGHT else path
+            raise InvalidArgument(f"{where}: the model has no such tensor{close_matches(named, known)}")
+    return found
+
+
+def _parameters(table: Any) -> Iterator[tuple[str, str, str, list]]:
+    for name, rows in _by_name(table, TABLES[1]).items():
+        path, _, key = name.rpartition(".")
+        if key != WEIGHT:
+            raise Unsupported(f"{TABLES[1]}.{name}: integer layers have a grid for their weight alone; leave it out")
+        yield f"{TABLES[1]}.{name}", path, key, rows
+
+
+def _activations(table: Any, paths: Collection[str]) -> Iterator[tuple[str, str, str, list]]:
+    """(where, module, key, encodings) of each activation, whether by module or by the tensor's name."""
+    if isinstance(table, Mapping) and any("input" in row or "output" in row for row in table.values()):
+        for path, sides in table.items():
+            for side, tensors in sides.items():
+                where = f"{TABLES[0]}.{path}.{side}"
+                check_one_of(side, ("input", "output"), where)
+                for index, row in tensors.items():
+                    yield f"{where}.{index}", path, _key(side, index, where), [row]
+        return
+    known = {path.replace(".", "/"): path for path in paths}
+    for name, rows in _by_name(table, TABLES[0]).items():
+        where = f"{TABLES[0]}.{name}"
+        parts = re.fullmatch(r"/(.+)/\w+_(input|output)_(\d+)", name)
+        found = parts[1] if parts else name
+        # ONNX exporters write /features/features.0/Conv for the module features.0.
+        path = known.get(found) or known.get(found.rpartition("/")[2].replace(".", "/")) or found.replace("/", ".")
+        yield where, path, _key(parts[2], parts[3], where) if parts else OUTPUT, rows
+
+
+def _key(side: str, index: str, where: str) -> str:
+    if side == "output" and index != "0":
+        raise InvalidArgument(f"{where}.{index}: modules have one output")
+    return OUTPUT if side == "output" else f"input{index}"
+
+
+def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:
     """Encodings by tensor name in the form of 0.6.1, from either form."""
-    if isinstance(encodings, Mapping):
-        return {name: [rows] if isinstance(rows, Mapping) else list(rows) for name, rows in encodings.items()}
+    if isinstance(table, Mapping):
+        return {name: [rows] if isinstance(rows, Mapping) else list(rows) for name, rows in table.items()}
     found = {}
-    for i, entry in enumerate(encodings):
-        here = f"{where}[{i}]"
+    for i, entry in enumerate(table):
         kind = entry.get("enc_type", "PER_TENSOR")
         if entry.get("dtype", "INT") != "INT" or kind not in ("PER_TENSOR", "PER_CHANNEL"):
-            raise Unsupported(f"{here}: dtype {entry.get('dtype')}, enc_type {kind} has no integer layers here")
-        common = {"bitwidth": entry["bw"], "is_symmetric": str(entry["is_sym"]), "dtype": "int"}
+            raise Unsupported(f"{where}[{i}]: dtype {entry.get('dtype')}, enc_type {kind} has no integer layers here")
+        common = {"bitwidth": entry["bw"], "is_symmetric": str(entry["is_sym"]), "enc_type": kind}
         pairs = zip(entry["scale"], entry["offset"], strict=True)
         found[entry["name"]] = [{**common, "scale": scale, "offset": offset} for scale, offset in pairs]
     return found
 
 
-def quantizer_from(
-    rows: list[dict[str, Any]], shape: tuple[int, ...], axis: int, signed: bool, where: str
-) -> QuantizeDequantize:
-    """A quantizer with this grid, for a tensor of `shape` whose channels are at `axis`."""
+def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
+    """The grid of the encodings of one tensor."""
     first = rows[0]
     for key in ("bitwidth", "scale", "offset", "is_symmetric"):
         if key not in first:
@@ -83,15 +136,10 @@ def quantizer_from(
     if first.get("dtype", "int").lower() != "int":
         raise Unsupported(f"{where}: dtype {first['dtype']!r} has no integer layers")
     bits, symmetric = int(first["bitwidth"]), str(first["is_symmetric"]) == "True"
-    per_channel = len(rows) > 1 or (signed and len(rows) == shape[axis])
-    if len(rows) > 1 and len(rows) != shape[axis]:
-        raise InvalidArgument(f"{where}: {len(rows)} encodings for {shape[axis]} channels")
-    offsets = torch.tensor([int(row["offset"]) for row in rows])
-    strict = symmetric and bool((offsets == -(2 ** (bits - 1)) + 1).all())
-    grid_shape = tuple(n if i == axis else 1 for i, n in enumerate(shape)) if per_channel else ()
-    made = QuantizeDequantize(grid_shape, bits, symmetric, signed, strict=strict, axis=axis if per_channel else None)
-    spec = made.spec
-    scale = torch.tensor([row["scale"] for row in rows], dtype=torch.float32)
-    zero_point = spec.qmin - offsets
-    made.set_qparams(QParams(scale, zero_point, made.axis, spec.qmin, spec.qmax, spec.dtype))
-    return made
+    scale, offset = tuple(float(row["scale"]) for row in rows), tuple(int(row["offset"]) for row in rows)
+    codes = 2**bits
+    if symmetric and all(o == 1 - codes // 2 for o in offset):
+        codes -= 1  # as many on both sides
+    elif "max" in first and "min" in first:
+        codes = min(codes, round((first["max"] - first["min"]) / first["scale"]) + 1)
+    return Grid(scale, offset, codes, symmetric, first.get("enc_type", "") == "PER_CHANNEL" or len(rows) > 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.core.grids import Grid
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
@@ -30,10 +31,11 @@ def tensor_recipe(
     if not 2 <= bitwidth <= 8:
         raise Unsupported(f"bitwidth must be from 2 to 8, which the integer layers have, got {bitwidth}")
     spec = QSpec.weight(bitwidth) if signed else QSpec.activation(bitwidth)
-    even = symmetric and strict
     lowest = -(2 ** (bitwidth - 1)) if signed else 0
-    qmin = lowest + 1 if even else lowest
-    spec = QSpec(spec.dtype, qmin, spec.qmax, symmetric, axis is not None, axis or 0, MIN_SCALE, symmetric and not even)
+    qmin = lowest + 1 if strict else lowest
+    spec = QSpec(
+        spec.dtype, qmin, spec.qmax, symmetric, axis is not None, axis or 0, MIN_SCALE, symmetric and not strict
+    )
     return TensorRecipe(spec, observer, options, rule="range")
 
 
@@ -50,6 +52,18 @@ class QuantizeDequantize(Quantizer):
         self.shape, self.bitwidth, self.symmetric = tuple(shape), bitwidth, symmetric
         self.min, self.max = self.rule.low, self.rule.high
         self.state = State.FAKE_QUANT
+
+    @classmethod
+    def from_grid(cls, grid: Grid, shape: Sequence[int], axis: int | None) -> "QuantizeDequantize":
+        """With this grid, for a tensor of `shape`: a weight with its channels at `axis`, or an activation."""
+        wide = axis is not None and len(grid.scale) == shape[axis]
+        ones = tuple(n if i == axis else 1 for i, n in enumerate(shape)) if wide else ()
+        how = {"strict": grid.is_even, "axis": axis if wide else None}
+        made = cls(ones, grid.bits, grid.symmetric, axis is not None, **how)
+        spec = made.spec
+        scale, offset = torch.tensor(grid.scale), torch.tensor(grid.offset)
+        made.set_qparams(QParams(scale, spec.qmin - offset, made.axis, spec.qmin, spec.qmax, spec.dtype))
+        return made
 
     def choose(self) -> None:
         """Takes the grid of what was seen; training starts from the very ends that were seen."""
@@ -182,13 +196,3 @@ def compute_encodings(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in found:
             quantizer.state = State.FAKE_QUANT
-
-
-def frozen_quantizer(quantizer: QuantizeDequantize, path: str) -> Quantizer:
-    """A Quantizer of the core with this grid, its channels in front."""
-    grid, spec = quantizer.qparams(), quantizer.spec
-    axis = 0 if spec.per_channel else None
-    spec = QSpec(spec.dtype, spec.qmin, spec.qmax, spec.symmetric, spec.per_channel, 0, spec.min_scale, spec.uneven)
-    made = Quantizer(TensorRecipe(spec), f"{path}.weight", grid.scale.numel()).to(grid.scale.device)
-    made.set_qparams(QParams(grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax, grid.dtype))
-    return made

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,16 @@ from torch import fx, nn
 
 from qkernels import __version__
 from qkernels.core import operations as o
+from qkernels.core.attach import OUTPUT, WEIGHT
 from qkernels.core.convert import convert
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
+from qkernels.core.grids import Grid, Grids
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.frontends.aimet import encodings as enc
 from qkernels.frontends.aimet import quantizers as qz
 from qkernels.frontends.aimet.config import OP_TYPES, Config, Tensors, op_type, read_config
-from qkernels.frontends.aimet.encodings import VERSIONS, by_name, quantizer_from, to_entry, to_list
 from qkernels.frontends.aimet.model_preparer import Concat, Functional
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
 from qkernels.frontends.common import close_matches
@@ -147,7 +148,7 @@ class QuantizationSimModel:
             self._bits[is_weight],
             wanted.params_symmetric if is_weight else wanted.is_symmetric,
             is_weight,
-            strict=self._config.strict_symmetric,
+            strict=self._config.is_strict(wanted.params_symmetric if is_weight else wanted.is_symmetric),
             observer="minmax" if is_weight and observer == "percentile" else observer,
             axis=axis if shape else None,
         )
@@ -162,13 +163,15 @@ class QuantizationSimModel:
 
         def recipes(wanted: Tensors) -> tuple:
             return (
-                qz.tensor_recipe(output_bw, wanted.is_symmetric, strict=config.strict_symmetric, observer=observer),
+                qz.tensor_recipe(
+                    output_bw, wanted.is_symmetric, strict=config.is_strict(wanted.is_symmetric), observer=observer
+                ),
                 qz.tensor_recipe(
                     param_bw,
                     wanted.params_symmetric,
                     0 if wanted.per_channel else None,
                     True,
-                    config.strict_symmetric,
+                    config.is_strict(wanted.params_symmetric),
                     "minmax" if observer == "percentile" else observer,
                 ),
             )
@@ -216,7 +219,7 @@ class QuantizationSimModel:
                 outputs[path] = module.output_quantizers[0]
             weight = dict(module.param_quantizers.items()).get("weight")
             if weight is not None:
-                weights[path] = qz.frozen_quantizer(weight, path)
+                weights[path] = Grid.of(weight).quantizer(f"{path}.weight", True).to(weight.scale.device)
             qz.make_float(module)
         return prepare_placed(work, *self._dummy, Places(inputs, outputs, weights))
 
@@ -244,8 +247,6 @@ class QuantizationSimModel:
         if given:
             raise Unsupported(f"export: {sorted(given)} have no counterpart")
         version = encoding_version or os.environ.get("AIMET_ENCODING_VERSION", "1.0.0")
-        if version not in VERSIONS:
-            raise InvalidArgument(f"export: encoding_version must be one of {list(VERSIONS)}, got {version!r}")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.original_model(), folder / f"{filename_prefix}.pth")
@@ -265,41 +266,29 @@ class QuantizationSimModel:
                 qz.make_float(module)
         return work
 
+    def grids(self) -> Grids:
+        """The grids of now, for `qkernels.core.grids` and the other front ends."""
+        found: Grids = {}
+        for path, module in self.named_qmodules():
+            keyed = {f"input{i}": q for i, q in enumerate(module.input_quantizers)}
+            keyed |= {OUTPUT: module.output_quantizers[0], WEIGHT: dict(module.param_quantizers.items()).get(WEIGHT)}
+            made = {key: Grid.of(q) for key, q in keyed.items() if q is not None and q.has_grid()}
+            if made:
+                found[path] = made
+        return found
+
     def encodings(self, version: str = "1.0.0") -> dict[str, Any]:
         """The encodings by tensor name, in the form of `version`."""
-        tensors = {self._tensor_name(path, which): q for path, which, q in self._activations()}
-        parameters = {f"{path}.{name}": q for path, name, q in self._parameters()}
-        if version == "1.0.0":
-            tables = [[to_entry(name, q) for name, q in table.items()] for table in (tensors, parameters)]
-        else:
-            tables = [{name: to_list(q) for name, q in table.items()} for table in (tensors, parameters)]
-        return {"activation_encodings": tables[0], "param_encodings": tables[1], **self._header(version)}
+        return enc.write(self.grids(), version, self._tensor_name) | self._header(version)
 
     def module_encodings(self) -> dict[str, Any]:
         """The encodings by module."""
-        activations: dict[str, Any] = {}
-        for path, (side, index), quantizer in self._activations():
-            activations.setdefault(path, {}).setdefault(side, {})[str(index)] = to_list(quantizer)[0]
-        parameters = {f"{path}.{name}": to_list(q) for path, name, q in self._parameters()}
-        return {"activation_encodings": activations, "param_encodings": parameters, **self._header("0.6.1")}
+        return enc.write_by_module(self.grids()) | self._header("0.6.1")
 
-    def _activations(self) -> Iterator[tuple[str, tuple[str, int], QuantizeDequantize]]:
-        for path, module in self.named_qmodules():
-            for side, table in (("input", module.input_quantizers), ("output", module.output_quantizers)):
-                for i, quantizer in enumerate(table):
-                    if quantizer is not None and quantizer.has_grid():
-                        yield path, (side, i), quantizer
-
-    def _parameters(self) -> Iterator[tuple[str, str, QuantizeDequantize]]:
-        for path, module in self.named_qmodules():
-            for name, quantizer in module.param_quantizers.items():
-                if quantizer is not None and quantizer.has_grid():
-                    yield path, name, quantizer
-
-    def _tensor_name(self, path: str, which: tuple[str, int]) -> str:
-        kind = op_type(self.model.get_submodule(path))
-        kind = kind.removeprefix("Quantized")
-        return f"/{path.replace('.', '/')}/{kind}_{which[0]}_{which[1]}"
+    def _tensor_name(self, path: str, key: str) -> str:
+        kind = op_type(self.model.get_submodule(path)).removeprefix("Quantized")
+        which = "output_0" if key == OUTPUT else f"input_{key.removeprefix('input')}"
+        return f"/{path.replace('.', '/')}/{kind}_{which}"
 
     def _header(self, version: str) -> dict[str, Any]:
         defaults = self._config.defaults
@@ -333,30 +322,17 @@ class QuantizationSimModel:
             requires_grad: whether the ends of the grids are trained from now on.
             allow_overwrite: whether compute_encodings may change them later.
         """
-        if not isinstance(encodings, Mapping):
-            encodings = json.loads(Path(encodings).read_text())
-        if "activation_encodings" not in encodings and "param_encodings" not in encodings:
-            raise InvalidArgument(f"load_encodings: no encodings, only the keys {sorted(encodings)}")
+        source = encodings if isinstance(encodings, Mapping) else json.loads(Path(encodings).read_text())
+        if not source.keys() & set(enc.TABLES):
+            raise InvalidArgument(f"load_encodings: no encodings, only the keys {sorted(source)}")
         kept: set[QuantizeDequantize] = set()
         modules = dict(self.named_qmodules())
-        for name, rows in by_name(encodings.get("param_encodings", {}), "param_encodings").items():
-            path, _, parameter = name.rpartition(".")
-            where = f"param_encodings.{name}"
-            if path not in modules or parameter not in modules[path].param_quantizers:
-                self._unknown(where, name, (f"{p}.{n}" for p, m in modules.items() for n in m.param_quantizers), strict)
-                continue
-            module = modules[path]
-            if type(module).float_type not in CHANNEL_AXIS:
-                continue  # such as the weight of a batch normalization, which stays float
-            axis = CHANNEL_AXIS[type(module).float_type]
-            made = quantizer_from(rows, tuple(getattr(module, parameter).shape), axis, True, where)
-            module.param_quantizers[parameter] = made.to(module.weight.device)
-            kept.add(made)
-        for path, side, index, rows in self._named_activations(encodings.get("activation_encodings", {}), strict):
-            made = quantizer_from(rows, (1,), 0, False, f"activation_encodings.{path}.{side}.{index}")
-            made.source = path
-            getattr(modules[path], f"{side}_quantizers")[index] = made
-            kept.add(made)
+        for path, table in enc.read(source, modules, strict).items():
+            for key, grid in table.items():
+                made = self._take(modules[path], path, key, grid)
+                if made is not None:
+                    made.source = path
+                    kept.add(made)
         for quantizer in kept:
             quantizer.to(next(self.model.parameters()).device)
             if not allow_overwrite:
@@ -371,36 +347,25 @@ class QuantizationSimModel:
                         if table[key] not in kept:
                             table[key] = None
 
-    def _named_activations(self, table: Any, strict: bool) -> Iterator[tuple[str, str, int, list]]:
-        """(module, input or output, which one, encodings) of each entry, however it is named."""
-        modules = dict(self.named_qmodules())
-        by_path = {path.replace(".", "/"): path for path in modules}
-        if isinstance(table, Mapping) and any("input" in row or "output" in row for row in table.values()):
-            for path, sides in table.items():
-                where = f"activation_encodings.{path}"
-                if path not in modules:
-                    self._unknown(where, path, modules, strict)
-                    continue
-                for side, tensors in sides.items():
-                    if side not in ("input", "output"):
-                        raise InvalidArgument(f"{where}.{side}: must be input or output")
-                    for index, row in tensors.items():
-                        if int(index) >= len(getattr(modules[path], f"{side}_quantizers")):
-                            raise InvalidArgument(f"{where}.{side}.{index}: {path} has no such {side}")
-                        yield path, side, int(index), [row]
-            return
-        for name, rows in by_name(table, "activation_encodings").items():
-            found = re.fullmatch(r"/(.+)/\w+_(input|output)_(\d+)", name)
-            path = by_path.get(found[1]) or by_path.get(_last_names(found[1])) if found else None
-            if path is None:
-                known = [self._tensor_name(p, ("output", 0)) for p in modules]
-                self._unknown(f"activation_encodings.{name}", name, known, strict)
-                continue
-            yield path, found[2], int(found[3]), rows
-
-    def _unknown(self, where: str, name: str, known: Any, strict: bool) -> None:
-        if strict:
-            raise InvalidArgument(f"{where}: the model has no such tensor{close_matches(name, known)}")
+    def _take(self, module: nn.Module, path: str, key: str, grid: Grid) -> QuantizeDequantize | None:
+        """Puts a quantizer with this grid in its place; None for a weight that stays float."""
+        if key != WEIGHT:
+            side = "output" if key == OUTPUT else "input"
+            index, table = int(key.removeprefix(side) or 0), getattr(module, f"{side}_quantizers")
+            if index >= len(table):
+                raise InvalidArgument(f"activation_encodings.{path}.{side}.{index}: {path} has no such {side}")
+            table[index] = QuantizeDequantize.from_grid(grid, (1,), None)
+            return table[index]
+        axis = CHANNEL_AXIS.get(type(module).float_type)
+        if axis is None:
+            return None
+        shape = module.weight.shape
+        if len(grid.scale) not in (1, shape[axis]):
+            raise InvalidArgument(
+                f"param_encodings.{path}.weight: {len(grid.scale)} encodings for {shape[axis]} channels"
+            )
+        module.param_quantizers[key] = QuantizeDequantize.from_grid(grid, shape, axis)
+        return module.param_quantizers[key]
 
     def set_and_freeze_param_encodings(self, encoding_path: "Mapping[str, Any] | str | os.PathLike") -> None:
         """Takes the weight grids of a file and keeps them through compute_encodings and training."""

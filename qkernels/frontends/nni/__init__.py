@@ -11,6 +11,7 @@
 The last line is what the original has not: the network in integers. See docs/frontends.md.
 """
 
+from qkernels.frontends.nni import calibration
 from qkernels.frontends.nni.evaluator import (
     SCHEDULER,
     DeepspeedTorchEvaluator,

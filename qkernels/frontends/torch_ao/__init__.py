@@ -10,6 +10,7 @@ in the place of `torch.ao.quantization`; or, for a script that writes the full n
 in the place of `import torch`: torch itself, except that `torch.ao.quantization` is this module. See docs/frontends.md.
 """
 
+from qkernels.frontends.torch_ao import qparams
 from qkernels.frontends.torch_ao.eager import convert, prepare, prepared, propagate_qconfig, quantize, recipe
 from qkernels.frontends.torch_ao.fuse import fuse_modules, fuse_modules_qat
 from qkernels.frontends.torch_ao.fx import (

@@ -1,0 +1,53 @@
+"""NNI's calibration config without a quantizer: to grids, and from them."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels.core.attach import OUTPUT, WEIGHT
+from qkernels.core.grids import Grid, Grids
+from qkernels.errors import InvalidArgument
+
+
+def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Grids:
+    """The grids of a calibration config."""
+    found: Grids = {}
+    for path, targets in calibration_config.items():
+        for target, entry in targets.items():
+            where = f"calibration_config.{path}.{target}"
+            dtype = re.fullmatch(r"(u?)int(\d+)", str(entry.get("quant_dtype")))
+            slot = re.fullmatch(r"(weight)|_output_0|_input_(\d+)", target)
+            if dtype is None or slot is None:
+                raise InvalidArgument(f"{where}: must be weight, _input_N or _output_0, of dtype intN or uintN")
+            bits, scale = int(dtype[2]), torch.as_tensor(entry["scale"])
+            lowest = 0 if dtype[1] else 1 - 2 ** (bits - 1)
+            offset = (lowest - torch.as_tensor(entry["zero_point"]).float()).round().int()
+            key = WEIGHT if slot[1] else f"input{slot[2]}" if slot[2] else OUTPUT
+            codes, symmetric = 2**bits - (not dtype[1]), entry["quant_scheme"] != "affine"
+            grid = Grid(scale.reshape(-1).tolist(), offset.reshape(-1).tolist(), codes, symmetric, scale.numel() > 1)
+            found.setdefault(path, {})[key] = grid
+    return found
+
+
+def write(grids: Grids, model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
+    """The calibration config of grids; `model` knows the shapes of weights. The tracked range is that of the grid."""
+    config: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for path, table in grids.items():
+        for key, grid in table.items():
+            shape = (-1, *[1] * (model.get_submodule(path).weight.dim() - 1)) if grid.per_channel else ()
+            lowest = 1 - 2 ** (grid.bits - 1) if grid.is_even else 0
+            low, high = (torch.tensor(end).reshape(shape) for end in grid.ends())
+            config[path]["_output_0" if key == OUTPUT else key.replace("input", "_input_")] = {
+                "scale": torch.tensor(grid.scale).reshape(shape),
+                "zero_point": (lowest - torch.tensor(grid.offset)).float().reshape(shape),
+                "quant_dtype": f"{'int' if grid.is_even else 'uint'}{grid.bits}",
+                "quant_scheme": "symmetric" if grid.symmetric else "affine",
+                "quant_bits": grid.bits,
+                "tracked_max": high,
+                "tracked_min": low,
+            }
+    return config

@@ -1,0 +1,53 @@
+"""Scales and zero points of observers, as torch's quantization functions and FixedQParamsObserver take them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels.core.attach import OUTPUT, WEIGHT
+from qkernels.core.grids import Grid, Grids
+from qkernels.core.quantizer import Quantizer
+from qkernels.frontends.torch_ao.observers import QSCHEMES
+from qkernels.frontends.torch_ao.parse import observed_copy, places_of
+
+TORCH_DTYPES = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
+
+
+def of_model(model: nn.Module) -> Grids:
+    """The grids of a calibrated or trained model, prepared here or by torch.ao itself."""
+    work = observed_copy(model)
+    places = places_of(work)
+    found: Grids = {path: {OUTPUT: Grid.of(quantizer)} for path, quantizer in places.outputs.items()}
+    for path, module in work.named_modules():
+        if isinstance(module, Quantizer) and path.rpartition(".")[2] != WEIGHT:
+            found[path.removesuffix(".activation_post_process")] = {OUTPUT: Grid.of(module)}
+    for path, quantizer in places.weights.items():
+        found.setdefault(path, {})[WEIGHT] = Grid.of(quantizer)
+    return found
+
+
+def write(grids: Grids) -> dict[str, dict[str, dict[str, Any]]]:
+    """scale, zero_point, dtype, qscheme, quant_min and quant_max by module and "weight", "output" or "input0"."""
+    return {path: {key: _options(grid, key == WEIGHT) for key, grid in table.items()} for path, table in grids.items()}
+
+
+def _options(grid: Grid, is_weight: bool) -> dict[str, Any]:
+    made = grid.qparams(is_weight)
+    qscheme = next(scheme for scheme, kind in QSCHEMES.items() if kind == (grid.symmetric, grid.per_channel))
+    return {
+        **{"scale": made.scale, "zero_point": made.zero_point, "dtype": TORCH_DTYPES[made.dtype], "qscheme": qscheme},
+        **{"quant_min": made.qmin, "quant_max": made.qmax},
+    }
+
+
+def read(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Grids:
+    """The opposite of `write`, for any of torch's dtypes."""
+    return {path: {key: _grid(options) for key, options in row.items()} for path, row in table.items()}
+
+
+def _grid(options: Mapping[str, Any]) -> Grid:
+    scale, zero_point = (torch.as_tensor(options[name]).reshape(-1) for name in ("scale", "zero_point"))
+    low, high = options["quant_min"], options["quant_max"]
+    return Grid(scale.tolist(), (low - zero_point.int()).tolist(), high - low + 1, *QSCHEMES[options["qscheme"]])
