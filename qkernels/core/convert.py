@@ -25,7 +25,8 @@ from qkernels.core.lowering import Clamp, LoweringUnit, lower
 from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
 from qkernels.core.placed import Leave
-from qkernels.core.prepare import PreparedModel, quantizers, unit_of
+from qkernels.core.placement import unit_of
+from qkernels.core.prepare import PreparedModel, quantizers
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.registry import layer_class

@@ -18,7 +18,8 @@ from qkernels.core.graph import modules_of
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import Clamp, LoweringUnit, lower
 from qkernels.core.operations import Value
-from qkernels.core.prepare import PreparedModel, unit_of
+from qkernels.core.placement import unit_of
+from qkernels.core.prepare import PreparedModel
 from qkernels.core.quantizer import Quantizer
 
 UNITS = "exact_units"

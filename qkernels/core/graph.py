@@ -440,3 +440,19 @@ def _rebuilt(cls: type[NetworkGraph], name: str, state: dict, graph: fx.Graph) -
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     plain = (int, float, str, bool, tuple, type(None))
     return {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training" and type(v) in plain}
+
+
+def first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[tuple, dict]]:
+    """The arguments of the first call of every submodule, by the id of the module."""
+    calls: dict[int, tuple[tuple, dict]] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.setdefault(id(module), (copy.deepcopy(args), copy.deepcopy(kwargs)))
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if m is not model]
+    try:
+        model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls

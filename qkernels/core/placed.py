@@ -18,7 +18,8 @@ from qkernels.core.fusion import as_convolution
 from qkernels.core.graph import Untraceable
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.operations import Operation
-from qkernels.core.prepare import PreparedModel, _first_calls, _Plan
+from qkernels.core.placement import Placement
+from qkernels.core.prepare import PreparedModel
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
@@ -146,7 +147,7 @@ def _batch_norms_on_codes(traced: fx.GraphModule) -> None:
             g.replace_module(traced, node.target, conv)
 
 
-class _PlacedPlan(_Plan):
+class _PlacedPlan(Placement):
     """Marks the nodes that can be integer and gives weights their grids; `convert` sees which of them read codes."""
 
     def __init__(self, traced: fx.GraphModule, places: Places):
@@ -278,7 +279,7 @@ class _PlacedPlan(_Plan):
 def _placed_parts(model: nn.Module, args: tuple, kwargs: dict, places: Places, reason: str) -> nn.Module:
     """Prepares the largest parts of `model` that have a graph and hold a Quantizer, in place."""
     with torch.no_grad():
-        calls = _first_calls(model, args, kwargs)
+        calls = g.first_calls(model, args, kwargs)
     rows = [Decision("", type(model).__name__, False, f"has no graph: {reason}")]
 
     def visit(owner: nn.Module, path: str) -> None:

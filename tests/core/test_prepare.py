@@ -10,7 +10,8 @@ from torch import nn
 
 import qkernels
 from qkernels.core.layers import Prepared
-from qkernels.core.prepare import QUANTIZERS, PreparedModel
+from qkernels.core.placement import QUANTIZERS
+from qkernels.core.prepare import PreparedModel
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType
 
