@@ -32,8 +32,8 @@ def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
 class IntegerForward(torch.autograd.Function):
     """`layer` on `x` with a weight on its grid: integer forward, float backward.
 
-    weight and bias carry the gradient; codes, scale, zero_point and number are what is computed with: the codes of the
-    weight, its grid and the bias.
+    weight and bias carry the gradient; what is computed with follows: the weight on its grid, its codes, their grid and
+    the bias.
     """
 
     @staticmethod
@@ -44,21 +44,22 @@ class IntegerForward(torch.autograd.Function):
         bias: Tensor | None,
         layer: nn.Module,
         source: Quantizer,
+        rounded: Tensor,
         codes: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
         number: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, rounded)
         ctx.layer = layer
-        input_scale, input_zero_point = source.numbers()
-        arguments = (codes, scale, zero_point, number, input_scale, input_zero_point, source.spec.dtype, FLOAT)
-        return layer.compute_integer(source.codes(x), *arguments)
+        grid = source.grid()
+        numbers = grid[0].item(), grid[1].item()
+        arguments = (codes, scale, zero_point, number, *numbers, source.spec.dtype, FLOAT)
+        return layer.compute_integer(source.codes(x, grid), *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        return *ctx.layer.gradients(grad, x, weight, ctx.needs_input_grad[:3]), *[None] * 6
+        return *ctx.layer.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *[None] * 7
 
 
 class IntegerLinear:

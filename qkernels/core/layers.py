@@ -90,7 +90,7 @@ class Prepared:
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             return self.normalized(x)
-        return self.run(x, self.quantizers["weight"](self._corrected_rows()), self.corrected_bias())
+        return self.run(x, self._corrected_rows(), self.corrected_bias())
 
     def quantized_weight(self) -> Tensor:
         """The weight (folded, if there is a norm to fold) as the integers will stand for it."""
@@ -102,7 +102,7 @@ class Prepared:
 
     def normalized(self, x: Tensor) -> Tensor:
         """The layer and its batch normalization."""
-        norm, quantizer = self.norm, self.quantizers["weight"]
+        norm = self.norm
         if norm.live and norm.folds:
             with torch.no_grad():
                 norm(self.compute(x, self.weight, self.bias))
@@ -110,21 +110,22 @@ class Prepared:
             return self.folded(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
         rows = self.rows(self.weight)
         if self.grid_is_on_weight():
-            return norm(self.run(x, quantizer(rows), self.bias))
+            return norm(self.run(x, rows, self.bias))
         scale = away_from_zero(norm.scale())
-        y = self.run(x, quantizer(rows * along(scale, rows)), None) / self.along_output(scale)
+        y = self.run(x, rows * along(scale, rows), None) / self.along_output(scale)
         return norm(y if self.bias is None else y + self.along_output(self.bias))
 
     def run(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with a weight on its grid, on the integer kernels if it can."""
-        weight = self.from_rows(rows)
-        if not self.runs_on_integers(x):
-            return self.compute(x, weight, bias)
+        """The layer with a weight that goes onto its grid, on the integer kernels if it can."""
         quantizer = self.quantizers["weight"]
+        if not self.runs_on_integers(x):
+            return self.compute(x, self.from_rows(quantizer(rows)), bias)
+        passes, (rounded, codes) = quantizer.passes_gradients, quantizer.with_codes(rows)
+        carrier = rows if passes else rounded
         scale, zero_point = quantizer.grid()
-        codes = self.from_rows(quantizer.codes(rows.detach()))
         zero_point = None if quantizer.spec.symmetric and quantizer.spec.middle == 0 else zero_point
-        return IntegerForward.apply(x, weight, bias, self, self.source[0], codes, scale, zero_point, bias)
+        arguments = (self.from_rows(rounded.detach()), self.from_rows(codes), scale, zero_point, bias)
+        return IntegerForward.apply(x, self.from_rows(carrier), bias, self, self.source[0], *arguments)
 
     def folded(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The layer with the norm folded into weight and bias: computed with the numbers that `convert` will take."""
@@ -132,8 +133,8 @@ class Prepared:
             return self.compute(x, weight, bias)
         rows, number, grid = self.canonical_rows()
         zero_point = grid.zero_point if bool(grid.zero_point.any()) else None
-        arguments = (self.source[0], self.from_rows(grid.quantize(rows)), grid.scale, zero_point, number)
-        return IntegerForward.apply(x, weight, bias, self, *arguments)
+        arguments = (weight.detach(), self.from_rows(grid.quantize(rows)), grid.scale, zero_point, number)
+        return IntegerForward.apply(x, weight, bias, self, self.source[0], *arguments)
 
     def runs_on_integers(self, x: Tensor) -> bool:
         if self.source is None or (self.source[1] and self.training):

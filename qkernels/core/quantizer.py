@@ -150,10 +150,13 @@ class Quantizer(nn.Module):
 
     def _follow(self, x: Tensor, clamp: Limits) -> Tensor:
         """Lets the grid follow `x`, or start from it, and rounds `x` to it."""
+        if self._fused and self._chosen:
+            if self.forgets:
+                return self._fresh(x, None)[0]
+            if self.is_weight or not is_distributed():
+                return self._observe_fake_quant(x, clamp)
         if self.forgets:
             self.observer.reset()
-        if self._fused and self._chosen and (self.is_weight or not is_distributed()):
-            return self._observe_fake_quant(x, clamp)
         x = limited(x, clamp)
         self._measure(x)
         # Not the buffers: those change before the backward if this is called twice.
@@ -170,6 +173,37 @@ class Quantizer(nn.Module):
         if scale is not None:
             self.scale.copy_(scale)
         self._take_over(x)
+
+    def _fresh(self, x: Tensor, code_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """A weight on the grid of its own extremes, and its codes if asked, within one op."""
+        spec = self.spec
+        if not _rows_lie_in_order(x):
+            x = x.contiguous()
+        grid = spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, code_dtype
+        try:
+            (y,), codes, (scale,), (zero_point,) = ops.foreach_observe_fake_quant((x,), (self.axis,), *grid)
+        except RuntimeError:
+            self.observer.check_finite(x)
+            raise
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        return y, codes[0] if codes else None
+
+    @property
+    def passes_gradients(self) -> bool:
+        """Whether a weight that comes now gets the gradient of its rounded form as it is: its extremes are the ends."""
+        spec = self.spec
+        fresh = self._fused and self._chosen and self.forgets and self.follows and self.delay == 0
+        return fresh and spec.symmetric and spec.qmin == -spec.qmax
+
+    def with_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight as `forward` gives it, and its codes; without a graph if it `passes_gradients`."""
+        if self.passes_gradients:
+            with torch.no_grad():
+                return self._fresh(x, self.spec.dtype)
+        y = self(x)
+        return y, self.codes(y.detach())
 
     def _observe_fake_quant(self, x: Tensor, clamp: Limits) -> Tensor:
         """The grid follows within one op."""
@@ -216,12 +250,12 @@ class Quantizer(nn.Module):
         """Whether forward changes the grid, in a batch that comes now."""
         return self.training and self.state is State.TRAIN and self.rule.observes
 
-    @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and int32 zero point of now, unchecked."""
-        scale, zero_point = self.scale, self.zero_point
-        if self.rule is not None:
-            scale, zero_point = self.rule.grid(scale, zero_point)
+        if self.rule is None or self._fused:
+            return self.scale, self.zero_point
+        with torch.no_grad():
+            scale, zero_point = self.rule.grid(self.scale, self.zero_point)
             if zero_point.is_floating_point():
                 zero_point = torch.round(zero_point).clamp(self.spec.qmin, self.spec.qmax).to(torch.int32)
         return scale, zero_point
@@ -231,11 +265,10 @@ class Quantizer(nn.Module):
         scale, zero_point = self.grid()
         return scale.item(), zero_point.item()
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """The codes of values that lie on the grid."""
+    def codes(self, x: Tensor, grid: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The codes of values that lie on the grid (`grid()`, if it is known); `x` is detached or there is no grad."""
         spec = self.spec
-        return ops.quantize(x, *self.grid(), self.axis, spec.qmin, spec.qmax, spec.dtype)
+        return ops.quantize(x, *(grid or self.grid()), self.axis, spec.qmin, spec.qmax, spec.dtype)
 
     def set_qparams(self, grid: QParams) -> None:
         """Takes the grid `grid`; the state stays."""
@@ -279,8 +312,18 @@ def limited(x: Tensor, clamp: Limits) -> Tensor:
     return torch.clamp(x, *clamp) if math.inf in map(abs, clamp) else F.hardtanh(x, *clamp)
 
 
+def _rows_lie_in_order(x: Tensor) -> bool:
+    """Whether dimension 0 is outermost in dense memory."""
+    if x.is_contiguous():
+        return True
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+
+
 def _codes_of(clamp: tuple[float, float], scale: float, zero_point: int, qmin: int, qmax: int) -> tuple[int, int]:
     """The ends of the grid that a clamp leaves, in the arithmetic of the kernels."""
+    if clamp == (0.0, math.inf):
+        return min(max(zero_point, qmin), qmax), qmax
     inverse = np.float32(1.0) / np.float32(scale)
     low, high = (float(np.rint(np.float32(end) * inverse)) + zero_point for end in clamp)
     return int(min(max(low, qmin), qmax)), int(min(max(high, qmin), qmax))

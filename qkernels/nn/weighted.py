@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import reference
+from qkernels import ops, reference
 from qkernels.core.lowering import Clamp
 from qkernels.core.qspec import QParams
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported
@@ -122,4 +122,4 @@ def quantized_weight(weight: Tensor, grid: QParams) -> Tensor:
     """The int8 codes of a weight whose output channels come first."""
     axis = None if grid.scale.numel() == 1 else 0
     arguments = (grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax, grid.dtype)
-    return reference.quantize(weight.detach().to(torch.float32), *arguments)
+    return ops.quantize(weight.detach().to(torch.float32), *arguments)
