@@ -368,7 +368,11 @@ class Worker {
     const uint8_t* block = blocks_;
     for (int64_t first = 0; first < channels; first += layout_.block_channels()) {
       run_channels(first, block, out);
-      if (part_.raw) store_raw(first, rows, pixel, out);
+      if (part_.raw && packed_.epilogue.output == OutputType::kF32) {
+        store_floats(first, rows, out);
+      } else if (part_.raw) {
+        store_raw(first, rows, pixel, out);
+      }
       block += part_.block_bytes;
     }
     if (!part_.raw) finish(rows, pixel, out);
@@ -422,6 +426,30 @@ class Worker {
     }
     for (int p = 0; p < 2; ++p) strip_.out[p] = out[p] ? out[p] + first : nullptr;
     kernel_(strip_);
+  }
+
+  // Four positions in a row are four channels in a row.
+  void store_floats(int64_t first, int64_t rows, uint8_t* const out[2]) const {
+    constexpr int64_t kMostQuads = 16;
+    const int64_t quads = strip_.vectors * layout_.lanes / 4, left = shape_.out_channels - first;
+    int64_t channel[kMostQuads];
+    for (int64_t q = 0; q < quads; ++q) channel[q] = layout_.channel_at(strip_.vectors, q * 4);
+    for (int64_t x = 0; x < strip_.outputs; ++x) {
+      for (int64_t p = 0; p < rows; ++p) {
+        const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * quads * 4;
+        const float *addend = strip_.addend, *mult = strip_.mult;
+        float* y = reinterpret_cast<float*>(out[p] + x * strip_.out_step) + first;
+        for (int64_t q = 0; q < quads; ++q, acc += 4, addend += 4, mult += 4) {
+          float v[4];
+          for (int t = 0; t < 4; ++t) v[t] = output_value(acc[t], addend[t], mult[t]);
+          if (channel[q] + 4 <= left) {
+            std::memcpy(y + channel[q], v, sizeof v);
+          } else {
+            for (int64_t t = 0; channel[q] + t < left; ++t) y[channel[q] + t] = v[t];
+          }
+        }
+      }
+    }
   }
 
   // Outputs that the fast epilogue does not write, from the accumulators of a block.
