@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer_class
-from qkernels.errors import CheckpointError, InvalidType
+from qkernels.errors import CheckpointError, InvalidState, InvalidType
 from qkernels.ops.machine import active_isa
 
 _DERIVE_LOCK = threading.Lock()
@@ -80,6 +80,8 @@ class QLayer(nn.Module):
 
     def derived(self) -> Any:
         """The result of `_derive`, computed again only when a buffer or the active instruction set has changed."""
+        if torch.compiler.is_compiling():
+            return self._derived_before()
         if self._derived is not None:
             isa, buffers, versions, value = self._derived
             if isa == active_isa():
@@ -94,6 +96,16 @@ class QLayer(nn.Module):
             value = self._derive()
             self._derived = (isa, buffers, versions, value)
         return value
+
+    def _derived_before(self) -> Any:
+        """What the last call derived: `torch.compile` and `torch.export` see buffers without values."""
+        if self._derived is None:
+            raise InvalidState(f"{self._where()}: call the converted model once before torch.compile or torch.export")
+        return self._derived[3]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._derived = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _check(self, x: Tensor, role: str) -> None:
         """Refuses an input that is not of the integer dtype of `role`: a float tensor here is a missing Quantize."""
@@ -164,6 +176,7 @@ class QLayer(nn.Module):
         """Moves between devices; a cast (`model.half()`) leaves scales and bias in float32, where the contract is."""
         floats = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
+        self._derived = None
         for name, before in floats.items():
             after = self._buffers[name]
             if after.dtype is not before.dtype:
