@@ -1,8 +1,10 @@
 """Shared by the examples: photographs that come with packages, and how an int8 network compares with its float one."""
 
 import argparse
+import copy
 import importlib.util
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qkernels
+from qkernels.data import load_images
 
 # Colour photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = {
@@ -65,6 +68,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="int8-bias", help="a recipe by name (default: %(default)s)")
     parser.add_argument("--save", help="also write the int8 model there")
     return parser
+
+
+def digits(name: str | None, size: int = 28):
+    """Images of qkernels.data by name, resized to `size` x `size` if they have another size."""
+    images = load_images(name)
+    if images.train_x.shape[-1] == size:
+        return images
+    x, test_x = (F.interpolate(x, (size, size), mode="bilinear") for x in (images.train_x, images.test_x))
+    return replace(images, train_x=x, test_x=test_x)
+
+
+def fastest_float(model: nn.Module, x: Tensor) -> float:
+    """Milliseconds a call of the float model, in the better of two memory layouts."""
+    model, last = copy.deepcopy(model).eval(), torch.channels_last
+    plain = milliseconds(model, x)
+    return min(plain, milliseconds(model.to(memory_format=last), x.to(memory_format=last)))
 
 
 def milliseconds(model: nn.Module, x: Tensor, calls: int = 15) -> float:

