@@ -57,12 +57,12 @@ def train(model, data_loader, epochs):
             optimizer.zero_grad()
 
 
-def loaders(name):
+def loaders(name, count=None):
     images = load_images(name)
 
     def loader(x, y):
         x = x if x.shape[-1] == 28 else F.interpolate(x, (28, 28), mode="bilinear")
-        return DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True)
+        return DataLoader(TensorDataset(x[:count], y[:count]), batch_size=128, shuffle=True)
 
     return loader(images.train_x, images.train_y), loader(images.test_x, images.test_y)
 
@@ -71,9 +71,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=4, help="of float training (default: %(default)s)")
     parser.add_argument("--data", help="digits, mnist-5k or fashion-mnist (default: the richest one that is here)")
+    parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
     options = parser.parse_args()
     torch.manual_seed(0)
-    train_loader, test_loader = loaders(options.data)
+    train_loader, test_loader = loaders(options.data, options.images)
     sample_input, _ = next(iter(train_loader))
 
     model = Network()

@@ -2,13 +2,14 @@
 
 A float network is trained, quantized after training per tensor and per channel, and trained with quantization; every
 result runs on the integer layers of qkernels. `torch` is torch, except that `torch.ao.quantization` is the front end.
+With --efficientnet the same qconfigs go, by prepare_fx, to a network with ImageNet weights and photographs.
 """
 
 import argparse
 import io
 
 import torch.nn.functional as F
-from _common import milliseconds
+from _common import milliseconds, random_views
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -124,22 +125,58 @@ def size_in_mb(model):
     return file.tell() / 1e6
 
 
+QCONFIGS = (
+    ("min-max, per tensor", torch.ao.quantization.default_qconfig),
+    ("histogram, per channel", torch.ao.quantization.get_default_qconfig("x86")),
+)
+
+
+def efficientnet(count):
+    """How often int8 says what EfficientNet-Lite0 says in float, without training."""
+    from efficientnet_lite0 import SIZE, load_model, normalized
+
+    model = load_model()
+    calibration, views = normalized(random_views(64, SIZE, seed=1)), normalized(random_views(count, SIZE, seed=2))
+    with torch.inference_mode():
+        expected = torch.cat([model(batch) for batch in views.split(16)]).argmax(1)
+        print(f"{'EfficientNet-Lite0':<28} {'top-1 agreement':>16} {'batch of 1':>12}")
+        print(f"{'float':<28} {'':>16} {milliseconds(model, views[:1]):9.2f} ms")
+        for name, qconfig in QCONFIGS:
+            mapping = torch.ao.quantization.QConfigMapping().set_global(qconfig)
+            prepared = torch.ao.quantization.prepare_fx(model, mapping, (views[:1],))
+            for batch in calibration.split(16):
+                prepared(batch)
+            quantized = torch.ao.quantization.convert_fx(prepared)
+            assert qkernels.verify(prepared, quantized, [views[:4]]).total_mismatches == 0
+            found = torch.cat([quantized(batch) for batch in views.split(16)]).argmax(1)
+            agreement = (found == expected).double().mean().item()
+            print(f"{name:<28} {agreement:16.1%} {milliseconds(quantized, views[:1]):9.2f} ms")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=8, help="of float training (default: %(default)s)")
     parser.add_argument("--qat-epochs", type=int, default=4, help="of quantized training (default: %(default)s)")
     parser.add_argument("--width", type=float, default=0.5, help="width of the network (default: %(default)s)")
     parser.add_argument("--data", default="digits", help="digits, mnist-5k or fashion-mnist (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
+    parser.add_argument("--efficientnet", type=int, metavar="VIEWS", help="only EfficientNet-Lite0, on so many views")
     options = parser.parse_args()
+    if options.efficientnet:
+        return efficientnet(options.efficientnet)
     torch.manual_seed(191009)
     images = load_images(options.data)
 
     def loader(x, y, shuffle):
-        return DataLoader(TensorDataset(F.interpolate(x, (32, 32)), y), batch_size=64, shuffle=shuffle)
+        return DataLoader(
+            TensorDataset(F.interpolate(x[: options.images], (32, 32)), y[: options.images]),
+            batch_size=64,
+            shuffle=shuffle,
+        )
 
     data_loader = loader(images.train_x, images.train_y, True)
     data_loader_test = loader(images.test_x, images.test_y, False)
-    sample = next(iter(data_loader_test))[0]
+    sample = next(iter(data_loader_test))[0][:32]
     rows = []
 
     def result(name, model):
@@ -160,10 +197,7 @@ def main():
     fused.fuse_model()
     result("float, fused", fused)
 
-    for name, qconfig in (
-        ("min-max, per tensor", torch.ao.quantization.default_qconfig),
-        ("histogram, per channel", torch.ao.quantization.get_default_qconfig("x86")),
-    ):
+    for name, qconfig in QCONFIGS:
         model = load_model().eval()
         model.fuse_model()
         model.qconfig = qconfig
