@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.embedding import PreparedEmbedding
 from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import NetworkGraph
 from qkernels.core.layers import Prepared
@@ -125,7 +126,7 @@ class _Converter:
                 layer = layer_class("dequantize")(self.grids[node])
                 self.floats[node] = self._call(f"{node.name}_dequantize", layer, (self.codes[node],), node)
             else:
-                self.floats[node] = self._float_output_layer(node) or self._copied(node)
+                self.floats[node] = self._float_output_layer(node) or self._embedding(node) or self._copied(node)
         return self.floats[node]
 
     def _float_output_layer(self, node: fx.Node) -> fx.Node | None:
@@ -135,6 +136,13 @@ class _Converter:
             return None
         layer = lower(unit_of(node, op, (self.grids[op.inputs[0]],), None))
         return self._call(node.target, layer, (self.codes[op.inputs[0]],), node)
+
+    def _embedding(self, node: fx.Node) -> fx.Node | None:
+        """A table of codes for an embedding that was trained on a grid."""
+        module = self.modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(module, PreparedEmbedding):
+            return None
+        return self._call(node.target, module.lowered(), (self.float_of(node.all_input_nodes[0]),), node)
 
     def _copied(self, node: fx.Node) -> fx.Node:
         """The same float operation in the converted graph."""

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.embedding import PreparedEmbedding, can_round
 from qkernels.core.fusion import clamp_of, has_constant_clamp, is_fused
 from qkernels.core.layers import PREPARED
 from qkernels.core.lowering import LoweringUnit, lower, lowerable_kinds
@@ -283,6 +284,12 @@ class Placement:
                 g.replace_module(self.traced, node.target, wrapped.with_corrections(self.corrections))
             elif norm is not None:
                 g.replace_module(self.traced, node.target, nn.Sequential(self.modules[node.target], norm))
+            elif self.trained and node.op == "call_module" and can_round(self.modules[node.target], self.rule(node)):
+                self.reasons[node] = "looks up codes of its weight; its output is float"
+                if type(self.traced.get_submodule(node.target)) is nn.Embedding:
+                    layer = self.modules[node.target]
+                    made = PreparedEmbedding.of(layer, self.rule(node).weight, node.target, None, self.trained)
+                    g.replace_module(self.traced, node.target, made)
 
     def move_clamps(self) -> None:
         """Makes each fused clamp part of the Quantizer call behind it: one pass over the tensor less."""

@@ -3,6 +3,7 @@
 from qkernels.nn.base import QLayer
 from qkernels.nn.conv import QConv
 from qkernels.nn.elementwise import QAdd, QCat, QLookup, QMul
+from qkernels.nn.embedding import QEmbedding
 from qkernels.nn.io import Dequantize, Quantize
 from qkernels.nn.linear import QLinear
 from qkernels.nn.pool import QAdaptiveAvgPool, QAvgPool, QInterpolate, QMaxPool
@@ -14,6 +15,7 @@ __all__ = [
     "QAvgPool",
     "QCat",
     "QConv",
+    "QEmbedding",
     "QInterpolate",
     "QLayer",
     "QLinear",
