@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qkernels.core.attach import WEIGHT, Originals, Site, as_prepared, attach, attached
+from qkernels.core.containers import keep_containers
 from qkernels.core.convert import convert
 from qkernels.core.graph import arguments
 from qkernels.core.layers import PREPARED
@@ -96,7 +97,7 @@ class Attached:
 
     def convert(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
         """The int8 network."""
-        return convert(self.prepared(args, kwargs))
+        return keep_containers(convert(self.prepared(args, kwargs)), self.model)
 
 
 def recipe_of(model: nn.Module, sites: Mapping[str, Site]) -> Recipe:

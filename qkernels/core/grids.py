@@ -54,6 +54,11 @@ class Grid:
         """Whether one code of the bits is left out, as for as many on both sides of zero."""
         return (self.codes + 1).bit_count() == 1
 
+    @property
+    def lowest(self) -> int:
+        """The first code where codes are even around zero, or unsigned."""
+        return 1 - 2 ** (self.bits - 1) if self.is_even else 0
+
     def ends(self) -> tuple[list[float], list[float]]:
         """The lowest and the highest number of each channel."""
         scale, offset = torch.tensor(self.scale), torch.tensor(self.offset)

@@ -5,9 +5,10 @@ calibrates it, `export_model` saves it. `convert` is what the original has not: 
 of a config_list that fits a module wins. See docs/frontends.md.
 """
 
-import os
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,14 @@ from torch.optim import Optimizer
 
 from qkernels.core.attach import OUTPUT, WEIGHT, Site
 from qkernels.core.attached import Attached
+from qkernels.core.files import write_atomically
 from qkernels.core.fusion import norms_behind
+from qkernels.core.grids import Grid
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
-from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, keep_containers, with_names, with_types
+from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, with_names, with_types
 
 TYPES = ("weight", "input", "output")
 SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
@@ -177,7 +180,7 @@ class _Quantizer:
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The int8 network; arguments of the model are needed if there was no dummy_input."""
-        return keep_containers(self.attached.convert(args, kwargs), self.bound_model)
+        return self.attached.convert(args, kwargs)
 
     def export_model(
         self,
@@ -195,29 +198,28 @@ class _Quantizer:
         for path, key, quantizer in self.attached:
             kind = {WEIGHT: "weight", OUTPUT: "output"}.get(key, "input")
             calibration[path] |= {f"{kind}_bits": self.entries[path].bits[kind], **self._calibration(kind, quantizer)}
-        rounded = {path: q for path, key, q in self.attached if key == WEIGHT and self.exports_rounded}
-        rounded = {path: self.bound_model.get_submodule(path).quantized_weight() for path in rounded}
+        weights = [path for path, key, _ in self.attached if key == WEIGHT and self.exports_rounded]
+        rounded = {path: self.bound_model.get_submodule(path).quantized_weight() for path in weights}
         self.attached.restore()
         for path, weight in rounded.items():
             self.bound_model.get_submodule(path).weight.data.copy_(weight)
-        _save(lambda path: torch.save(self.bound_model.state_dict(), path), model_path)
+        _save(model_path, self.bound_model.state_dict())
         if calibration_path is not None:
-            _save(lambda path: torch.save(calibration, path), calibration_path)
+            _save(calibration_path, calibration)
         if onnx_path is not None:
-            x = torch.zeros(input_shape, device=device)
-            model = self.bound_model.to(device).eval()
-            _save(lambda path: torch.onnx.export(model, (x,), path, dynamo=False), onnx_path)
+            x, file = torch.zeros(input_shape, device=device), io.BytesIO()
+            torch.onnx.export(self.bound_model.to(device).eval(), (x,), file, dynamo=False)
+            write_atomically(Path(onnx_path), file.getvalue())
         return calibration
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         return {}
 
 
-def _save(write: Any, path: str) -> None:
-    """Writes beside `path` and moves into place, so that a file is there in whole or not at all."""
-    partial = f"{path}.partial"
-    write(partial)
-    os.replace(partial, path)
+def _save(path: str, content: Any) -> None:
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_atomically(Path(path), file.getvalue())
 
 
 class NaiveQuantizer(_Quantizer):
@@ -237,12 +239,11 @@ class QAT_Quantizer(_Quantizer):
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         if kind == "weight":
-            grid, entry = quantizer.qparams(), self.entries[quantizer.source.removesuffix(".weight")]
-            shift = 0 if entry.dtype[kind] == "int" else 2 ** (entry.bits[kind] - 1)
-            rank = self.bound_model.get_submodule(quantizer.source.removesuffix(".weight")).weight.dim()
-            shape = (1,) if grid.axis is None else (-1, *[1] * (rank - 1))
-            zero_point = (grid.zero_point.float() + shift).reshape(shape)
-            return {"weight_scale": grid.scale.reshape(shape), "weight_zero_point": zero_point}
+            grid, layer = Grid.of(quantizer), quantizer.source.removesuffix(".weight")
+            rank = self.bound_model.get_submodule(layer).weight.dim()
+            shape = (-1, *[1] * (rank - 1)) if grid.per_channel else (1,)
+            zero_point = (grid.lowest - torch.tensor(grid.offset)).float().reshape(shape)
+            return {"weight_scale": torch.tensor(grid.scale).reshape(shape), "weight_zero_point": zero_point}
         low, high = quantizer.observer.low.item(), quantizer.observer.high.item()
         return {f"tracked_min_{kind}": low, f"tracked_max_{kind}": high}
 

@@ -33,17 +33,21 @@ def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> G
     return found
 
 
+def target(key: str) -> str:
+    """NNI's name for the tensor "weight", "output" or "input0", ... of a module."""
+    return "_output_0" if key == OUTPUT else key.replace("input", "_input_")
+
+
 def write(grids: Grids, model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
     """The calibration config of grids; `model` knows the shapes of weights. The tracked range is that of the grid."""
     config: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for path, table in grids.items():
         for key, grid in table.items():
             shape = (-1, *[1] * (model.get_submodule(path).weight.dim() - 1)) if grid.per_channel else ()
-            lowest = 1 - 2 ** (grid.bits - 1) if grid.is_even else 0
             low, high = (torch.tensor(end).reshape(shape) for end in grid.ends())
-            config[path]["_output_0" if key == OUTPUT else key.replace("input", "_input_")] = {
+            config[path][target(key)] = {
                 "scale": torch.tensor(grid.scale).reshape(shape),
-                "zero_point": (lowest - torch.tensor(grid.offset)).float().reshape(shape),
+                "zero_point": (grid.lowest - torch.tensor(grid.offset)).float().reshape(shape),
                 "quant_dtype": f"{'int' if grid.is_even else 'uint'}{grid.bits}",
                 "quant_scheme": "symmetric" if grid.symmetric else "affine",
                 "quant_bits": grid.bits,

@@ -36,17 +36,9 @@ class Setting:
     scheme: str | None = None
     per_channel: bool = False
 
-    @property
-    def quant_dtype(self) -> str:
-        return f"{'int' if self.signed else 'uint'}{self.bits}"
-
     def spec(self, is_weight: bool) -> QSpec:
         kind = {"symmetric": self.scheme != "affine", "per_channel": self.per_channel, "min_scale": EPS}
         return QSpec.even(self.bits, self.signed, is_weight, **kind)
-
-    def shift(self, is_weight: bool) -> int:
-        """What is added to our zero point for NNI's: see `QSpec.even`."""
-        return 2 ** (self.bits - 1) if is_weight and not self.signed else 0
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
 """The quantizers of NNI 3.0: each says by which rule of the core grids are found, and runs the user's loop."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.core.attach import OUTPUT, WEIGHT
 from qkernels.core.attached import Attached, recipe_of
-from qkernels.core.qspec import QParams
+from qkernels.core.grids import Grid, Grids
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Recipe, TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported
-from qkernels.frontends.common import check_one_of, close_matches, keep_containers
+from qkernels.frontends.common import close_matches
+from qkernels.frontends.nni import calibration
 from qkernels.frontends.nni.config import Setting, parse
 from qkernels.frontends.nni.evaluator import TorchEvaluator
 
@@ -33,7 +32,6 @@ class _Quantizer:
     rule_options: ClassVar[Mapping[str, Any]] = {}
     observer: ClassVar[str] = "moving_average"
     trained: ClassVar[bool] = True
-    shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {}  # of per-tensor numbers, where they are not ()
 
     def __init__(
         self,
@@ -82,56 +80,37 @@ class _Quantizer:
 
     def get_calibration_config(self) -> Calibration:
         """Scales, zero points and ranges by module and target, in NNI's form."""
-        found: Calibration = defaultdict(dict)
-        for (path, target), (quantizer, setting) in self._places().items():
-            numbers = self._numbers(quantizer, setting)
-            scheme = {"quant_scheme": setting.scheme or "symmetric", "quant_bits": setting.bits}
-            described = {"quant_dtype": setting.quant_dtype, **scheme}
-            entry = {name: self._shaped(quantizer, name, number) for name, number in numbers.items()}
-            found[path][target] = {k: entry[k] for k in ("scale", "zero_point")} | described | entry
+        grids: Grids = {}
+        for path, key, quantizer in self._places():
+            grids.setdefault(path, {})[key] = Grid.of(quantizer)
+        found = calibration.write(grids, self.bound_model)
+        for path, key, quantizer in self._places():
+            name = calibration.target(key)
+            entry = found[path][name]
+            entry["quant_scheme"] = self.settings.targets[path][name].scheme or "symmetric"
+            self._describe(entry, quantizer)
         return found
 
-    def _places(self) -> dict[tuple[str, str], tuple[Quantizer, Setting]]:
-        """The quantizer and the setting of each (module, target)."""
-        names = {WEIGHT: "weight", OUTPUT: "_output_0"}
-        places = [
-            (self.settings.layer(path), names.get(k) or k.replace("input", "_input_"), q)
-            for path, k, q in self.attached
-        ]
-        return {(path, name): (q, self.settings.targets[path][name]) for path, name, q in places}
+    def _places(self) -> list[tuple[str, str, Quantizer]]:
+        return [(self.settings.layer(path), key, quantizer) for path, key, quantizer in self.attached]
 
-    def _numbers(self, quantizer: Quantizer, setting: Setting) -> dict[str, Tensor]:
-        """The numbers of a calibration entry, in NNI's order."""
-        grid = quantizer.qparams()
-        low, high = self._tracked(quantizer, grid)
-        zero_point = grid.zero_point.float() + setting.shift(quantizer.is_weight)
-        return {"scale": grid.scale, "zero_point": zero_point, "tracked_max": high, "tracked_min": low}
-
-    def _tracked(self, quantizer: Quantizer, grid: QParams) -> tuple[Tensor, Tensor]:
-        return quantizer.observer.low, quantizer.observer.high
-
-    def _shaped(self, quantizer: Quantizer, name: str, number: Tensor) -> Tensor:
-        number = number.detach().cpu().clone()
-        if quantizer.axis is None:
-            return number.reshape(self.shapes.get(name, ()))
-        layer = self.bound_model.get_submodule(quantizer.source.removesuffix(".weight"))
-        return number.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    def _describe(self, entry: dict[str, Any], quantizer: Quantizer) -> None:
+        """What the original says otherwise than that the tracked range is that of the grid."""
+        ends = {"tracked_max": quantizer.observer.high, "tracked_min": quantizer.observer.low}
+        entry |= {name: end.detach().cpu().clone().reshape(entry["scale"].shape) for name, end in ends.items()}
 
     def update_calibration_config(self, calibration_config: Calibration) -> None:
         """Takes scales and zero points from a calibration config and keeps them, whatever data comes."""
-        places = self._places()
-        for path, targets in calibration_config.items():
-            for target, entry in targets.items():
-                if (path, target) not in places:
-                    close = close_matches(f"{path}.{target}", [".".join(place) for place in places])
-                    raise InvalidArgument(f"calibration_config: nothing is quantized at {path}.{target}{close}")
-                quantizer, setting = places[path, target]
-                where = f"calibration_config.{path}.{target}.quant_dtype"
-                check_one_of(entry["quant_dtype"], [setting.quant_dtype], where)
-                zero_point = torch.as_tensor(entry["zero_point"]).float() - setting.shift(quantizer.is_weight)
-                spec = quantizer.spec
-                kind = quantizer.axis, spec.qmin, spec.qmax, spec.dtype
-                quantizer.set_qparams(QParams(torch.as_tensor(entry["scale"]), zero_point, *kind))
+        places = {(path, key): quantizer for path, key, quantizer in self._places()}
+        for path, table in calibration.read(calibration_config).items():
+            for key, grid in table.items():
+                if (path, key) not in places:
+                    known = [f"{path}.{calibration.target(key)}" for path, key in places]
+                    name = f"{path}.{calibration.target(key)}"
+                    close = close_matches(name, known)
+                    raise InvalidArgument(f"calibration_config: nothing is quantized at {name}{close}")
+                quantizer = places[path, key]
+                quantizer.set_qparams(grid.qparams(quantizer.is_weight, quantizer.spec.dtype))
                 quantizer.state = State.FROZEN
 
     def unwrap_model(self) -> nn.Module:
@@ -145,7 +124,7 @@ class _Quantizer:
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The int8 network; arguments of the model are needed if `track_forward` was not called."""
-        return keep_containers(self.attached.convert(args, kwargs), self.bound_model)
+        return self.attached.convert(args, kwargs)
 
     @classmethod
     def from_compressor(cls, *args: Any, **kwargs: Any) -> None:
@@ -174,8 +153,11 @@ class QATQuantizer(_Quantizer):
 class _Learned(_Quantizer):
     observer = "minmax"
 
-    def _tracked(self, quantizer: Quantizer, grid: QParams) -> tuple[Tensor, Tensor]:
-        return (grid.qmin - grid.zero_point) * grid.scale, (grid.qmax - grid.zero_point) * grid.scale
+    learned: ClassVar[tuple[str, ...]] = ()  # numbers that are tensors of one element
+
+    def _describe(self, entry: dict[str, Any], quantizer: Quantizer) -> None:
+        if quantizer.axis is None:
+            entry |= {name: entry[name].reshape(1) for name in self.learned}
 
 
 class LsqQuantizer(_Learned):
@@ -183,7 +165,7 @@ class LsqQuantizer(_Learned):
 
     rule = "lsq"
     rule_options: ClassVar = {"init": 0.01, "plain": True}
-    shapes: ClassVar = dict.fromkeys(["scale", "tracked_max", "tracked_min"], (1,))
+    learned = ("scale", "tracked_max", "tracked_min")
 
     def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
         # Zero points do not move: 0 for signed and unsigned codes.
@@ -199,7 +181,7 @@ class LsqPlusQuantizer(_Learned):
 
     rule = "lsq_plus"
     rule_options: ClassVar = {"init": 0.01, "plain": True}
-    shapes: ClassVar = dict.fromkeys(["scale", "zero_point", "tracked_max", "tracked_min"], (1,))
+    learned = ("scale", "zero_point", "tracked_max", "tracked_min")
 
 
 class DoReFaQuantizer(_Learned):
@@ -212,14 +194,12 @@ class DoReFaQuantizer(_Learned):
             return TensorRecipe(setting.spec(False), "moving_average")
         return super()._recipe_of(target, setting)
 
-    def _numbers(self, quantizer: Quantizer, setting: Setting) -> dict[str, Tensor]:
+    def _describe(self, entry: dict[str, Any], quantizer: Quantizer) -> None:
         """NNI describes weights on [0, 1], before they are spread to [-1, 1]."""
-        numbers = super()._numbers(quantizer, setting)
-        if not quantizer.is_weight:
-            return numbers
-        lowest = torch.tensor(float(quantizer.spec.qmin + setting.shift(True)))
-        zero = torch.tensor(0.0)
-        return {"scale": numbers["scale"] / 2, "zero_point": lowest, "tracked_max": zero + 1, "tracked_min": zero}
+        if quantizer.is_weight:
+            lowest = torch.tensor(float(Grid.of(quantizer).lowest))
+            ends = {"tracked_max": torch.tensor(1.0), "tracked_min": torch.tensor(0.0)}
+            entry |= {"scale": entry["scale"] / 2, "zero_point": lowest, **ends}
 
     def update_calibration_config(self, calibration_config: Calibration) -> None:
         """As for the others; the grids of weights are always the same."""

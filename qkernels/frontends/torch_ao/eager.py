@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qkernels.core import operations as o
+from qkernels.core.containers import become, keep_containers
 from qkernels.core.convert import convert as core_convert
 from qkernels.core.graph import arguments
 from qkernels.core.placed import prepare_placed
@@ -15,7 +16,7 @@ from qkernels.core.prepare import PreparedModel, quantizers
 from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.core.tables import UNARY
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
-from qkernels.frontends.common import become, example, keep_containers, outline
+from qkernels.frontends.common import example, outline
 from qkernels.frontends.torch_ao import parse
 from qkernels.frontends.torch_ao.observers import QConfig
 
