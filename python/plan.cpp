@@ -74,13 +74,13 @@ std::vector<InputLayout> layouts_of(const std::vector<Layout>& inputs) {
 
 Sizes list_of(const plan::Sizes& sizes) { return Sizes(sizes.dims, sizes.dims + sizes.rank); }
 
-std::unique_ptr<Plan> load(const py::bytes& data) {
+std::unique_ptr<Plan> load(const py::bytes& data, int64_t cache_bytes) {
   const std::string_view bytes = data;
   std::unique_ptr<Plan> loaded;
   Error error;
   {
     const py::gil_scoped_release released;
-    error = Plan::load(bytes.data(), static_cast<int64_t>(bytes.size()), &loaded);
+    error = Plan::load(bytes.data(), static_cast<int64_t>(bytes.size()), &loaded, cache_bytes);
   }
   raise(error);
   return loaded;
@@ -171,6 +171,7 @@ py::dict describe(const Plan& self, const std::vector<Layout>& inputs) {
     step["bytes"] = info.bytes;
     step["workspace_bytes"] = info.workspace;
     step["arena_offset"] = info.output_offset;
+    step["images"] = info.images;
     steps.append(step);
   }
   py::dict result;
@@ -195,7 +196,7 @@ void bind_plan(py::module_& m) {
       "The checksum of a plan file (csrc/plan/format.h); the 8 bytes at `skip` count as zero.");
   py::class_<Plan>(m, "Plan",
                    "A compiled network (csrc/plan/plan.h), from the bytes of a plan file.")
-      .def(py::init(&load), py::arg("data"))
+      .def(py::init(&load), py::arg("data"), py::arg("cache_bytes") = 0)
       .def_property_readonly("isa", [](const Plan& self) { return isa_name(self.isa()); })
       .def_property_readonly("metadata", &Plan::metadata)
       .def_property_readonly("inputs", &inputs, "[(name, dtype, sizes; -1: any)]")

@@ -65,8 +65,15 @@ CpuFeatures detect() {
   }
   return features;
 }
+
+// Leaf 0x80000006: the L2 of a core in KiB, on AMD and Intel alike.
+int64_t read_l2_bytes() {
+  uint32_t a, b, c = 0, d;
+  return __get_cpuid(0x80000006, &a, &b, &c, &d) ? static_cast<int64_t>(c >> 16) * 1024 : 0;
+}
 #else
 CpuFeatures detect() { return kCpuScalar; }
+int64_t read_l2_bytes() { return 0; }
 #endif
 
 constexpr CpuFeatures features_up_to(Isa cap) {
@@ -144,6 +151,13 @@ Isa isa_supported() { return best_isa(cpu_features_supported()); }
 Isa isa_active() { return best_isa(cpu_features_active()); }
 void set_isa_cap(Isa isa) { cap().store(isa, std::memory_order_relaxed); }
 Isa isa_cap() { return cap().load(std::memory_order_relaxed); }
+
+int64_t l2_cache_bytes() {
+  constexpr int64_t kUnknown = 1024 * 1024;
+  static const int64_t bytes = read_l2_bytes();
+  return bytes > 0 ? bytes : kUnknown;
+}
+
 const char* invalid_isa_environment() { return environment().invalid; }
 
 }  // namespace qk

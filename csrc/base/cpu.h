@@ -39,6 +39,9 @@ Isa isa_cap();
 // nullptr. The binding turns it into an error; the kernels ran with no cap until then.
 const char* invalid_isa_environment();
 
+// Bytes of the cache that a core has for itself; 1 MiB where the machine does not say.
+int64_t l2_cache_bytes();
+
 inline bool has_features(CpuFeatures have, CpuFeatures need) { return (have & need) == need; }
 
 }  // namespace qk

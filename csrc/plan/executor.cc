@@ -6,9 +6,23 @@
 namespace qk::plan {
 namespace {
 
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
 class Executor {
  public:
-  Executor(uint8_t* const* bases, const Parallel& parallel) : bases_(bases), parallel_(parallel) {}
+  // For the slice that starts at image `first`, in `lane`.
+  Executor(uint8_t* const* bases, const Parallel& parallel, int64_t first = 0, int64_t lane = 0)
+      : bases_(bases), parallel_(parallel), first_(first), lane_(lane) {}
+
+  void run(const Operation& operation, int64_t* ns) const {
+    const int64_t start = ns != nullptr ? now_ns() : 0;
+    std::visit(*this, operation);
+    if (ns != nullptr) *ns += now_ns() - start;
+  }
 
   void operator()(const QuantizeOp& op) const {
     QuantizeArgs args = op.args;
@@ -81,18 +95,42 @@ class Executor {
 
  private:
   uint8_t* at(const Ref& ref) const {
-    return reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(bases_[ref.base]) +
-                                      static_cast<uintptr_t>(ref.offset));
+    return reinterpret_cast<uint8_t*>(
+        reinterpret_cast<uintptr_t>(bases_[ref.base]) + static_cast<uintptr_t>(ref.offset) +
+        static_cast<uintptr_t>(ref.image * first_) + static_cast<uintptr_t>(ref.lane * lane_));
   }
 
   uint8_t* const* bases_;
   const Parallel& parallel_;
+  const int64_t first_, lane_;
 };
 
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+// `lane`'s share of the slices.
+void run_lane(const Program& program, const Slicing& slicing, uint8_t* const* bases,
+              const Parallel& parallel, int64_t lane, int64_t* step_ns) {
+  const int64_t slices = (slicing.batch + slicing.images - 1) / slicing.images;
+  for (int64_t i = slices * lane / slicing.lanes; i < slices * (lane + 1) / slicing.lanes; ++i) {
+    const int64_t first = i * slicing.images;
+    const bool whole = first + slicing.images <= slicing.batch;
+    const Operation* operations =
+        whole ? program.operations.data() + slicing.begin : slicing.rest.data();
+    const Executor executor(bases, parallel, first, lane);
+    for (int k = 0; k < slicing.end - slicing.begin; ++k) {
+      executor.run(operations[k], step_ns != nullptr ? step_ns + slicing.begin + k : nullptr);
+    }
+  }
+}
+
+void run_slicing(const Program& program, const Slicing& slicing, uint8_t* const* bases,
+                 const Parallel& parallel, int64_t* step_ns) {
+  if (slicing.lanes == 1) return run_lane(program, slicing, bases, parallel, 0, step_ns);
+  const auto count = static_cast<int64_t>(program.operations.size());
+  parallel.for_each_range(slicing.lanes, INT64_MAX, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; ++lane) {
+      run_lane(program, slicing, bases, kSerial, lane,
+               step_ns != nullptr ? step_ns + lane * count : nullptr);
+    }
+  });
 }
 
 }  // namespace
@@ -100,10 +138,17 @@ int64_t now_ns() {
 void run_program(const Program& program, uint8_t* const* bases, const Parallel& parallel,
                  int64_t* step_ns) {
   const Executor executor(bases, parallel);
-  for (size_t i = 0; i < program.operations.size(); ++i) {
-    const int64_t start = step_ns != nullptr ? now_ns() : 0;
-    std::visit(executor, program.operations[i]);
-    if (step_ns != nullptr) step_ns[i] = now_ns() - start;
+  const auto count = static_cast<int>(program.operations.size());
+  auto slicing = program.slicings.begin();
+  for (int i = 0; i < count;) {
+    if (slicing != program.slicings.end() && slicing->begin == i) {
+      run_slicing(program, *slicing, bases, parallel, step_ns);
+      i = slicing->end;
+      ++slicing;
+    } else {
+      executor.run(program.operations[i], step_ns != nullptr ? step_ns + i : nullptr);
+      ++i;
+    }
   }
 }
 

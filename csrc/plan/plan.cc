@@ -58,8 +58,8 @@ class Plan::Session {
       if (entry.used < oldest->used) oldest = &entry;
     }
     Program made;
-    const Error error =
-        make_program(plan_.model_, plan_.packed_, plan_.constant_, inputs, parallel, &made);
+    const Error error = make_program(plan_.model_, plan_.packed_, plan_.constant_, inputs,
+                                     plan_.cache_bytes_, parallel, &made);
     if (!error.ok()) return error;
     if (made.arena_bytes > arena_.bytes() && !arena_.allocate(made.arena_bytes)) {
       return qk::plan::error(ErrorKind::kMemory, "plan: no memory for an arena of ",
@@ -137,8 +137,10 @@ Plan::~Plan() {
   for (std::atomic<Session*>& slot : idle_) delete slot.load(std::memory_order_acquire);
 }
 
-Error Plan::load(const void* bytes, int64_t size, std::unique_ptr<Plan>* plan) {
+Error Plan::load(const void* bytes, int64_t size, std::unique_ptr<Plan>* plan,
+                 int64_t cache_bytes) {
   std::unique_ptr<Plan> made(new Plan);
+  made->cache_bytes_ = cache_bytes > 0 ? cache_bytes : l2_cache_bytes() / 4 * 3;
   const auto* data = static_cast<const uint8_t*>(bytes);
   Block aligned;
   if (reinterpret_cast<uintptr_t>(data) % kMemoryAlign != 0) {
@@ -220,8 +222,21 @@ Error Plan::run(const std::vector<InputLayout>& layouts, const void* const* inpu
   const Lease session(*this);
   const Program* program;
   if (Error error = session->prepare(layouts, parallel, &program); !error.ok()) return error;
-  if (step_ns != nullptr) step_ns->assign(program->operations.size(), 0);
-  session->run(*program, inputs, outputs, parallel, step_ns != nullptr ? step_ns->data() : nullptr);
+  if (step_ns == nullptr) {
+    session->run(*program, inputs, outputs, parallel, nullptr);
+    return {};
+  }
+  const size_t count = program->operations.size();
+  const auto lanes = static_cast<size_t>(parallel.threads > 1 ? parallel.threads : 1);
+  step_ns->assign(count * lanes, 0);
+  session->run(*program, inputs, outputs, parallel, step_ns->data());
+  for (const Slicing& slicing : program->slicings) {
+    for (int i = slicing.begin; i < slicing.end; ++i) {
+      for (size_t lane = 1; lane < lanes; ++lane) (*step_ns)[i] += (*step_ns)[lane * count + i];
+      (*step_ns)[i] /= slicing.lanes;
+    }
+  }
+  step_ns->resize(count);
   return {};
 }
 

@@ -44,8 +44,10 @@ class Plan {
   // Sets of shapes that each arena remembers, and arenas that wait for the next call.
   static constexpr int kShapes = 8, kIdle = 64;
 
-  // Packs the weights for the active instruction set.
-  static Error load(const void* bytes, int64_t size, std::unique_ptr<Plan>* plan);
+  // Packs the weights for the active instruction set. `cache_bytes`: what the activations of a
+  // slice of the batch may fill (see Slicing); 0: most of this machine's L2.
+  static Error load(const void* bytes, int64_t size, std::unique_ptr<Plan>* plan,
+                    int64_t cache_bytes = 0);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -62,7 +64,7 @@ class Plan {
 
   // inputs[i] is laid out as layouts[i] says and has the dtype of inputs()[i]; outputs[k] is
   // memory for what outputs() says. step_ns, if not nullptr, gets the nanoseconds of every
-  // operation of describe().
+  // operation of describe(), a lane's share where slices run side by side.
   Error run(const std::vector<InputLayout>& layouts, const void* const* inputs,
             void* const* outputs, const Parallel& parallel,
             std::vector<int64_t>* step_ns = nullptr) const;
@@ -86,6 +88,7 @@ class Plan {
   void release(std::unique_ptr<Session> session) const;
 
   Isa isa_ = Isa::kScalar;
+  int64_t cache_bytes_ = 0;
   Model model_;  // its tensors point into constants_ or nowhere
   std::vector<Block> packed_;
   Block constants_;

@@ -8,25 +8,11 @@
 #include <initializer_list>
 
 #include "csrc/plan/kernel_names.h"
+#include "csrc/plan/operations.h"
+#include "csrc/plan/placement.h"
 
 namespace qk::plan {
 namespace {
-
-enum class Home { kArena, kConstant, kInput, kOutput };
-
-struct Buffer {
-  Home home = Home::kArena;
-  int64_t bytes = 0;
-  int index = 0;                  // of the input or output
-  const uint8_t* data = nullptr;  // of a constant
-  int first = INT32_MAX, last = -1;
-  int merged_into = -1;
-};
-
-// Operation `operation` may write its output over `from`, which it reads element by element.
-struct Overwrite {
-  int operation, from, to;
-};
 
 // Of one operation, for its description: multiply-adds, and bytes.
 struct Cost {
@@ -52,42 +38,6 @@ bool is_identity(const uint8_t* table) {
 
 std::string description(const View& view) {
   return std::string(dtype_name(view.dtype)) + " " + text(view.size);
-}
-
-// Every Ref of an operation.
-template <typename Op, typename F>
-void for_each_ref(Op& op, const F& f) {
-  std::visit(
-      [&f](auto& o) {
-        using T = std::remove_cvref_t<decltype(o)>;
-        if constexpr (std::is_same_v<T, QuantizeOp> || std::is_same_v<T, ImageOp> ||
-                      std::is_same_v<T, DequantizeOp>) {
-          f(o.x);
-          f(o.q);
-        } else if constexpr (std::is_same_v<T, LinearOp>) {
-          f(o.input);
-          f(o.out);
-          f(o.residual);
-        } else if constexpr (std::is_same_v<T, ConvOp>) {
-          f(o.input);
-          f(o.out);
-          f(o.residual);
-          f(o.workspace);
-        } else if constexpr (std::is_same_v<T, PairOp>) {
-          f(o.a);
-          f(o.b);
-          f(o.out);
-        } else if constexpr (std::is_same_v<T, MoveOp> || std::is_same_v<T, ResizeOp>) {
-          f(o.in);
-          f(o.out);
-        } else if constexpr (std::is_same_v<T, FillOp>) {
-          f(o.out);
-        } else {
-          f(o.q);
-          f(o.out);
-        }
-      },
-      op);
 }
 
 // `torch.nn.functional.interpolate`'s nearest source index, float32 arithmetic included.
@@ -117,10 +67,12 @@ struct NearestIndex {
 class Builder {
  public:
   Builder(const Model& model, const std::vector<Block>& packed,
-          const std::vector<const uint8_t*>& constants, const Parallel& parallel, Program* program)
+          const std::vector<const uint8_t*>& constants, int64_t cache, const Parallel& parallel,
+          Program* program)
       : model_(model),
         packed_(packed),
         constants_(constants),
+        cache_(cache),
         parallel_(parallel),
         program_(*program) {}
 
@@ -137,8 +89,8 @@ class Builder {
     }
     step_index_ = -1;
     for (size_t i = 0; i < model_.outputs.size(); ++i) place_output(static_cast<int>(i));
-    merge_overwrites();
-    place_arena();
+    const int64_t batch = inputs.empty() || inputs[0].size.rank == 0 ? 1 : inputs[0].size[0];
+    place(parallel_, batch, cache_, static_cast<int>(inputs.size()), &draft_, &program_);
     return {};
   }
 
@@ -146,8 +98,8 @@ class Builder {
   // ---- buffers and views
 
   int new_buffer(Home home, int64_t bytes, int index = 0, const uint8_t* data = nullptr) {
-    buffers_.push_back({home, bytes, index, data});
-    return static_cast<int>(buffers_.size()) - 1;
+    draft_.buffers.push_back({home, bytes, index, data});
+    return static_cast<int>(draft_.buffers.size()) - 1;
   }
 
   View view_of(DType dtype, const Sizes& size) const {
@@ -174,17 +126,20 @@ class Builder {
 
   // A view that fills its buffer: dense, from the start.
   bool fills_buffer(const View& view) const {
-    const Buffer& buffer = buffers_[view.buffer];
+    const Buffer& buffer = draft_.buffers[view.buffer];
     return buffer.home == Home::kArena && view.offset == 0 && is_dense(view) &&
            buffer.bytes == bytes_of(view);
   }
 
-  Ref ref(const View& view) const { return {view.buffer, view.offset}; }
+  static Ref ref(const View& view) {
+    const int64_t image = view.rank() > 0 ? view.stride[0] * dtype_bytes(view.dtype) : 0;
+    return {view.buffer, view.offset, image};
+  }
 
   void touch(int buffer) {
     const auto now = static_cast<int>(program_.operations.size());
-    buffers_[buffer].first = std::min(buffers_[buffer].first, now);
-    buffers_[buffer].last = std::max(buffers_[buffer].last, now);
+    draft_.buffers[buffer].first = std::min(draft_.buffers[buffer].first, now);
+    draft_.buffers[buffer].last = std::max(draft_.buffers[buffer].last, now);
   }
 
   void emit(Operation operation, const std::string& kind, const std::string& kernel,
@@ -205,6 +160,10 @@ class Builder {
     for_each_ref(operation, [this](Ref& r) {
       if (r.base >= 0) touch(r.base);
     });
+    std::vector<View>& views = draft_.views.emplace_back();
+    for (const View* view : reads) views.push_back(*view);
+    views.push_back(write);
+    draft_.weights.push_back(cost.weights);
     program_.operations.push_back(std::move(operation));
     program_.info.push_back(std::move(info));
   }
@@ -222,7 +181,8 @@ class Builder {
         return;
       }
     }
-    overwrites_.push_back({static_cast<int>(program_.operations.size()), from.buffer, to.buffer});
+    draft_.overwrites.push_back(
+        {static_cast<int>(program_.operations.size()), from.buffer, to.buffer});
   }
 
   void emit_move(const View& from, const View& to, const uint8_t* table, const char* kind) {
@@ -745,7 +705,7 @@ class Builder {
       emit_move(view, to, nullptr, "copy");
       view = to;
     } else {
-      Buffer& buffer = buffers_[view.buffer];
+      Buffer& buffer = draft_.buffers[view.buffer];
       buffer.home = Home::kOutput;
       buffer.index = i;
     }
@@ -757,69 +717,16 @@ class Builder {
     program_.outputs.push_back(spec);
   }
 
-  int root(int buffer) const {
-    while (buffers_[buffer].merged_into >= 0) buffer = buffers_[buffer].merged_into;
-    return buffer;
-  }
-
-  void merge_overwrites() {
-    for (const Overwrite& o : overwrites_) {
-      const int from = root(o.from), to = root(o.to);
-      Buffer &a = buffers_[from], &b = buffers_[to];
-      if (from == to || a.home != Home::kArena || b.home != Home::kArena || a.bytes != b.bytes ||
-          a.last != o.operation || b.first != o.operation) {
-        continue;  // b starts earlier if it was merged into the other operand: then it is in use
-      }
-      b.merged_into = from;
-      a.last = b.last;
-    }
-  }
-
-  void place_arena() {
-    std::vector<Lifetime> lifetimes;
-    std::vector<int> place(buffers_.size(), -1);
-    for (size_t i = 0; i < buffers_.size(); ++i) {
-      const Buffer& buffer = buffers_[i];
-      if (buffer.home != Home::kArena || buffer.merged_into >= 0 || buffer.last < 0) continue;
-      place[i] = static_cast<int>(lifetimes.size());
-      lifetimes.push_back({buffer.bytes, buffer.first, buffer.last, 0});
-    }
-    program_.arena_bytes = place_buffers(&lifetimes);
-    const auto resolve = [&](int index, int64_t offset) -> Ref {
-      if (index < 0) return {0, 0};
-      const Buffer& buffer = buffers_[root(index)];
-      switch (buffer.home) {
-        case Home::kConstant:
-          return {0, static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer.data)) + offset};
-        case Home::kInput:
-          return {2 + buffer.index, offset};
-        case Home::kOutput:
-          return {2 + static_cast<int>(model_.inputs.size()) + buffer.index, offset};
-        case Home::kArena:
-          break;
-      }
-      const int at = place[root(index)];
-      return {1, at < 0 ? 0 : lifetimes[at].offset + offset};
-    };
-    for (Operation& operation : program_.operations) {
-      for_each_ref(operation, [&](Ref& r) { r = resolve(r.base, r.offset); });
-    }
-    for (OperationInfo& info : program_.info) {
-      const Ref at = resolve(static_cast<int>(info.output_offset), 0);
-      info.output_offset = at.base == 1 ? at.offset : -1;
-    }
-  }
-
   const Model& model_;
   const std::vector<Block>& packed_;
   const std::vector<const uint8_t*>& constants_;
+  const int64_t cache_;
   const Parallel& parallel_;
   Program& program_;
   Shapes shapes_;
   std::vector<View> views_;  // by value
   std::vector<bool> wants_channels_last_;
-  std::vector<Buffer> buffers_;
-  std::vector<Overwrite> overwrites_;
+  Draft draft_;
   int step_index_ = 0;
 };
 
@@ -827,9 +734,9 @@ class Builder {
 
 Error make_program(const Model& model, const std::vector<Block>& packed,
                    const std::vector<const uint8_t*>& constants,
-                   const std::vector<InputLayout>& inputs, const Parallel& parallel,
+                   const std::vector<InputLayout>& inputs, int64_t cache, const Parallel& parallel,
                    Program* program) {
-  return Builder(model, packed, constants, parallel, program).build(inputs);
+  return Builder(model, packed, constants, cache, parallel, program).build(inputs);
 }
 
 }  // namespace qk::plan

@@ -18,10 +18,11 @@
 namespace qk::plan {
 
 // An address that is known at the call: bases[base] + offset. Base 0 is the address space itself
-// (constants), 1 the arena, then come the inputs and the outputs.
+// (constants), 1 the arena, then come the inputs and the outputs. In a slice, `image` more for each
+// image before it, and `lane` more for each lane (see Slicing).
 struct Ref {
   int base = 0;
-  int64_t offset = 0;
+  int64_t offset = 0, image = 0, lane = 0;
 };
 
 struct QuantizeOp {
@@ -83,6 +84,7 @@ struct OperationInfo {
   int64_t macs = 0, bytes = 0;  // read and written, weights included
   int64_t workspace = 0;
   int64_t output_offset = -1;  // in the arena; -1: in an output of the plan
+  int64_t images = 0;          // of a slice; 0: the whole batch at once
 };
 
 // Where an output of the plan has to lie.
@@ -93,8 +95,19 @@ struct OutputSpec {
   int64_t bytes = 0;
 };
 
+// Operations [begin, end) run on a slice of the batch, one after the other, then on the next slice:
+// what lies between them stays in the cache. With several threads there are as many lanes, and each
+// runs slices on one thread, with memory of its own for what lies between.
+struct Slicing {
+  int begin = 0, end = 0;
+  int64_t batch = 0, images = 0;
+  int lanes = 1;
+  std::vector<Operation> rest;  // for the last slice if it has fewer images
+};
+
 struct Program {
   std::vector<Operation> operations;
+  std::vector<Slicing> slicings;    // in order
   std::vector<OperationInfo> info;  // one an operation
   std::vector<OutputSpec> outputs;
   int64_t arena_bytes = 0;
@@ -115,13 +128,15 @@ struct InputLayout {
 };
 
 // `packed`: one block a step, empty where the step has no weights. The program points into `model`,
-// `constants` (the data of every tensor that is read at run time, by tensor) and `packed`.
+// `constants` (the data of every tensor that is read at run time, by tensor) and `packed`. `cache`:
+// the bytes of a thread's cache that activations should stay in.
 Error make_program(const Model& model, const std::vector<Block>& packed,
                    const std::vector<const uint8_t*>& constants,
-                   const std::vector<InputLayout>& inputs, const Parallel& parallel,
+                   const std::vector<InputLayout>& inputs, int64_t cache, const Parallel& parallel,
                    Program* program);
 
-// bases: see Ref. If step_ns is not nullptr, it gets the time of every operation.
+// bases: see Ref. step_ns, if not nullptr, has a zero for each lane and operation (lane by lane);
+// their times are added.
 void run_program(const Program& program, uint8_t* const* bases, const Parallel& parallel,
                  int64_t* step_ns);
 

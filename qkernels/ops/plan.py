@@ -30,17 +30,21 @@ class NativePlan:
     """The executor of one plan. Any number of threads may call it at once.
 
     Its weights are packed for one instruction set; if another one is active, the next call packs them again.
+    `cache_bytes`: what the activations of a slice of the batch may fill; 0: most of this machine's L2.
 
     Raises:
         CheckpointError: the bytes are damaged, or of another version.
     """
 
-    def __init__(self, data: bytes):
-        self.data = data
-        self.packed = _C.Plan(data)
+    def __init__(self, data: bytes, cache_bytes: int = 0):
+        self.data, self.cache_bytes = data, cache_bytes
+        self.packed = self._pack()
         self.inputs = [(name, DTYPES[dtype], tuple(sizes)) for name, dtype, sizes in self.packed.inputs]
         self._dtypes = tuple(dtype for _, dtype, _ in self.inputs)
         self._specs: dict[Any, list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]] = {}
+
+    def _pack(self) -> "_C.Plan":
+        return _C.Plan(self.data, self.cache_bytes)
 
     @property
     def metadata(self) -> str:
@@ -64,7 +68,7 @@ class NativePlan:
         try:
             return self.packed.describe(layouts)
         except InvalidState:
-            self.packed = _C.Plan(self.data)
+            self.packed = self._pack()
             return self.packed.describe(layouts)
 
     def _run(self, tensors: Sequence[Tensor], profile: bool = False) -> tuple[list[Tensor], list[int]]:
@@ -89,7 +93,7 @@ class NativePlan:
         try:
             return outputs, packed.profile(sources, targets) if profile else packed.run(sources, targets)
         except InvalidState:  # another instruction set is active now
-            self.packed, self._specs = _C.Plan(self.data), {}
+            self.packed, self._specs = self._pack(), {}
             return self._run(tensors, profile)
 
     def _new_specs(self, tensors: Sequence[Tensor], key: Any) -> list:
@@ -100,7 +104,7 @@ class NativePlan:
         try:
             found = self.packed.output_specs(layouts)
         except InvalidState:
-            self.packed = _C.Plan(self.data)
+            self.packed = self._pack()
             found = self.packed.output_specs(layouts)
         specs = []
         for name, sizes, strides in found:

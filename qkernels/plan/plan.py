@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qkernels.core.files import write_atomically
 from qkernels.errors import CheckpointError, InvalidArgument, Unsupported
 from qkernels.ops.plan import NativePlan
-from qkernels.plan.profile import Profile, take_profile
+from qkernels.plan.profile import Profile, kernel_and_slice, take_profile
 
 
 class Plan(nn.Module):
@@ -63,7 +63,10 @@ class Plan(nn.Module):
     def extra_repr(self) -> str:
         facts = self.describe()
         rows = [("step", "layer", "kernel", "inputs", "output")]
-        rows += [(s["kind"], s["name"], s["kernel"], ", ".join(s["inputs"]), s["output"]) for s in facts["steps"]]
+        rows += [
+            (s["kind"], s["name"], kernel_and_slice(s["kernel"], s["images"]), ", ".join(s["inputs"]), s["output"])
+            for s in facts["steps"]
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(f"{cell:{w}s}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         summary = (

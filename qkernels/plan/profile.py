@@ -24,7 +24,10 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step: `bytes` counts what it reads and writes, weights included."""
+    """One step: `bytes` counts what it reads and writes, weights included.
+
+    images: of a slice, if the step runs on slices of the batch; 0: on all images at once.
+    """
 
     name: str
     kind: str
@@ -34,6 +37,7 @@ class StepTime:
     microseconds: float
     macs: int
     bytes: int
+    images: int = 0
 
     @property
     def gmacs(self) -> float:
@@ -83,7 +87,7 @@ class Profile:
             lines.append(
                 f"{s.name:{width}s} {s.kind:18s} {s.output:26s} {s.microseconds:9.1f} "
                 f"{100 * s.microseconds / total:5.1f} {s.macs / 1e6:8.2f} {peak} {s.bytes / 1024:8.0f} "
-                f"{s.gigabytes_a_second:6.1f}  {s.kernel}"
+                f"{s.gigabytes_a_second:6.1f}  {kernel_and_slice(s.kernel, s.images)}"
             )
         macs = sum(s.macs for s in self.steps)
         plural = "" if self.threads == 1 else "s"
@@ -110,6 +114,10 @@ class Profile:
             _draw(self, path)
 
 
+def kernel_and_slice(kernel: str, images: int) -> str:
+    return f"{kernel}, {images} images at a time" if images > 1 else f"{kernel}, image by image" if images else kernel
+
+
 def take_profile(native: NativePlan, inputs: Sequence[Tensor], runs: int) -> Profile:
     """Medians of `runs` calls."""
     if not isinstance(runs, int) or runs < 1:
@@ -122,7 +130,7 @@ def take_profile(native: NativePlan, inputs: Sequence[Tensor], runs: int) -> Pro
     steps = tuple(
         StepTime(
             s["name"], s["kind"], s["kernel"], tuple(s["inputs"]), s["output"], statistics.median(ns) / 1e3, s["macs"],
-            s["bytes"],
+            s["bytes"], s["images"],
         )
         for s, ns in zip(facts["steps"], zip(*samples, strict=True), strict=True)
     )  # fmt: skip

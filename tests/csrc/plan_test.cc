@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <fstream>
 #include <new>
+#include <set>
 
 #include "tests/csrc/check.h"
 #include "tests/csrc/plan_networks.h"
@@ -109,6 +110,28 @@ void every_isa_and_thread_count_gives_the_same_bits() {
       }
     }
   });
+}
+
+// Whatever the cache is said to hold; the last slice may be smaller, and lanes may outnumber
+// slices.
+void slices_of_the_batch_give_the_same_bits() {
+  const std::vector<uint8_t> file = network_file();
+  constexpr int64_t kBatch = 7;
+  const Result expected = run_image(*load(file), kBatch, 16, 16);
+  std::set<int64_t> sizes;
+  for (const int64_t cache : {500, 2000, 4000, 8000, 16000, 64000}) {
+    std::unique_ptr<Plan> plan;
+    CHECK(Plan::load(file.data(), static_cast<int64_t>(file.size()), &plan, cache).ok());
+    for (const int count : {1, 2, 3, 8}) {
+      CONTEXT("cache ", cache, ", threads ", count);
+      CHECK(run_image(*plan, kBatch, 16, 16, test::threads(count)) == expected);
+      Plan::Description description;
+      const InputLayout layout = contiguous_input({kBatch, 3, 16, 16});
+      CHECK(plan->describe({layout}, test::threads(count), &description).ok());
+      for (const OperationInfo& info : description.operations) sizes.insert(info.images);
+    }
+  }
+  CHECK(sizes.count(1) == 1 && sizes.size() > 2);
 }
 
 void quantize_and_dequantize_are_the_formula() {
@@ -357,6 +380,7 @@ int main(int argc, char** argv) {
   planar_images_are_interleaved();
   quantize_and_dequantize_are_the_formula();
   every_isa_and_thread_count_gives_the_same_bits();
+  slices_of_the_batch_give_the_same_bits();
   input_layouts_do_not_matter();
   a_call_allocates_nothing();
   many_threads_run_one_plan();
