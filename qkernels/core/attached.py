@@ -83,21 +83,33 @@ class Attached:
             self.originals.restore()
         self.originals = None
 
-    def prepared(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+
+class Holder:
+    """What has `attached`: the way from there to integers."""
+
+    attached: Attached
+
+    @property
+    def bound_model(self) -> nn.Module:
+        """The model, the object that it always was."""
+        return self.attached.model
+
+    def prepared(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The network as `qkernels.prepare` gives it, for `exact`, `verify` and `compare`."""
-        if self.originals is None:
+        attached = self.attached
+        if attached.originals is None:
             raise InvalidState("convert: the quantizers were taken off (export_model, unwrap_model); convert first")
         if not args and not kwargs:
-            if self.example is None:
+            if attached.example is None:
                 raise InvalidState("convert: no input of the model is known; give one, convert(x)")
-            args, kwargs = self.example
-        if self.trained:
-            self.settle()
-        return as_prepared(self.model, args, dict(kwargs or {}))
+            args, kwargs = attached.example
+        if attached.trained:
+            attached.settle()
+        return as_prepared(attached.model, args, kwargs)
 
-    def convert(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-        """The int8 network."""
-        return keep_containers(convert(self.prepared(args, kwargs)), self.model)
+    def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The int8 network; arguments of the model are needed where none have been seen."""
+        return keep_containers(convert(self.prepared(*args, **kwargs)), self.attached.model)
 
 
 def recipe_of(model: nn.Module, sites: Mapping[str, Site]) -> Recipe:

@@ -7,7 +7,7 @@ of a config_list that fits a module wins. See docs/frontends.md.
 
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qkernels.core.attach import OUTPUT, WEIGHT, Site
-from qkernels.core.attached import Attached
+from qkernels.core.attached import Attached, Holder
 from qkernels.core.files import write_atomically
 from qkernels.core.fusion import norms_behind
 from qkernels.core.grids import Grid
@@ -45,13 +45,20 @@ def set_quant_scheme_dtype(quant_type: str, new_scheme: str, new_dtype: str) -> 
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """What one module gets: bits, scheme and dtype by the type of tensor."""
+class _Tensor:
+    """What an entry says about one kind of tensor."""
 
-    bits: Mapping[str, int]
-    scheme: Mapping[str, str] = field(default_factory=dict)
-    dtype: Mapping[str, str] = field(default_factory=dict)
-    start_step: int = 0
+    bits: int
+    scheme: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What one module gets."""
+
+    tensors: Mapping[str, _Tensor]
+    start_step: int
 
 
 def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...]) -> dict[str, _Entry]:
@@ -80,39 +87,33 @@ def _selected(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], where:
 
 
 def _entry(entry: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> _Entry:
-    types = entry.get("quant_types", ("weight",))
-    for kind in types:
-        check_one_of(kind, kinds, f"{where}.quant_types")
-    bits = entry.get("quant_bits", 8)
-    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(types, bits)
-    for kind in types:
-        if kind not in widths:
-            raise InvalidArgument(f"{where}.quant_bits: says nothing about {kind!r}, got {bits!r}")
-        width = widths[kind]
-        if not isinstance(width, int) or not 0 < width < 32:
-            raise InvalidArgument(f"{where}.quant_bits.{kind}: must be an integer from 1 to 31, got {width!r}")
-        if width > 8:
-            raise Unsupported(f"{where}.quant_bits.{kind}: {width}: there are kernels for at most 8 bits")
     start = entry.get("quant_start_step", 0)
     if not isinstance(start, int) or start < 0:
         raise InvalidArgument(f"{where}.quant_start_step: must be at least 0, got {start!r}")
 
-    def by_kind(key: str, known: tuple[str, ...], default: int) -> dict[str, str]:
-        given = entry.get(key, {})
-        given = given if isinstance(given, Mapping) else dict.fromkeys(types, given)
-        for kind, value in given.items():
-            check_one_of(value, known, f"{where}.{key}.{kind}")
-        return {kind: given.get(kind, _defaults[kind][default]) for kind in types}
+    def said(key: str, kind: str, default: Any) -> Any:
+        given = entry.get(key, default)
+        if not isinstance(given, Mapping):
+            return given
+        check_keys(given, TYPES, f"{where}.{key}")
+        return given.get(kind, default)
 
-    return _Entry(
-        {kind: widths[kind] for kind in types},
-        by_kind("quant_scheme", SCHEMES, 0),
-        by_kind("quant_dtype", DTYPES, 1),
-        start,
-    )
+    tensors = {}
+    for kind in entry.get("quant_types", ("weight",)):
+        check_one_of(kind, kinds, f"{where}.quant_types")
+        scheme, dtype = (said(key, kind, _defaults[kind][i]) for i, key in enumerate(("quant_scheme", "quant_dtype")))
+        check_one_of(scheme, SCHEMES, f"{where}.quant_scheme.{kind}")
+        check_one_of(dtype, DTYPES, f"{where}.quant_dtype.{kind}")
+        bits = said("quant_bits", kind, None if "quant_bits" in entry else 8)
+        if not isinstance(bits, int) or not 0 < bits < 32:
+            raise InvalidArgument(f"{where}.quant_bits.{kind}: must be an integer from 1 to 31, got {bits!r}")
+        if bits > 8:
+            raise Unsupported(f"{where}.quant_bits.{kind}: {bits}: there are kernels for at most 8 bits")
+        tensors[kind] = _Tensor(bits, scheme, dtype)
+    return _Entry(tensors, start)
 
 
-class _Quantizer:
+class _Quantizer(Holder):
     """Rounds what the config_list names, in place; a model is the same object before and after.
 
     Args:
@@ -139,32 +140,33 @@ class _Quantizer:
     ):
         if self.trained and not isinstance(optimizer, Optimizer):
             raise InvalidType(f"{type(self).__name__}: optimizer must be a torch optimizer, got {optimizer!r}")
-        self.bound_model, self.optimizer = model, optimizer
+        self.optimizer = optimizer
         self.entries = _parse(model, [self.default] if config_list is None else config_list, self.kinds)
         norms = norms_behind(model, dummy_input) if self.folds and dummy_input is not None else {}
-        sites = {path: self._site(path, entry, norms.get(path)) for path, entry in self.entries.items()}
+        sites = {
+            path: self._site(model.get_submodule(path), entry, norms.get(path)) for path, entry in self.entries.items()
+        }
         self.attached = Attached(model, sites, self.trained, dummy_input)
 
-    def _site(self, path: str, entry: _Entry, norm: str | None) -> Site:
-        recipes = {kind: self._recipe(entry, kind) for kind in entry.bits}
-        weighted = isinstance(self.bound_model.get_submodule(path), WEIGHTED)
+    def _site(self, module: nn.Module, entry: _Entry, norm: str | None) -> Site:
+        recipes = {kind: self._recipe(tensor, kind) for kind, tensor in entry.tensors.items()}
         inputs = {0: recipes["input"]} if "input" in recipes else {}
-        weight = recipes.get("weight") if weighted else None
+        weight = recipes.get("weight") if isinstance(module, WEIGHTED) else None
         grids = inputs, recipes.get("output"), weight
         return Site(*grids, norm if weight else None, folds=True, start_step=max(entry.start_step - 1, 0))
 
-    def _recipe(self, entry: _Entry, kind: str) -> TensorRecipe:
+    def _recipe(self, tensor: _Tensor, kind: str) -> TensorRecipe:
         observer = "minmax" if kind == "weight" else "moving_average"
-        return TensorRecipe(self._spec(entry, kind), observer, (), self.rule, self.rule_options)
+        return TensorRecipe(self._spec(tensor, kind), observer, (), self.rule, self.rule_options)
 
-    def _spec(self, entry: _Entry, kind: str) -> QSpec:
-        bits, signed, scheme = entry.bits[kind], entry.dtype[kind] == "int", entry.scheme[kind]
-        if bits == 1:
+    def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
+        scheme, is_weight = tensor.scheme, kind == "weight"
+        if tensor.bits == 1:
             raise Unsupported("quant_bits: 1: use BNNQuantizer")
-        per_channel, symmetric = scheme.startswith("per_channel"), scheme.endswith("symmetric")
-        if per_channel and kind != "weight":
+        wanted = {"symmetric": scheme.endswith("symmetric"), "per_channel": scheme.startswith("per_channel")}
+        if wanted["per_channel"] and not is_weight:
             raise Unsupported(f"quant_scheme: {scheme} for {kind}s: no integer layer computes with it; use per_tensor")
-        return QSpec.even(bits, signed, kind == "weight", symmetric=symmetric, per_channel=per_channel)
+        return QSpec.even(tensor.bits, tensor.dtype == "int", is_weight, **wanted)
 
     def compress(self) -> nn.Module:
         """The model, ready to train; learned scales join the optimizer."""
@@ -173,14 +175,6 @@ class _Quantizer:
         else:
             self.attached.settle()
         return self.bound_model
-
-    def prepared(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The network as `qkernels.prepare` gives it, for `exact`, `verify` and `compare`."""
-        return self.attached.prepared(args, kwargs)
-
-    def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The int8 network; arguments of the model are needed if there was no dummy_input."""
-        return self.attached.convert(args, kwargs)
 
     def export_model(
         self,
@@ -197,7 +191,10 @@ class _Quantizer:
         calibration: dict[str, dict[str, Any]] = {path: {} for path in self.entries}
         for path, key, quantizer in self.attached:
             kind = {WEIGHT: "weight", OUTPUT: "output"}.get(key, "input")
-            calibration[path] |= {f"{kind}_bits": self.entries[path].bits[kind], **self._calibration(kind, quantizer)}
+            calibration[path] |= {
+                f"{kind}_bits": self.entries[path].tensors[kind].bits,
+                **self._calibration(kind, quantizer),
+            }
         weights = [path for path, key, _ in self.attached if key == WEIGHT and self.exports_rounded]
         rounded = {path: self.bound_model.get_submodule(path).quantized_weight() for path in weights}
         self.attached.restore()
@@ -228,8 +225,8 @@ class NaiveQuantizer(_Quantizer):
     kinds = ("weight",)
     trained = False
 
-    def _spec(self, entry: _Entry, kind: str) -> QSpec:
-        return QSpec.weight(entry.bits[kind], per_channel=False)
+    def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
+        return QSpec.weight(tensor.bits, per_channel=False)
 
 
 class QAT_Quantizer(_Quantizer):
@@ -255,8 +252,8 @@ class LsqQuantizer(_Quantizer):
     rule_options = (("plain", True),)
     folds = True
 
-    def _spec(self, entry: _Entry, kind: str) -> QSpec:
-        half = 2 ** (entry.bits[kind] - 1)
+    def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
+        half = 2 ** (tensor.bits - 1)
         return QSpec(torch.int8, -half, half - 1, symmetric=True)
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
@@ -272,9 +269,8 @@ class DoReFaQuantizer(_Quantizer):
     rule = "dorefa"
     exports_rounded = True
 
-    def _spec(self, entry: _Entry, kind: str) -> QSpec:
-        bits = entry.bits[kind]
-        return QSpec.weight(bits, per_channel=False) if kind == "weight" else QSpec.activation(bits)
+    def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
+        return QSpec.weight(tensor.bits, per_channel=False) if kind == "weight" else QSpec.activation(tensor.bits)
 
 
 class BNNQuantizer(_Quantizer):
@@ -287,7 +283,7 @@ class BNNQuantizer(_Quantizer):
         super().__init__(*args, **kwargs)
         self.optimizer.register_step_post_hook(self.attached.limit_weights)
 
-    def _spec(self, entry: _Entry, kind: str) -> QSpec:
+    def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
         return QSpec(torch.int8, -1, 1, symmetric=True)
 
 
@@ -302,11 +298,11 @@ class ObserverQuantizer(_Quantizer):
             raise InvalidState("ObserverQuantizer: the model must be in eval mode; call model.eval() first")
         super().__init__(model, config_list, *args, **kwargs)
         for path, entry in self.entries.items():
-            for kind, bits in entry.bits.items():
-                if bits != 8:
-                    raise Unsupported(f"ObserverQuantizer: {path}: {kind}: 8 bits only, got {bits}")
+            for kind, tensor in entry.tensors.items():
+                if tensor.bits != 8:
+                    raise Unsupported(f"ObserverQuantizer: {path}: {kind}: 8 bits only, got {tensor.bits}")
 
-    def _recipe(self, entry: _Entry, kind: str) -> TensorRecipe:
+    def _recipe(self, tensor: _Tensor, kind: str) -> TensorRecipe:
         if kind == "weight":
             return TensorRecipe(QSpec.weight(per_channel=False))
         return TensorRecipe(QSpec(torch.uint8, 0, 127), "histogram", (("codes", 256),))

@@ -109,7 +109,7 @@ def test_the_last_entry_wins_and_exclude_takes_out():
         {"exclude": True, "op_names": ["conv2"]},
     ]
     quantizer = nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(Net().parameters(), lr=0.1))
-    assert {path: dict(entry.bits) for path, entry in quantizer.entries.items()} == {"conv1": {"weight": 4}}
+    assert [(path, entry.tensors["weight"].bits) for path, entry in quantizer.entries.items()] == [("conv1", 4)]
 
 
 def test_set_quant_scheme_dtype_changes_what_entries_leave_open():

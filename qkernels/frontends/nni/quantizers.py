@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qkernels.core.attached import Attached, recipe_of
+from qkernels.core.attached import Attached, Holder, recipe_of
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.quantizer import Quantizer, State
-from qkernels.core.recipe import Recipe, TensorRecipe
+from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported
 from qkernels.frontends.common import close_matches
 from qkernels.frontends.nni import calibration
@@ -19,7 +19,7 @@ from qkernels.frontends.nni.evaluator import TorchEvaluator
 Calibration = dict[str, dict[str, dict[str, Any]]]
 
 
-class _Quantizer:
+class _Quantizer(Holder):
     """Attaches quantizers to `model`, in place; `compress` trains or calibrates it, `convert` gives the int8 network.
 
     Args:
@@ -47,20 +47,16 @@ class _Quantizer:
             raise InvalidType(f"{type(self).__name__}: evaluator must be a TorchEvaluator, got {evaluator!r}")
         if existed_wrappers or fused_compressors:
             raise Unsupported(f"{type(self).__name__}: pruning and distillation on the same wrappers; do them before")
-        self.bound_model, self.evaluator, self.config_list = model, evaluator, config_list
+        self.evaluator, self.config_list = evaluator, config_list
         self.settings = parse(model, config_list)
         sites = self.settings.sites(self._recipe_of, start_step)
-        self._recipe = recipe_of(model, sites)
+        #: What the config_list asks for, as `qkernels.prepare_qat` and `qkernels.prepare` take it.
+        self.recipe = recipe_of(model, sites)
         self.attached = Attached(model, sites, self.trained, evaluator.dummy_input)
 
     def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
         spec = setting.spec(target == "weight")
         return TensorRecipe(spec, self.observer, rule=self.rule, rule_options=tuple(self.rule_options.items()))
-
-    @property
-    def recipe(self) -> Recipe:
-        """What the config_list asks for, as `qkernels.prepare_qat` and `qkernels.prepare` take it."""
-        return self._recipe
 
     def track_forward(self, *args: Any, **kwargs: Any) -> None:
         """Runs the model once, in the mode that it is in, and remembers the arguments for `convert`.
@@ -117,14 +113,6 @@ class _Quantizer:
         """The float model again, with its trained parameters; quantizers and what they know are gone."""
         self.attached.restore()
         return self.bound_model
-
-    def prepared(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The network as `qkernels.prepare` gives it, for `exact`, `verify` and `compare`."""
-        return self.attached.prepared(args, kwargs)
-
-    def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The int8 network; arguments of the model are needed if `track_forward` was not called."""
-        return self.attached.convert(args, kwargs)
 
     @classmethod
     def from_compressor(cls, *args: Any, **kwargs: Any) -> None:
