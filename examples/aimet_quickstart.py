@@ -106,7 +106,7 @@ def main():
     assert mismatches == 0
     for name, percent in accuracy.items():
         print(f"{name:<30} {percent:6.2f} %")
-    print(f"verify                         {mismatches} codes differ")
+    print(f"verify: {mismatches} codes differ")
     for name, network in (("float", model.eval()), ("simulation", sim.model.eval()), ("integers", converted)):
         print(f"{name:<30} {milliseconds(network, sample_input):6.2f} ms a batch of {len(sample_input)}")
 

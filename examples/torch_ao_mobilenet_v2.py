@@ -227,7 +227,7 @@ def main():
     assert report.total_mismatches == 0
     result("trained with quantization", quantized_model)
 
-    print(f"verify: {report.total_mismatches} of {report.total_compared:,} numbers differ")
+    print(f"verify: {report.total_mismatches} codes differ")
     print(f"{'':<28} {'accuracy':>9} {'size':>9} {'batch of ' + str(len(sample)):>12}")
     for name, accuracy, size, latency in rows:
         print(f"{name:<28} {accuracy:7.2f} % {size:6.2f} MB {latency:9.2f} ms")

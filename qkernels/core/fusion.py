@@ -12,7 +12,7 @@ from torch import fx, nn
 from qkernels.core.graph import arguments, modules_of, replace_module, share, trace
 from qkernels.core.lowering import Clamp
 from qkernels.core.norm import scale_shift
-from qkernels.core.operations import BATCH_NORMS, CLAMPS, Operation, operation
+from qkernels.core.operations import BATCH_NORMS, CLAMPS, MODULES, WEIGHTED, Operation, operation
 
 FUSED: frozenset[tuple[str, str]] = frozenset(
     (first, second) for first in ("linear", "conv", "add", "mul") for second in CLAMPS
@@ -83,6 +83,22 @@ def fold_batch_norms(traced: fx.GraphModule, keep_float, keep_norms: bool = Fals
         modules = modules_of(traced)
     traced.recompile()
     return norms
+
+
+def foldable(traced: fx.GraphModule) -> list[tuple[str, str]]:
+    """The paths of each layer and the batch normalization that directly follows it, and nothing else does."""
+    modules = modules_of(traced)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    found = []
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or type(modules[node.target]) not in BATCH_NORMS:
+            continue
+        before, norm = node.args[0], modules[node.target]
+        if before.op != "call_module" or len(before.users) != 1 or norm.running_mean is None:
+            continue
+        if MODULES.get(type(modules[before.target])) in WEIGHTED and calls.count(before.target) == 1:
+            found.append((before.target, node.target))
+    return found
 
 
 def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:

@@ -4,8 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qkernels.core.layers import PREPARED
 from qkernels.errors import InvalidArgument
@@ -56,29 +55,3 @@ def with_types(modules: Mapping[str, nn.Module], names: Iterable[str], known: It
     if "default" in names:
         names |= {cls.__name__ for cls in WEIGHTED}
     return {path for path, name in types.items() if name in names}
-
-
-def outline(value: Any) -> Any:
-    """Arguments with (shape, dtype, device) in the place of each tensor: what remains of an example."""
-    if isinstance(value, Tensor):
-        return _Outline(tuple(value.shape), value.dtype, value.device)
-    if isinstance(value, Mapping):
-        return {k: outline(v) for k, v in value.items()}
-    return type(value)(outline(v) for v in value) if type(value) in (tuple, list) else value
-
-
-class _Outline(tuple):
-    def __new__(cls, *parts: Any) -> "_Outline":
-        return super().__new__(cls, parts)
-
-
-def example(value: Any) -> Any:
-    """Arguments of the kinds that an outline remembers, with arbitrary numbers."""
-    if isinstance(value, _Outline):
-        shape, dtype, device = value
-        if not dtype.is_floating_point:
-            return torch.zeros(shape, dtype=dtype, device=device)
-        return torch.rand(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(device)
-    if isinstance(value, Mapping):
-        return {k: example(v) for k, v in value.items()}
-    return type(value)(example(v) for v in value) if type(value) in (tuple, list) else value

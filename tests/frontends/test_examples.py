@@ -10,7 +10,12 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-SHORTENED = {"nni_quickstart.py": [], "nni_quantizers.py": ["--images", "320"]}
+SHORTENED = {
+    "nni_quickstart.py": [],
+    "nni_quantizers.py": ["--images", "320"],
+    "torch_ao_mobilenet_v2.py": ["--images", "128", "--qat-epochs", "1", "--width", "0.1"],
+    "aimet_quickstart.py": ["--images", "256"],
+}
 
 
 @pytest.mark.parametrize("script", SHORTENED)

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from qkernels.core import operations as o
-from qkernels.core.fusion import folded
-from qkernels.core.graph import Untraceable, arguments, modules_of, replace_module, trace
+from qkernels.core.fusion import foldable, folded
+from qkernels.core.graph import Untraceable, arguments, replace_module, trace
 from qkernels.errors import InvalidArgument, Unsupported
 
 
@@ -32,7 +31,7 @@ def fold_all_batch_norms(
     finally:
         model.train(training)
     pairs = []
-    for path, norm in _foldable(traced):
+    for path, norm in foldable(traced):
         layer = traced.get_submodule(path)
         made = folded(layer, traced.get_submodule(norm))
         with torch.no_grad():
@@ -44,18 +43,3 @@ def fold_all_batch_norms(
         pairs.append((layer, traced.get_submodule(norm)))
         replace_module(model, norm, nn.Identity().train(training))
     return pairs
-
-
-def _foldable(traced: fx.GraphModule) -> list[tuple[str, str]]:
-    modules = modules_of(traced)
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    found = []
-    for node in traced.graph.nodes:
-        if node.op != "call_module" or type(modules[node.target]) not in o.BATCH_NORMS:
-            continue
-        before, norm = node.args[0], modules[node.target]
-        if before.op != "call_module" or len(before.users) != 1 or norm.running_mean is None:
-            continue
-        if o.MODULES.get(type(modules[before.target])) in o.WEIGHTED and calls.count(before.target) == 1:
-            found.append((before.target, node.target))
-    return found

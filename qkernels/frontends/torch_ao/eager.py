@@ -11,19 +11,18 @@ from qkernels.core import operations as o
 from qkernels.core.containers import become, keep_containers
 from qkernels.core.convert import convert as core_convert
 from qkernels.core.graph import arguments
+from qkernels.core.outline import example, guessed_input, outline
 from qkernels.core.placed import prepare_placed
 from qkernels.core.prepare import PreparedModel, quantizers
 from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.core.tables import UNARY
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
-from qkernels.frontends.common import example, outline
 from qkernels.frontends.torch_ao import parse
 from qkernels.frontends.torch_ao.observers import QConfig
 
 EXAMPLE = "_example_outline"
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 OBSERVED_KINDS = (frozenset(UNARY) | o.WEIGHTED | {"batch_norm"}) - {"relu", "hardtanh", "clamp"}
-SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 160, 192, 112, 16, 8, 48, 240, 320, 512, 100, 50)
 
 
 def prepare(
@@ -150,31 +149,12 @@ def _arguments(module: nn.Module, work: nn.Module, example_inputs: Any) -> tuple
         return arguments(example_inputs)
     if EXAMPLE in module.__dict__:
         return example(module.__dict__[EXAMPLE])
-    guess = _guessed_input(work)
+    guess = guessed_input(work)
     if guess is None:
         raise InvalidArgument(
             f"convert: cannot guess an input of {type(module).__name__}; say convert(model, example_inputs=x)"
         )
     return (guess,), {}
-
-
-def _guessed_input(model: nn.Module) -> torch.Tensor | None:
-    """A tensor that the model accepts: only its rank matters, not its size."""
-    layer = next((m for m in model.modules() if o.MODULES.get(type(m)) in o.WEIGHTED), None)
-    if layer is None:
-        return None
-    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    dims = layer.weight.dim() - 2
-    shapes = [(1, channels, *[size] * dims) for size in SIZES] if dims else [(1, channels), (1, 1, channels)]
-    for shape in shapes:
-        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.device)
-        try:
-            with torch.no_grad():
-                model(x)
-        except (RuntimeError, ValueError, TypeError):  # this shape does not fit
-            continue
-        return x
-    return None
 
 
 def recipe(model: nn.Module) -> Recipe:
