@@ -1,4 +1,4 @@
-"""What the front ends share: messages about names, and values that stand for example inputs."""
+"""What the front ends share: checks of keys and names, and what they say."""
 
 import difflib
 from collections.abc import Iterable, Mapping
