@@ -1,0 +1,25 @@
+# Sourced by .ci/run: installs the packages that the front ends are compared with, and says where they are.
+#
+# Nothing goes into the environment of the tests: each package has a folder of its own under build/originals, because
+# their versions exclude each other and ours, and only the processes that the tests start for them look there.
+
+# install_original FOLDER IMPORT PACKAGE...: the packages without what they ask for; IMPORT must work from there.
+install_original() {
+  local folder="build/originals/$1" import="$2"
+  if [ ! -d "$folder" ]; then
+    .venv/bin/pip install -q --no-deps --retries 1 --timeout 20 --target "$folder.new" "${@:3}" || return
+    mv "$folder.new" "$folder"
+  fi
+  [ -z "$import" ] || PYTHONPATH="$folder:build/originals/nni-imports" .venv/bin/python -c "import $import" > /dev/null 2>&1
+}
+
+install_nni() {
+  install_original nni-imports "" absl-py astor certifi charset-normalizer cloudpickle colorama contextlib2 filelock future \
+    idna json-tricks prettytable psutil PythonWebHDFS pyyaml requests responses schema simplejson tensorboard tqdm \
+    'typeguard<4.1.3' typing_extensions urllib3 wcwidth websockets grpcio markdown markupsafe packaging protobuf \
+    'setuptools<81' six tensorboard-data-server werkzeug || return
+  install_original nni-3 nni.compression nni==3.0 || return
+  install_original nni-2 nni.algorithms.compression.pytorch.quantization nni==2.10.1 || return
+  export QKERNELS_NNI_PATH="$PWD/build/originals/nni-3:$PWD/build/originals/nni-imports"
+  export QKERNELS_NNI2_PATH="$PWD/build/originals/nni-2:$PWD/build/originals/nni-imports"
+}
