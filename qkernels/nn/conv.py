@@ -56,7 +56,13 @@ class QConv(WeightedLayer):
         return ops.conv(x, packed, residual, channels, size, dtype)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptedConv(self._canonical(), *self._geometry(), self.options["output_padding"])
+        kernel, geometry, o = self._buffers["weight"].shape[2:], self._geometry(), self.options
+
+        def output_size(x: Tensor) -> list[int]:
+            sizes = [x.size(2 + d) for d in range(len(kernel))]
+            return conv_output_size(sizes, kernel, *geometry[:3], o["transposed"], o["output_padding"])
+
+        return ScriptedConv(self._canonical(), *geometry, self._torchscript(output_size))
 
     def reference_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")

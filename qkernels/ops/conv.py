@@ -49,27 +49,14 @@ def conv_output_size(
     dims = len(kernel_size)
     pads = conv_padding(padding, kernel_size, dilation)
     strides, dilations, extra = (_per_dim(v, dims) for v in (stride, dilation, output_padding))
-    return sizes_after(list(input_size), list(kernel_size), strides, pads, dilations, transposed, extra)
-
-
-def sizes_after(
-    input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-) -> list[int]:
-    """`conv_output_size` with one number a dimension, two for the padding. TorchScript compiles it."""
-    sizes: list[int] = []
-    for d in range(len(kernel_size)):
-        pad, reach = padding[2 * d] + padding[2 * d + 1], dilation[d] * (kernel_size[d] - 1)
+    size = []
+    for d in range(dims):
+        pad, reach = pads[2 * d] + pads[2 * d + 1], dilations[d] * (kernel_size[d] - 1)
         if transposed:
-            sizes.append((input_size[d] - 1) * stride[d] - pad + reach + output_padding[d] + 1)
+            size.append((input_size[d] - 1) * strides[d] - pad + reach + extra[d] + 1)
         else:
-            sizes.append((input_size[d] + pad - reach - 1) // stride[d] + 1)
-    return sizes
+            size.append((input_size[d] + pad - reach - 1) // strides[d] + 1)
+    return size
 
 
 def conv_pack(

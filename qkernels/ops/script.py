@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from qkernels.ops.conv import sizes_after
 from qkernels.ops.epilogue import Epilogue
 
 
@@ -77,7 +76,7 @@ class ScriptedLinear(_Weighted):
 
 
 class ScriptedConv(_Weighted):
-    """`conv` that packs its weight once."""
+    """`conv` that packs its weight once. `output_size` maps the input to the spatial size of the output."""
 
     def __init__(
         self,
@@ -88,12 +87,11 @@ class ScriptedConv(_Weighted):
         groups: int,
         transposed: bool,
         padding_mode: str,
-        output_padding: list[int],
+        output_size: nn.Module,
     ) -> None:
         super().__init__(*canonical)
-        self.kernel = list(self.weight.shape[2:])
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.transposed, self.padding_mode, self.output_padding = transposed, padding_mode, output_padding
+        self.transposed, self.padding_mode, self.output_size = transposed, padding_mode, output_size
         self.channels = self.weight.shape[1] * groups if transposed else self.weight.shape[0]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -116,13 +114,5 @@ class ScriptedConv(_Weighted):
                 self.transposed,
                 self.padding_mode,
             )
-        size = sizes_after(
-            x.shape[2:],
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-        )
+        size = self.output_size(x)
         return torch.ops.qkernels.conv(x, self.packed.value, residual, self.channels, size, self.output_dtype)

@@ -153,6 +153,7 @@ def test_eager_script_of_the_tutorial():
     prepared = torch_ao.prepared(model)
     assert torch_ao.convert(model, inplace=True) is model
     assert "QConv" in str(model.features[1].conv[0][0])
+    assert "activation_post_process" not in str(model)
     assert (model(x) - expected).norm() < 0.1 * expected.norm()
     assert qkernels.verify(prepared, model, [x]).total_mismatches == 0
     assert not prepared.report.stayed_float

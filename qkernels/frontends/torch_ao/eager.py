@@ -111,6 +111,9 @@ def convert(
     if is_reference:
         raise Unsupported("convert: is_reference=True: qkernels.exact(torch_ao.prepared(model)) is the reference")
     converted = keep_containers(core_convert(prepared(module, example_inputs)), module)
+    for part in converted.modules():
+        if type(part) is nn.Sequential:
+            part._modules.pop("activation_post_process", None)  # an observer, of which an Identity is left
     return become(module, converted) if inplace else converted
 
 
