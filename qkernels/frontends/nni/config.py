@@ -211,8 +211,8 @@ def _named(granularity: Any, shape: Any, where: str) -> str:
     if not isinstance(granularity, (list, tuple)) or not granularity:
         check_one_of(granularity, GRANULARITIES, f"{where}.granularity")
         return granularity
-    nested = isinstance(granularity[0], (list, tuple))
-    block, place, fill = (*(granularity if nested else [granularity]), "front", None)[:3]
+    said = granularity if isinstance(granularity[0], (list, tuple)) else [granularity]
+    block, place, fill = (*said, *("front", None)[len(said) - 1 :])
     if shape is None or not all(isinstance(size, int) for size in block) or len(block) > len(shape):
         return "blocks"
     padding = [(1 if place == "front" else -1) if fill is None else fill] * (len(shape) - len(block))
