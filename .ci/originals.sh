@@ -23,3 +23,11 @@ install_nni() {
   export QKERNELS_NNI_PATH="$PWD/build/originals/nni-3:$PWD/build/originals/nni-imports"
   export QKERNELS_NNI2_PATH="$PWD/build/originals/nni-2:$PWD/build/originals/nni-imports"
 }
+
+install_aimet() {
+  install_original aimet "" aimet_torch==2.42.0 attrs bokeh cloudpickle colorcet contourpy holoviews hvplot jinja2 jsonschema \
+    jsonschema_specifications markupsafe ml_dtypes narwhals onnx onnx_ir onnxscript packaging pandas panel param protobuf psutil \
+    python_dateutil pytz pyviz_comms pyyaml referencing rpds_py six tornado tqdm tzdata xyzservices || return
+  PYTHONPATH=build/originals/aimet .venv/bin/python -c "from aimet_torch import batch_norm_fold, quantsim" || return
+  export QKERNELS_AIMET_PATH="$PWD/build/originals/aimet"
+}

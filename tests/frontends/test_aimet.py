@@ -1,4 +1,4 @@
-"""The front end for AIMET scripts; against AIMET itself where it is installed (pip install aimet-torch)."""
+"""The front end for AIMET scripts; against AIMET itself where it is installed (.ci/originals.sh)."""
 
 import copy
 import json
