@@ -164,29 +164,38 @@ Tensor pact(Tensor x, const Tensor& scale, const Tensor& zero_point, std::option
 
 // The walk of a mask: over a dense tensor in its own layout, so that shape, strides and axis
 // decide.
-std::tuple<Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, const Tensor& scale,
-                                                   const Tensor& zero_point,
-                                                   std::optional<int64_t> axis, int64_t qmin,
-                                                   int64_t qmax) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, const Tensor& scale,
+                                                           const Tensor& zero_point,
+                                                           std::optional<int64_t> axis,
+                                                           int64_t qmin, int64_t qmax,
+                                                           std::optional<ScalarType> code_dtype) {
   const char* op = "fake_quant_mask";
   const FloatType type = check_float_type(op, "x", input);
   axis = check_axis(op, input, axis);
   check_grid_ends(op, qmin, qmax);
   const GridView view = check_grid(op, input, scale, zero_point, axis, qmin, qmax);
+  if (code_dtype.has_value()) {
+    check_code_type(op, "code_dtype", *code_dtype);
+    check_code_grid(op, "qmin", *code_dtype, qmin, qmin, qmax);
+  }
   Tensor y = empty_like(input, input.scalar_type());
+  Tensor codes = code_dtype.has_value() ? empty_like(input, *code_dtype)
+                                        : torch::stable::empty({0}, ScalarType::Byte);
   Tensor x = same_layout(input, y) ? input : copy_in_layout(input, y);
   const GridLayout grid = plan_grid(y, &x, axis, view);
   Tensor mask = torch::stable::empty({mask_layout(grid).bytes}, ScalarType::Byte);
   Tensor clipped = torch::stable::empty({}, ScalarType::Bool);
-  *clipped.mutable_data_ptr<bool>() = qk::fake_quant_mask({.x = x.const_data_ptr(),
-                                                           .y = y.mutable_data_ptr(),
-                                                           .mask = mask.mutable_data_ptr<uint8_t>(),
-                                                           .type = type,
-                                                           .qmin = static_cast<int32_t>(qmin),
-                                                           .qmax = static_cast<int32_t>(qmax),
-                                                           .grid = grid},
-                                                          torch_threads());
-  return {y, mask, clipped};
+  *clipped.mutable_data_ptr<bool>() = qk::fake_quant_mask(
+      {.x = x.const_data_ptr(),
+       .y = y.mutable_data_ptr(),
+       .mask = mask.mutable_data_ptr<uint8_t>(),
+       .codes = code_dtype.has_value() ? static_cast<uint8_t*>(codes.mutable_data_ptr()) : nullptr,
+       .type = type,
+       .qmin = static_cast<int32_t>(qmin),
+       .qmax = static_cast<int32_t>(qmax),
+       .grid = grid},
+      torch_threads());
+  return {y, mask, clipped, codes};
 }
 
 Tensor fake_quant_mask_backward(const Tensor& grad, const Tensor& mask,

@@ -33,9 +33,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "fake_quant_backward_out(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? axis, "
       "int qmin, int qmax, Tensor(a!) out) -> ()");
   m.def(
-      "fake_quant_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) "
-      "-> "
-      "(Tensor, Tensor, Tensor)");
+      "fake_quant_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
+      "ScalarType? code_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("fake_quant_mask_backward(Tensor grad, Tensor mask, int? axis) -> Tensor");
   m.def(
       "lsq_out(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "

@@ -43,11 +43,18 @@ def fake_quant_backward(
 
 
 def fake_quant_mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
-) -> tuple[Tensor, Tensor]:
-    """The output, and where the gradient passes as bools (the op packs them in rows of its own choice)."""
-    passes = fake_quant_backward(torch.ones_like(x), x, scale, zero_point, axis, qmin, qmax) == 1
-    return fake_quant(x, scale, zero_point, axis, qmin, qmax), passes
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    code_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, where the gradient passes as bools (the op packs them in rows of its own choice), and the codes."""
+    grid = scale, zero_point, axis, qmin, qmax
+    codes = None if code_dtype is None else quantize(x, *grid, code_dtype)
+    return fake_quant(x, *grid), fake_quant_backward(torch.ones_like(x), x, *grid) == 1, codes
 
 
 def fake_quant_mask_backward(grad: Tensor, passes: Tensor, axis: int | None) -> Tensor:

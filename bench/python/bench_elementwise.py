@@ -96,7 +96,7 @@ def training_cases(n: int):
         ops.lsq_backward_out(grad, x, scale, learned, axis, *ends, 1.0, grad_x)
 
     def with_mask():
-        _, mask, clipped = ops.fake_quant_mask(x, scale, zero_point, None, *ends)
+        _, mask, clipped, _ = ops.fake_quant_mask(x, scale, zero_point, None, *ends)
         return ops.fake_quant_mask_backward(grad, mask, None) if clipped else grad
 
     yield "fake_quant mask fwd+bwd (alloc.)", with_mask, 2 * n

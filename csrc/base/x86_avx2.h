@@ -123,6 +123,14 @@ struct Vec {
   QK_INLINE void put(T* x, F v) {
     store(x, v);
   }
+  // Integers in the range of a byte, signed or not.
+  QK_INLINE void put_bytes(uint8_t* x, F v) {
+    const __m256i low = _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_set1_epi32(255));
+    const __m256i words = _mm256_packus_epi32(low, low), bytes = _mm256_packus_epi16(words, words);
+    const __m256i both =
+        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(both));
+  }
   QK_INLINE void put(float* x, F v, int64_t n) { _mm256_maskstore_ps(x, first(n), v); }
   template <typename Half>
   QK_INLINE void put(Half* x, F v, int64_t n) {

@@ -158,6 +158,10 @@ struct Vec {
   QK_INLINE void put(T* x, F v) {
     store(x, 0xffff, v);
   }
+  // Integers in the range of a byte, signed or not.
+  QK_INLINE void put_bytes(uint8_t* x, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
   template <typename T>
   QK_INLINE void put(T* x, F v, int64_t n) {
     store(x, lanes(n), v);

@@ -55,6 +55,7 @@ bool fake_quant_mask(const FakeQuantMaskArgs& args, const Parallel& parallel) {
         const bool clips = kernel({.x = static_cast<const char*>(args.x) + x_offset * bytes,
                                    .y = static_cast<char*>(args.y) + offset * bytes,
                                    .mask = args.mask + layout.byte_of(offset),
+                                   .codes = args.codes ? args.codes + offset : nullptr,
                                    .n = n,
                                    .grid = span,
                                    .qmin = args.qmin,

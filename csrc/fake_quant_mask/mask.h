@@ -4,6 +4,7 @@
 //   y    = fake_quant(x)
 //   bit  = qmin - zp[c] <= RNE(x * inv[c]) <= qmax - zp[c] (0 for NaN)
 //   out  = bit ? grad : 0
+//   code = quantize(x), one byte, if asked (so that integer layers need not quantize y again)
 //
 // Layout: as fake_quant, of dense tensors in one memory layout. A row of the walk (all of a tensor
 // without channels; a channel's contiguous run; some rows of channels if they are innermost) starts
@@ -38,7 +39,8 @@ MaskLayout mask_layout(const GridLayout& grid);
 struct FakeQuantMaskArgs {
   const void* x;
   void* y;
-  uint8_t* mask;  // mask_layout(grid).bytes
+  uint8_t* mask;   // mask_layout(grid).bytes
+  uint8_t* codes;  // null: none
   FloatType type;
   int32_t qmin;
   int32_t qmax;
@@ -63,6 +65,7 @@ struct FakeQuantMaskRun {
   const void* x;
   void* y;
   uint8_t* mask;
+  uint8_t* codes;  // null: none
   int64_t n;
   GridSpan grid;
   int32_t qmin;
@@ -87,6 +90,9 @@ inline __attribute__((always_inline)) uint32_t mask_element(const FakeQuantMaskR
   const float scale = run.grid.scale[c], inv_scale = run.grid.inv_scale[c];
   const int32_t zp = run.grid.zero_point[c];
   from_float(fake_quant(x, scale, inv_scale, zp, run.qmin, run.qmax), static_cast<T*>(run.y) + i);
+  if (run.codes != nullptr) {
+    run.codes[i] = static_cast<uint8_t>(quantize(x, inv_scale, zp, run.qmin, run.qmax));
+  }
   return fake_quant_passes(x * inv_scale, zp, run.qmin, run.qmax);
 }
 

@@ -1,7 +1,7 @@
 // fake_quant with its bits, and the backward from them, for any vector width. Include it inside the
 // target region of a kernel file, inside its anonymous namespace.
 
-template <typename V, typename T, bool kPerElement, bool kStream>
+template <typename V, typename T, bool kPerElement, bool kStream, bool kCodes>
 QK_INLINE bool mask_run(const FakeQuantMaskRun& run) {
   using F = typename V::F;
   constexpr int64_t kLanes = V::kLanes;
@@ -29,7 +29,8 @@ QK_INLINE bool mask_run(const FakeQuantMaskRun& run) {
     const F r = V::round(v);
     const uint32_t bits = V::bits(V::both(V::ge(r, lo), V::le(r, hi)));
     const F bounded = V::min(V::max(v, lo), hi);  // NaN: lo
-    const F out = V::mul(V::sub(V::add(bounded, rounder), rounder), scale);
+    const F offset = V::sub(V::add(bounded, rounder), rounder), out = V::mul(offset, scale);
+    if constexpr (kCodes) V::put_bytes(run.codes + i, V::add(offset, zp));
     kStream ? V::stream(y + i, out) : V::put(y + i, out);
     all &= bits;
     mask[i / 8] = static_cast<uint8_t>(bits);
@@ -41,10 +42,17 @@ QK_INLINE bool mask_run(const FakeQuantMaskRun& run) {
 template <typename V, typename T>
 QK_INLINE bool mask_any(const FakeQuantMaskRun& run) {
   const bool stream = run.stream && reinterpret_cast<uintptr_t>(run.y) % 64 == 0;
-  if (run.grid.per_element) {
-    return stream ? mask_run<V, T, true, true>(run) : mask_run<V, T, true, false>(run);
+  if (run.codes != nullptr) {
+    if (run.grid.per_element) return mask_run<V, T, true, false, true>(run);
+    return stream ? mask_run<V, T, false, true, true>(run)
+                  : mask_run<V, T, false, false, true>(run);
   }
-  return stream ? mask_run<V, T, false, true>(run) : mask_run<V, T, false, false>(run);
+  if (run.grid.per_element) {
+    return stream ? mask_run<V, T, true, true, false>(run)
+                  : mask_run<V, T, true, false, false>(run);
+  }
+  return stream ? mask_run<V, T, false, true, false>(run)
+                : mask_run<V, T, false, false, false>(run);
 }
 
 template <typename V, typename T, bool kStream>

@@ -35,6 +35,9 @@ def link(part: PreparedModel) -> None:
         module = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, Prepared) and module.has_integer_form():
             module.source = source_of(node.args[0], modules)
+            reads = modules.get(node.args[0].target) if node.args[0].op == "call_module" else None
+            if isinstance(reads, Quantizer):
+                reads.gives_codes = not reads.spec.per_channel
         elif isinstance(module, Quantizer):
             _put_unit(part, node, module, modules)
     part.graph.lint()

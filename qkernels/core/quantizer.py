@@ -2,6 +2,7 @@
 
 import enum
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,8 @@ class Quantizer(nn.Module):
             self.rule = make_rule(recipe.rule, recipe.spec, channels, is_weight, **dict(recipe.rule_options))
         self.state = State.OFF
         self.delay = 0  # training steps that TRAIN still only watches
+        self.gives_codes = False  # whether a layer that runs on integers reads the output
+        self._ready: tuple[weakref.ref, Tensor] | None = None  # the last output and its codes, until they are asked for
         size = self.observer.low.numel()
         # An empty grid is told from a chosen one by its scale: 0 is never a valid scale.
         self.register_buffer("scale", torch.zeros(size))
@@ -131,15 +134,25 @@ class Quantizer(nn.Module):
     def _round(self, x: Tensor, scale: Tensor, zero_point: Tensor, clamp: Limits) -> Tensor:
         """Straight through. On codes a clamp is a narrower range; its ends let the gradient pass half a step longer."""
         qmin, qmax = self.spec.qmin, self.spec.qmax
-        keep = "input" if self.is_weight else "mask"  # a weight is there anyway
+        if self.is_weight:
+            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax)  # a weight is kept anyway
         if clamp is None:
-            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
+            return self._with_mask(x, scale, zero_point, qmin, qmax)
         if torch.compiler.is_compiling():  # no numbers of tensors here: the codes beyond the clamp are cut afterwards
-            y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
+            y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
             ends = ops.fake_quant(torch.tensor(clamp, device=x.device), scale, zero_point, None, qmin, qmax).to(y.dtype)
             return torch.clamp(y, ends[0], ends[1])
         qmin, qmax = _codes_of(clamp, scale.item(), zero_point.item(), qmin, qmax)
-        return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, keep)
+        return self._with_mask(x, scale, zero_point, qmin, qmax)
+
+    def _with_mask(self, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        """An activation; in training its codes are made in the same pass if they will be read."""
+        wanted = self.gives_codes and self.training and x.dtype == torch.float32
+        if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
+        y, codes = ops.fake_quant_codes(x, scale, zero_point, qmin, qmax, self.spec.dtype)
+        self._ready = weakref.ref(y), codes
+        return y
 
     def _wait(self, x: Tensor) -> Tensor:
         """A training step before rounding begins."""
@@ -267,7 +280,9 @@ class Quantizer(nn.Module):
 
     def codes(self, x: Tensor, grid: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The codes of values that lie on the grid (`grid()`, if it is known); `x` is detached or there is no grad."""
-        spec = self.spec
+        spec, ready, self._ready = self.spec, self._ready, None
+        if ready is not None and ready[0]() is x:
+            return ready[1]
         return ops.quantize(x, *(grid or self.grid()), self.axis, spec.qmin, spec.qmax, spec.dtype)
 
     def set_qparams(self, grid: QParams) -> None:
@@ -294,6 +309,9 @@ class Quantizer(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.state, self.delay = State(int(state[0])), int(state[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

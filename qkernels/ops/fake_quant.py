@@ -48,7 +48,7 @@ def fake_quant(
         return by_group(fake_quant, "fake_quant", x, scale, zero_point, axis, group_size, qmin, qmax, keep)
     if keep == "mask" and needs_grad(x):
         if is_eager(x):
-            return _FakeQuantMask.apply(x, scale, zero_point, axis, qmin, qmax)
+            return _FakeQuantMask.apply(x, scale, zero_point, axis, qmin, qmax, None)[0]
         return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)[0]
     if not is_eager(x):
         return _ops.fake_quant.default(x, scale, zero_point, axis, qmin, qmax)
@@ -108,22 +108,47 @@ def fake_quant_backward_out(
     return out
 
 
+def fake_quant_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, code_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`fake_quant(keep="mask")` on one grid, and `quantize`, in one pass.
+
+    Args:
+        x, scale, zero_point, qmin, qmax: as in `fake_quant`.
+        code_dtype: torch.uint8 or torch.int8.
+
+    Returns:
+        The rounded tensor, with its straight-through gradient, and its codes.
+    """
+    if not is_eager(x):
+        y, _, _, codes = _ops.fake_quant_mask.default(x, scale, zero_point, None, qmin, qmax, code_dtype)
+        return y, codes
+    return _FakeQuantMask.apply(x, scale, zero_point, None, qmin, qmax, code_dtype)
+
+
 def fake_quant_mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    code_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fake_quant` and one bit an element that says where the gradient passes.
 
     Args:
         x, scale, zero_point, axis, qmin, qmax: as in `fake_quant`.
+        code_dtype: torch.uint8 or torch.int8 to have what `quantize` gives too.
 
     Returns:
-        The rounded tensor; the bits, an opaque uint8 tensor for `fake_quant_mask_backward`; and a bool tensor of no
-        dimension: whether a bit is 0.
+        The rounded tensor; the bits, an opaque uint8 tensor for `fake_quant_mask_backward`; a bool tensor of no
+        dimension: whether a bit is 0; and the codes (an empty tensor without `code_dtype`).
 
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)
+    return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
 
 
 def fake_quant_mask_backward(grad: Tensor, mask: Tensor, axis: int | None) -> Tensor:
@@ -201,17 +226,18 @@ torch.library.register_autograd(
 
 class _FakeQuantMask(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, axis, qmin, qmax):
-        y, mask, clipped = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)
+    def forward(ctx, x, scale, zero_point, axis, qmin, qmax, code_dtype):
+        y, mask, clipped, codes = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
         ctx.mask, ctx.axis, ctx.like = mask if clipped else None, axis, y.stride()
-        return y
+        ctx.mark_non_differentiable(codes)
+        return y, codes
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         if ctx.mask is not None:
             grad = _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), ctx.mask, ctx.axis)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 def _in_layout(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -234,9 +260,10 @@ def _mask_bytes(x: Tensor, axis: int | None) -> int:
 
 
 @torch.library.register_fake("qkernels::fake_quant_mask")
-def _(x, scale, zero_point, axis, qmin, qmax):
+def _(x, scale, zero_point, axis, qmin, qmax, code_dtype=None):
     mask = x.new_empty(_mask_bytes(x, axis), dtype=torch.uint8)
-    return torch.empty_like(x), mask, x.new_empty((), dtype=torch.bool)
+    codes = x.new_empty(0, dtype=torch.uint8) if code_dtype is None else torch.empty_like(x, dtype=code_dtype)
+    return torch.empty_like(x), mask, x.new_empty((), dtype=torch.bool), codes
 
 
 @torch.library.register_fake("qkernels::fake_quant_mask_backward")
@@ -246,7 +273,7 @@ def _(grad, mask, axis):
 
 def _keep_mask(ctx, inputs, output):
     ctx.axis, ctx.like = inputs[3], output[0].stride()
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[1])
 
 
@@ -254,7 +281,7 @@ torch.library.register_autograd(
     "qkernels::fake_quant_mask",
     lambda ctx, grad, *others: (
         _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), *ctx.saved_tensors, ctx.axis),
-        *[None] * 5,
+        *[None] * 6,
     ),
     setup_context=_keep_mask,
 )

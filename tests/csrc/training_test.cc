@@ -89,9 +89,12 @@ void mask_equals_scalar(FloatType type, int64_t n, Touches touches, Rng& rng) {
   Floats x(type, n, touches), y(type, n, touches), expected(type, n, touches);
   x.fill(rng, true);
   Guarded<uint8_t> mask((n + 7) / 8, touches), expected_mask((n + 7) / 8, touches);
+  const bool codes = rng.chance(0.5);
+  Guarded<uint8_t> code(n, touches), expected_code(n, touches);
   FakeQuantMaskRun run{.x = x.bytes.data(),
                        .y = expected.bytes.data(),
                        .mask = expected_mask.data(),
+                       .codes = codes ? expected_code.data() : nullptr,
                        .n = n,
                        .grid = {scale.data(), inv_scale.data(), zero_point.data(), per_element},
                        .qmin = kQmin,
@@ -100,10 +103,12 @@ void mask_equals_scalar(FloatType type, int64_t n, Touches touches, Rng& rng) {
   const bool clipped = select_fake_quant_mask_kernel(type, kScalar)(run);
   run.y = y.bytes.data();
   run.mask = mask.data();
+  if (codes) run.codes = code.data();
   run.stream = rng.chance(0.5);
   CHECK_EQ(select_fake_quant_mask_kernel(type)(run), clipped);
   CHECK(same(y, expected));
   CHECK(same_bytes(mask.data(), expected_mask.data(), mask.size()));
+  CHECK(same_bytes(code.data(), expected_code.data(), n));
 
   MaskBackwardRun back{x.bytes.data(), mask.data(), expected.bytes.data(), n, false};
   select_mask_backward_kernel(type, kScalar)(back);

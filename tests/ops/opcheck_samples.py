@@ -219,6 +219,7 @@ SAMPLES["foreach_observe_fake_quant"] = [
 # ---- masks ----
 
 SAMPLES["fake_quant_mask"] = [
+    lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8, torch.int8),
     lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8),
     lambda: (torch.randn(2, 4, 3), *grid(4), 1, -7, 8),
     lambda: (torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), *grid(4), 1, -7, 8),

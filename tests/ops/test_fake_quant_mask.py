@@ -22,8 +22,16 @@ def grid(channels=1, seed=0):
 
 def check(x, grad, axis):
     args = *grid(1 if axis is None else x.shape[axis]), axis, -100, 90
-    y, mask, clipped = ops.fake_quant_mask(x, *args)
+    y, mask, clipped, codes = ops.fake_quant_mask(x, *args)
     assert torch.equal(y, ops.fake_quant(x, *args))
+    assert codes.numel() == 0
+    for dtype, lift in ((torch.int8, 0), (torch.uint8, 100)):
+        lifted = args[0], args[1] + lift, axis, -100 + lift, 90 + lift
+        with_codes = ops.fake_quant_mask(x, *lifted, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(with_codes[:3], (y, mask, clipped), strict=True))
+        expected = ops.quantize(x, *lifted, dtype)
+        assert torch.equal(with_codes[3], expected)
+        assert with_codes[3].stride() == expected.stride()
     expected = ops.fake_quant_backward(grad, x, *args)
     assert torch.equal(ops.fake_quant_mask_backward(grad, mask, axis), expected)
     ones = ops.fake_quant_backward(torch.ones_like(x), x, *args)
@@ -59,7 +67,7 @@ def test_hostile_values_follow_the_contract(isa):
         for dtype in DTYPES:
             grad = torch.full_like(x, value, dtype=dtype)
             args = torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), None, -128, 127
-            y, mask, _ = ops.fake_quant_mask(x.to(dtype), *args)
+            y, mask, *_ = ops.fake_quant_mask(x.to(dtype), *args)
             bits = torch.int32 if dtype == torch.float32 else torch.int16
             assert torch.equal(y.view(bits), ops.fake_quant(x.to(dtype), *args).view(bits))
             ours = ops.fake_quant_mask_backward(grad, mask, None)
@@ -116,7 +124,7 @@ def test_threads_and_instruction_sets_do_not_change_bits():
             with isa_cap(isa):
                 for threads in (1, 2, 3, 8):
                     torch.set_num_threads(threads)
-                    y, mask, _ = ops.fake_quant_mask(x, *args)
+                    y, mask, *_ = ops.fake_quant_mask(x, *args)
                     results.append((y, mask, ops.fake_quant_mask_backward(grad, mask, 0)))
     finally:
         torch.set_num_threads(before)
@@ -145,3 +153,17 @@ def test_bad_input_is_refused_by_name():
     ]:
         with pytest.raises(RuntimeError, match=f"fake_quant_mask_backward: {message}"):
             ops.fake_quant_mask_backward(*change)
+
+
+def test_codes_come_with_the_straight_through_gradient(isa):
+    x, grad = tensors(2, 5, 4, 3)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    ends = -100, 90
+    y, codes = ops.fake_quant_codes(x, *grid(), *ends, torch.int8)
+    y.backward(grad)
+    assert torch.equal(codes, ops.quantize(x.detach(), *grid(), None, *ends, torch.int8))
+    assert torch.equal(x.grad, ops.fake_quant_backward(grad, x.detach(), *grid(), None, *ends))
+    with pytest.raises(RuntimeError, match="fake_quant_mask: code_dtype must be uint8 or int8"):
+        ops.fake_quant_mask(x, *grid(), None, *ends, torch.int32)
+    with pytest.raises(RuntimeError, match="fake_quant_mask: qmin"):
+        ops.fake_quant_mask(x, *grid(), None, *ends, torch.uint8)
