@@ -64,11 +64,12 @@ class MobileNetV2(nn.Module):
         (6, 320, 1, 1),
     )
 
-    def __init__(self, num_classes=10, width_mult=1.0):
+    def __init__(self, num_classes=10, width_mult=1.0, inputs=1, stride=1):
         super().__init__()
         channels = make_divisible(32 * width_mult)
-        features = [ConvBNReLU(1, channels)]
+        features = [ConvBNReLU(inputs, channels, stride=stride)]
         for t, c, n, s in self.SETTING:
+            s = stride if c == 24 else s  # small images keep their size longer
             for i in range(n):
                 outputs = make_divisible(c * width_mult)
                 features.append(InvertedResidual(channels, outputs, s if i == 0 else 1, expand_ratio=t))
@@ -153,6 +154,28 @@ def efficientnet(count):
             print(f"{name:<28} {agreement:16.1%} {milliseconds(quantized, views[:1]):9.2f} ms")
 
 
+def time_scripted():
+    """The network as it is for ImageNet, as TorchScript from a file, for one image."""
+
+    def scripted(model):
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.script(model), file)
+        file.seek(0)
+        return torch.jit.load(file).eval()
+
+    x = torch.randn(1, 3, 224, 224)
+    model = MobileNetV2(1000, inputs=3, stride=2).eval()
+    model.fuse_model()
+    found = {"float": scripted(model)}
+    model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    torch.ao.quantization.prepare(model, inplace=True)
+    model(x)
+    quantized = torch.ao.quantization.convert(model)
+    found |= {"int8": scripted(quantized), "int8, a plan": qkernels.compile(quantized, x)}
+    for name, network in found.items():
+        print(f"{name:<28} {milliseconds(network, x, 50):9.2f} ms")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=8, help="of float training (default: %(default)s)")
@@ -161,7 +184,10 @@ def main():
     parser.add_argument("--data", default="digits", help="digits, mnist-5k or fashion-mnist (default: %(default)s)")
     parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
     parser.add_argument("--efficientnet", type=int, metavar="VIEWS", help="only EfficientNet-Lite0, on so many views")
+    parser.add_argument("--latency", action="store_true", help="only the time of the network for ImageNet")
     options = parser.parse_args()
+    if options.latency:
+        return time_scripted()
     if options.efficientnet:
         return efficientnet(options.efficientnet)
     torch.manual_seed(191009)
