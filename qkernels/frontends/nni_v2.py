@@ -20,11 +20,11 @@ from qkernels.core.attached import Attached, Holder
 from qkernels.core.files import write_atomically
 from qkernels.core.fusion import norms_behind
 from qkernels.core.grids import Grid
-from qkernels.core.qspec import QSpec
+from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
-from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, with_names, with_types
+from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, close_matches, with_names, with_types
 
 TYPES = ("weight", "input", "output")
 SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
@@ -213,6 +213,10 @@ class _Quantizer(Holder):
         return {}
 
 
+def _kind(key: str) -> str:
+    return {WEIGHT: "weight", OUTPUT: "output"}.get(key, "input")
+
+
 def _save(path: str, content: Any) -> None:
     file = io.BytesIO()
     torch.save(content, file)
@@ -229,10 +233,32 @@ class NaiveQuantizer(_Quantizer):
         return QSpec.weight(tensor.bits, per_channel=False)
 
 
-class QAT_Quantizer(_Quantizer):
+class _Folding(_Quantizer):
+    folds = True
+
+    def load_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes the ranges of inputs and outputs from what `export_model` gave; training goes on from there."""
+        paths = {path for path, _, _ in self.attached}
+        for path in calibration_config.keys() - paths:
+            raise InvalidArgument(f"calibration_config: nothing is quantized at {path!r}{close_matches(path, paths)}")
+        for path, key, quantizer in self.attached:
+            kind, entry = _kind(key), calibration_config.get(path, {})
+            bits = self.entries[path].tensors[kind].bits
+            check_one_of(entry.get(f"{kind}_bits"), [bits], f"calibration_config.{path}.{kind}_bits")
+            if kind != "weight":
+                self._load(quantizer, float(entry[f"tracked_min_{kind}"]), float(entry[f"tracked_max_{kind}"]))
+
+    def _load(self, quantizer: Quantizer, low: float, high: float) -> None:
+        raise NotImplementedError
+
+
+class QAT_Quantizer(_Folding):
     """Straight-through training; weights on the range of now, activations on moving averages. Jacob et al. 2018."""
 
-    folds = True
+    def _load(self, quantizer: Quantizer, low: float, high: float) -> None:
+        quantizer.observer.low.fill_(low)
+        quantizer.observer.high.fill_(high)
+        quantizer.choose()
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         if kind == "weight":
@@ -245,12 +271,15 @@ class QAT_Quantizer(_Quantizer):
         return {f"tracked_min_{kind}": low, f"tracked_max_{kind}": high}
 
 
-class LsqQuantizer(_Quantizer):
+class LsqQuantizer(_Folding):
     """Learned step sizes. Esser et al. 2020."""
 
     rule = "lsq"
     rule_options = (("plain", True),)
-    folds = True
+
+    def _load(self, quantizer: Quantizer, low: float, high: float) -> None:
+        spec = quantizer.spec
+        quantizer.set_qparams(QParams.per_tensor(high / spec.qmax, 0, spec.qmin, spec.qmax, spec.dtype))
 
     def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
         half = 2 ** (tensor.bits - 1)

@@ -200,3 +200,11 @@ def test_ranges_are_those_of_the_original_while_nothing_is_rounded(original):
     assert CASES["qat never"][2]["quant_start_step"] == STEPS - 1
     ours, theirs = run(nni, "qat never").calibration, original["as it is"]["qat never"]["calibration"]
     assert_numbers_agree(ours, theirs, 1e-4, 1e-6)
+
+
+def test_learned_zero_points_of_the_original_leave_one_sign_and_ours_both(original):
+    weights = original["as it is"]["lsq plus"]["calibration"]["conv2"]["weight"]
+    assert weights["tracked_max"].abs() < 0.01 < -weights["tracked_min"]
+    mine = run(nni, "lsq plus").calibration["conv2"]["weight"]
+    assert mine["tracked_min"] < -1
+    assert mine["tracked_max"] > 1

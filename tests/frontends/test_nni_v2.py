@@ -80,6 +80,24 @@ def test_quantizers_of_2_train_convert_and_export(kind, dummy, tmp_path):
         quantizer.convert(x)
 
 
+@pytest.mark.parametrize("kind", ["QAT_Quantizer", "LsqQuantizer"])
+def test_a_calibration_config_goes_back_in(kind, tmp_path):
+    _, quantizer, x = trained_v2(kind, EVERYTHING)
+    exported = quantizer.export_model(str(tmp_path / "model.pth"))
+    _, again, _ = trained_v2(kind, EVERYTHING, steps=0)
+    again.load_calibration_config(exported)
+    assert qkernels.verify(again.prepared(x), again.convert(x), [x]).total_mismatches == 0
+    loaded = again.export_model(str(tmp_path / "again.pth"))
+    ranges = {path: {k: v for k, v in e.items() if k.startswith("tracked")} for path, e in exported.items()}
+    for path, expected in ranges.items():
+        assert {k: loaded[path][k] for k in expected} == pytest.approx(expected, rel=1e-6)
+    _, other, _ = trained_v2(kind, EVERYTHING, steps=0)
+    with pytest.raises(InvalidArgument, match=r"calibration_config\.conv1\.weight_bits: must be one of \[8\], got 4"):
+        other.load_calibration_config(exported | {"conv1": exported["conv1"] | {"weight_bits": 4}})
+    with pytest.raises(InvalidArgument, match="nothing is quantized at 'conv9'; did you mean"):
+        other.load_calibration_config({"conv9": {}})
+
+
 def test_naive_needs_nothing_but_a_model():
     model = Net()
     nni_v2.NaiveQuantizer(model).compress()
