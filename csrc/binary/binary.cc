@@ -25,6 +25,21 @@ void for_each_task(int64_t n, const Parallel& parallel, const F& f) {
   });
 }
 
+// Without branches, so that the compiler makes vectors of it.
+template <typename T, bool kWeight>
+void pass_gradient(const SignBackwardArgs& args, int64_t begin, int64_t end) {
+  const T* grad = static_cast<const T*>(args.grad);
+  const T* x = static_cast<const T*>(args.x);
+  T* out = static_cast<T*>(args.out);
+  for (int64_t i = begin; i < end; ++i) {
+    const T g = grad[i];
+    const float v = to_float(x[i]);
+    bool passes = (v <= 1.0f) & (v >= -1.0f);
+    if constexpr (kWeight) passes |= v * to_float(g) > 0.0f;
+    out[i] = passes ? g : T{};
+  }
+}
+
 // The convolution of one output pixel for one block of output channels.
 struct Pixel {
   const BinaryConvArgs& args;
@@ -86,16 +101,9 @@ void binary_sign(const SignArgs& args, const Parallel& parallel) {
 void binary_sign_backward(const SignBackwardArgs& args, const Parallel& parallel) {
   for_each_type(args.type, [&](auto zero) {
     using T = decltype(zero);
-    const T* grad = static_cast<const T*>(args.grad);
-    const T* x = static_cast<const T*>(args.x);
-    T* out = static_cast<T*>(args.out);
     for_each_task(args.n, parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const float v = to_float(x[i]);
-        const bool inside = v <= 1.0f && v >= -1.0f;
-        const bool back = args.is_weight && v * to_float(grad[i]) > 0.0f;
-        out[i] = inside || back ? grad[i] : T{};
-      }
+      args.is_weight ? pass_gradient<T, true>(args, begin, end)
+                     : pass_gradient<T, false>(args, begin, end);
     });
   });
 }

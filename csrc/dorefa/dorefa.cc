@@ -43,12 +43,21 @@ double tree_sum(const double* values, int64_t n) {
   return tree_sum(values, half) + tree_sum(values + half, n - half);
 }
 
+// How many of the elements from `first` on are the maximum.
+template <typename T>
+int32_t count_ties(const T* x, int64_t n, float largest) {
+  int32_t ties = 0;
+  for (int64_t i = 0; i < n; ++i) ties += magnitude(to_float(x[i])) == largest;
+  return ties;
+}
+
 // The part of the gradient that goes through the maximum, at the elements that are the maximum.
 template <typename T>
 void add_through_maximum(const DorefaBackwardArgs& args, const DorefaWeight& weight) {
   const T* x = static_cast<const T*>(args.x);
   int64_t ties = 0;
-  for (int64_t i = 0; i < args.n; ++i) ties += magnitude(to_float(x[i])) == args.largest;
+  for_each_piece(args.n, kTask, 0, kSerial,
+                 [&](int64_t first, int64_t n) { ties += count_ties(x + first, n, args.largest); });
   if (ties == 0) return;
   const double sum = tree_sum(args.workspace, (args.n + kSumRun - 1) / kSumRun);
   const float part =
@@ -59,12 +68,16 @@ void add_through_maximum(const DorefaBackwardArgs& args, const DorefaWeight& wei
                               .n = args.n,
                               .weight = weight,
                               .sum = nullptr};
-  for (int64_t i = 0; i < args.n; ++i) {
-    const float v = to_float(x[i]);
-    if (magnitude(v) != args.largest) continue;
-    float ignored = 0;
-    dorefa_backward_element<T>(run, i, &ignored, v < 0 ? -part : part);
-  }
+  for_each_piece(args.n, kTask, 0, kSerial, [&](int64_t first, int64_t n) {
+    if (ties == 0 || count_ties(x + first, n, args.largest) == 0) return;
+    for (int64_t i = first; i < first + n; ++i) {
+      const float v = to_float(x[i]);
+      if (magnitude(v) != args.largest) continue;
+      float ignored = 0;
+      dorefa_backward_element<T>(run, i, &ignored, v < 0 ? -part : part);
+      --ties;
+    }
+  });
 }
 
 template <typename T>

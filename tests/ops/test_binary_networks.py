@@ -1,10 +1,15 @@
 """Binary networks: signs and their gradient, and products of packed signs that equal float products exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import qkernels
 from qkernels import ops, reference
+from qkernels.core.recipe import Match, Override, make_recipe
 from qkernels.testing import isa_cap, supported_isas
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -177,3 +182,37 @@ def test_bad_input_of_a_convolution_is_refused_by_name(arguments, message):
 def test_bad_input_is_refused_by_name(op, arguments, message):
     with pytest.raises(RuntimeError, match=f"{op}: .*{message}"):
         getattr(ops, op)(*arguments)
+
+
+# ---- a network ----
+
+
+def test_a_converted_layer_on_signs_has_the_sums_of_packed_signs():
+    """Trained under `bnn`, converted to int8 codes without a mismatch: the bits of those codes give the same sums."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 70, 3), nn.BatchNorm2d(70), nn.Hardtanh(), nn.Conv2d(70, 33, 3, padding=1), nn.BatchNorm2d(33),
+        nn.Hardtanh(), nn.Flatten(), nn.Linear(33 * 36, 4),
+    )  # fmt: skip
+    eight = make_recipe("int8", observer="moving_average")
+    signs, weights = replace(eight.activation, rule="bnn"), replace(eight.weight, rule="bnn")
+    overrides = Override(Match.of("0"), activation=signs), Override(Match.of("3"), weight=weights)
+    model = qkernels.prepare_qat(network, random(4, 3, 8, 8), replace(eight, overrides=overrides))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(5):
+        optimizer.zero_grad()
+        (model(random(4, 3, 8, 8, seed=step)) - 1).square().mean().backward()
+        optimizer.step()
+    converted, x = qkernels.convert(model), random(4, 3, 8, 8, seed=99)
+    assert qkernels.verify(model, converted, [x]).total_mismatches == 0
+
+    layer, seen = converted.get_submodule("3"), []
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    converted(x)
+    a = seen[0].float() - layer.in_qparams[0].zero_point
+    w = torch.sign(layer.weight.float())
+    assert set(a.unique().tolist()) == {-1.0, 1.0}
+    assert layer.weight.unique().numel() == 2
+    packed = ops.pack_signs(a, 1), ops.binary_weight_pack(w)
+    sums = ops.binary_conv2d(*packed, torch.ones(33), None, 70, (3, 3), padding=(1, 1))
+    assert torch.equal(sums, F.conv2d(a, w, padding=1))
