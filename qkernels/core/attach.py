@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels import ops
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.operations import BATCH_NORMS
 from qkernels.core.placed import Places, prepare_placed
@@ -32,6 +33,7 @@ class Site:
         norm: the path of the batch normalization that becomes part of the layer.
         folds: while it is trained, the norm is folded by its running statistics, which take a convolution of their own.
         start_step: for so many training steps the Quantizers only watch.
+        gradient_bits: the gradient of the output is rounded to so many bits, stochastically; None: it is not.
     """
 
     inputs: Mapping[int, TensorRecipe] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Site:
     norm: str | None = None
     folds: bool = False
     start_step: int = 0
+    gradient_bits: int | None = None
 
 
 class Originals:
@@ -92,6 +95,9 @@ def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) ->
             module.register_forward_pre_hook(_round_inputs)
         if site.output is not None:
             module.register_forward_hook(_round_output)
+        if trained and site.gradient_bits is not None:
+            module.gradient_bits = site.gradient_bits
+            module.register_forward_hook(_round_gradient)
         for quantizer in module.quantizers.values():
             quantizer.state = State.TRAIN if trained else State.OFF
             quantizer.delay = site.start_step if trained else 0
@@ -121,6 +127,10 @@ def _round_inputs(module: nn.Module, args: tuple) -> tuple:
 
 def _round_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return module.quantizers[OUTPUT](output)
+
+
+def _round_gradient(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return ops.round_gradient(output, module.gradient_bits) if module.training else output
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, str, Quantizer]]:
@@ -164,7 +174,7 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
 
 def _strip(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_round_inputs, _round_output)]:
+        for key in [key for key, hook in hooks.items() if hook in (_round_inputs, _round_output, _round_gradient)]:
             del hooks[key]
     if isinstance(module, Prepared):
         for key in [key for key in module.quantizers if key != WEIGHT]:

@@ -161,7 +161,7 @@ def corrected():
     apply_method.ClampRound.forward = staticmethod(forward)
     # the bias of a layer with a folded norm is not put into the optimizer a second time
     compressor.Quantizer.patch_optimizer_param_group = lambda self: {}
-    # gradients are not rounded
+    # gradients are not rounded: it is stochastic
     dorefa_quantizer.DoReFaQuantizer.register_output_backward_hook = lambda self: None
 
 

@@ -1,11 +1,13 @@
 """The quantizers of NNI 3.0: each says by which rule of the core grids are found, and runs the user's loop."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from qkernels.core.attach import Site
 from qkernels.core.attached import Attached, Holder, recipe_of
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.quantizer import Quantizer, State
@@ -49,10 +51,13 @@ class _Quantizer(Holder):
             raise Unsupported(f"{type(self).__name__}: pruning and distillation on the same wrappers; do them before")
         self.evaluator, self.config_list = evaluator, config_list
         self.settings = parse(model, config_list)
-        sites = self.settings.sites(self._recipe_of, start_step)
+        sites = self._sites(start_step)
         #: What the config_list asks for, as `qkernels.prepare_qat` and `qkernels.prepare` take it.
         self.recipe = recipe_of(model, sites)
         self.attached = Attached(model, sites, self.trained, evaluator.dummy_input)
+
+    def _sites(self, start_step: int) -> dict[str, Site]:
+        return self.settings.sites(self._recipe_of, start_step)
 
     def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
         spec = setting.spec(target == "weight")
@@ -173,9 +178,20 @@ class LsqPlusQuantizer(_Learned):
 
 
 class DoReFaQuantizer(_Learned):
-    """Weights through tanh, outputs clipped to [0, 1]; inputs follow moving averages. Zhou et al. 2016."""
+    """Weights through tanh, outputs clipped to [0, 1]; inputs follow moving averages. Zhou et al. 2016.
+
+    Where an output is not rounded, its gradient is: to as many bits as the weight has.
+    """
 
     rule = "dorefa"
+    rounds_gradients: ClassVar[bool] = True
+
+    def _sites(self, start_step: int) -> dict[str, Site]:
+        sites = super()._sites(start_step)
+        for path, targets in self.settings.targets.items():
+            if self.rounds_gradients and "weight" in targets and "_output_0" not in targets:
+                sites[path] = replace(sites[path], gradient_bits=targets["weight"].bits)
+        return sites
 
     def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
         if target.startswith("_input_"):
