@@ -14,6 +14,10 @@
 
 #include "csrc/base/parallel.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has no macro that keeps the message
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace qk::seam {
 
 using torch::headeronly::ScalarType;

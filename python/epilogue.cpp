@@ -181,6 +181,9 @@ void check_packed_tensor(const char* op, const char* pack_op, const Tensor& pack
                       packed.dim() == 1 && (packed.numel() <= 1 || packed.stride(0) == 1),
                   op, ": packed must be a dense uint8 vector on the CPU, made by ", pack_op,
                   ", got ", dtype_text(packed.scalar_type()), " of shape ", shape_text(packed));
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % alignof(PackedHeader) == 0,
+                  op, ": packed must start at a multiple of ", alignof(PackedHeader),
+                  " bytes, as new tensors of torch do: take packed.clone()");
 }
 
 PackedMatrix view_matrix(const char* op, const char* pack_op, const Tensor& packed,

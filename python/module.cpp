@@ -1,8 +1,5 @@
 // The only pybind11 module of the project: facts about the build and the machine, and the compiled
 // plan (plan.cpp). Tensors go through torch.ops.qkernels.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <map>
 #include <string>
 #include <vector>
@@ -22,6 +19,7 @@
 #include "csrc/pool/pool.h"
 #include "csrc/quantize/quantize.h"
 #include "python/plan.h"
+#include "python/pybind.h"
 
 namespace py = pybind11;
 

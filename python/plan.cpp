@@ -2,8 +2,6 @@
 // tensors and allocates outputs.
 #include "csrc/plan/plan.h"
 
-#include <pybind11/stl.h>
-
 #include "python/adapt.h"
 #include "python/plan.h"
 

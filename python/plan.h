@@ -1,7 +1,7 @@
 // The compiled plan as Python sees it.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "python/pybind.h"
 
 namespace qk::seam {
 

@@ -43,6 +43,9 @@ def test_compiled_as_one_graph(converted):
     assert torch.equal(torch.compile(converted, fullgraph=True, backend="aot_eager")(x), expected)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="torch 2.11 loads constants of a program to odd addresses"
+)
 def test_exported_and_loaded_for_any_batch(converted):
     x, file = torch.randn(EXAMPLE), io.BytesIO()
     converted(x)

@@ -294,6 +294,7 @@ CONV_ERRORS = {
     "out_channels must be 4, as packed, got 5": {"out_channels": 5},
     "packed must be a dense uint8 vector": {"packed": torch.zeros(5000)},
     "packed must be an unchanged result": {"packed": torch.zeros(5000, dtype=torch.uint8)},
+    "packed must start at a multiple of 64 bytes": {"packed": torch.zeros(5001, dtype=torch.uint8)[1:]},
     "residual must not be given": {"residual": torch.zeros(1, 4, 3, 3, dtype=torch.uint8)},
 }
 
