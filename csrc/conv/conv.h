@@ -70,10 +70,13 @@ struct ConvArgs {
   ConvExtent extent;
   const uint8_t* input = nullptr;
   void* out = nullptr;
-  const uint8_t* residual = nullptr;  // dense, like the output
+  const uint8_t* residual = nullptr;  // dense, like the output; see conv_adds_in_place
   bool residual_signed = false;
   void* workspace = nullptr;  // 64-byte aligned
 };
+
+// Whether `out` may be the residual itself: each of its bytes is read before the output is stored.
+bool conv_adds_in_place(const PackedConvHeader& packed);
 
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
 void conv(const ConvArgs& args, const Parallel& parallel);

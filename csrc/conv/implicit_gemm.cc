@@ -471,6 +471,14 @@ ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
 
 }  // namespace
 
+bool conv_adds_in_place(const PackedConvHeader& packed) {
+  bool in_place = packed.kind == ConvKind::kIgemm && !packed.has_fill;
+  for (int64_t i = 0; in_place && i < packed.parts; ++i) {
+    in_place = igemm_adds_in_place(*part(packed, i).header);
+  }
+  return in_place;
+}
+
 void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
   const PackedConvHeader& packed = *args.packed;
   auto* padding = static_cast<uint8_t*>(args.workspace);

@@ -24,6 +24,10 @@ IgemmKernel select_igemm_kernel(Isa isa) {
   return nullptr;
 }
 
+bool igemm_adds_in_place(const PackedHeader& header) {
+  return header.isa >= Isa::kAvx512Vnni && header.stores_plain_bytes();
+}
+
 void igemm(const IgemmArgs& args) {
   const PackedHeader& header = *args.matrix.header;
   const IgemmKernel kernel = select_igemm_kernel(header.isa);

@@ -47,6 +47,11 @@ struct alignas(64) PackedHeader {
   int32_t wide;  // a value may leave the int32 range before it is clamped
   int32_t reserved;
   Epilogue epilogue;
+
+  // 8-bit outputs that need neither weight zero points nor a table nor a wide clamp.
+  bool stores_plain_bytes() const {
+    return epilogue.is_8bit() && !wide && !has_weight_zero_point && !epilogue.has_table;
+  }
 };
 
 // What AMX reads in place: at most so many taps, cut into equal steps of whole quads, the bytes of
@@ -113,6 +118,9 @@ struct PackSource {
 int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa);
 // kKTooLarge if the accumulator of taps * depth products could overflow int32. Reads no weight.
 Status check_accumulator(const PackSource& source);
+// Whether `out` may be the residual itself: the 64-byte stores of AVX512-VNNI and AMX read the
+// residual of a row before they write it; the others add to what they have stored.
+bool igemm_adds_in_place(const PackedHeader& header);
 // Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned). kKTooLarge: the accumulator could
 // overflow int32. kBadScale: a product of the scales or a scaled bias leaves the float32 range.
 Status pack_igemm(const PackSource& source, Isa isa, void* dst);

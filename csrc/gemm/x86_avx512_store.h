@@ -98,15 +98,10 @@ QK_INLINE StoreRows store_bytes_of(int64_t vectors) {
   }
 }
 
-QK_INLINE bool stores_plain_bytes(const PackedHeader& header) {
-  return header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point &&
-         !header.epilogue.has_table;
-}
-
 // The store of a panel that is `vectors` wide.
 QK_INLINE StoreRows select_store(const PackedHeader& header, int64_t vectors,
                                  bool residual_signed) {
-  if (!stores_plain_bytes(header)) return store_general_avx512;
+  if (!header.stores_plain_bytes()) return store_general_avx512;
   if (!header.epilogue.has_residual) return store_bytes_of<Residual::kNone>(vectors);
   return residual_signed ? store_bytes_of<Residual::kS8>(vectors)
                          : store_bytes_of<Residual::kU8>(vectors);

@@ -131,7 +131,7 @@ QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
 template <int R, int V>
 QK_INLINE void store_tile(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
   const PackedHeader& header = *tile.matrix->header;
-  if (stores_plain_bytes(header) && !header.epilogue.has_residual) {
+  if (header.stores_plain_bytes() && !header.epilogue.has_residual) {
     store_bytes<R, V>(tile, acc);
     return;
   }

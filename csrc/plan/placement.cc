@@ -72,7 +72,8 @@ class Placement {
       Buffer &a = buffers_[from], &b = buffers_[to];
       // One operand only: the other one is still to be read.
       if (from == to || to != o.to || a.home != Home::kArena || b.home != Home::kArena ||
-          a.bytes != b.bytes || a.slicing != b.slicing || a.last != o.operation) {
+          a.bytes != b.bytes || a.slicing != b.slicing || a.bytes < o.least ||
+          a.last != o.operation) {
         continue;
       }
       b.merged_into = from;

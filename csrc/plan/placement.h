@@ -23,9 +23,11 @@ struct Buffer {
   int slicing = -1;  // the only one that uses it: it holds one slice
 };
 
-// Operation `operation` may write its output over `from`, which it reads element by element.
+// Operation `operation` may write its output over `from`, which it reads element by element, if
+// that has at least `least` bytes.
 struct Overwrite {
   int operation, from, to;
+  int64_t least;
 };
 
 // A program whose addresses are still buffers: Ref::base is an index of `buffers`, or negative.

@@ -168,9 +168,10 @@ class Builder {
     program_.info.push_back(std::move(info));
   }
 
-  // The operation emitted next may write `to` over `from`, if nothing reads `from` later. Not for
-  // residuals: the kernels store the requantized bytes first and add to them in place.
-  void may_overwrite(const View& from, const View& to, std::initializer_list<const View*> others) {
+  // The operation emitted next may write `to` over `from`, if nothing reads `from` later and it
+  // has `least` bytes.
+  void may_overwrite(const View& from, const View& to, std::initializer_list<const View*> others,
+                     int64_t least = 0) {
     if (!same_strides(from, to) || dtype_bytes(from.dtype) != dtype_bytes(to.dtype) ||
         !fills_buffer(from)) {
       return;
@@ -182,7 +183,7 @@ class Builder {
       }
     }
     draft_.overwrites.push_back(
-        {static_cast<int>(program_.operations.size()), from.buffer, to.buffer});
+        {static_cast<int>(program_.operations.size()), from.buffer, to.buffer, least});
   }
 
   void emit_move(const View& from, const View& to, const uint8_t* table, const char* kind) {
@@ -473,6 +474,9 @@ class Builder {
     const View residual = as_channels_last(input(step, 1));
     op.args.residual_signed = is_signed(residual);
     op.residual = ref(residual);
+    if (residual.buffer != x.buffer && conv_adds_in_place(header)) {
+      may_overwrite(residual, *out, {&x}, cache_ / 4);
+    }
     emit(op, "conv", kernel, {&x, &residual}, *out, cost);
   }
 

@@ -52,7 +52,7 @@ void random_epilogue(Rng& rng, Case* c) {
   if (!e.is_8bit()) return;
   e.has_table = rng.chance(0.2);
   for (uint8_t& byte : e.table) byte = static_cast<uint8_t>(rng.bits());
-  e.has_residual = rng.chance(0.2);
+  e.has_residual = rng.chance(0.3);
   if (!e.has_residual) return;
   c->residual_signed = rng.chance(0.5);
   const float scale = rng.real(0.01f, 0.1f), residual_scale = rng.real(0.01f, 0.1f);
@@ -179,10 +179,20 @@ void check_case(Rng& rng, const Case& c) {
     Guarded<uint8_t> workspace((conv_workspace_bytes(args, parallel) + 63) / 64 * 64);
     args.out = out.data();
     args.workspace = workspace.data();
+    const auto check = [&] {
+      for (int64_t i = 0; i < outputs * element; ++i) {
+        CHECK_EQ(out[i], expected[i], "at byte ", i, " channel ", i / element % s.out_channels,
+                 " pixel ", i / element / s.out_channels);
+      }
+    };
     conv(args, parallel);
-    for (int64_t i = 0; i < outputs * element; ++i) {
-      CHECK_EQ(out[i], expected[i], "at byte ", i, " channel ", i / element % s.out_channels,
-               " pixel ", i / element / s.out_channels);
+    check();
+    if (c.epilogue.has_residual && conv_adds_in_place(*args.packed)) {
+      ConvArgs over = args;
+      std::copy(residual.begin(), residual.end(), out.begin());
+      over.residual = out.data();
+      conv(over, parallel);
+      check();
     }
   });
 }
