@@ -2,6 +2,19 @@
 
 namespace qk::seam {
 
+std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "the CPU";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  const bool same =
+      t.is_cpu() ? like.is_cpu()
+                 : t.is_cuda() && like.is_cuda() && t.get_device_index() == like.get_device_index();
+  STD_TORCH_CHECK(same, op, ": ", name, " must be on ", device_text(like),
+                  ", as the other tensors are, got ", device_text(t));
+}
+
 std::optional<int64_t> check_axis(const char* op, const Tensor& x, std::optional<int64_t> axis) {
   if (!axis.has_value()) return axis;
   const int64_t wrapped = *axis < 0 ? *axis + x.dim() : *axis;
@@ -21,6 +34,8 @@ ChannelSplit split_channels(const Tensor& x, std::optional<int64_t> axis) {
 GridView check_grid(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                     std::optional<int64_t> axis, int64_t qmin, int64_t qmax) {
   const int64_t channels = axis.has_value() ? x.size(*axis) : 1;
+  check_device(op, "scale", scale, x);
+  check_device(op, "zero_point", zero_point, x);
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32, got ",
                   dtype_text(scale.scalar_type()));
   STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Int, op,

@@ -42,6 +42,11 @@ inline std::string shape_text(const Tensor& t) {
 
 inline const char* dtype_text(ScalarType type) { return torch::headeronly::toString(type); }
 
+// "the CPU", "cuda:0".
+std::string device_text(const Tensor& t);
+// t must be where `like` is.
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like);
+
 // A per-channel grid as csrc wants it: float32 scales and int32 zero points, checked.
 struct GridView {
   Tensor scale_owner;

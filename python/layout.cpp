@@ -55,13 +55,16 @@ Tensor empty_like(const Tensor& like, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype) {
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle;
+  int32_t type = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index,
+      &handle));
   return Tensor(handle);
 }
 
@@ -77,8 +80,9 @@ std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
   return strides;
 }
 
-Tensor empty_channels_last(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return empty_strided(sizes, channels_last_strides(sizes), dtype);
+Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes,
+                           ScalarType dtype) {
+  return empty_strided(like, sizes, channels_last_strides(sizes), dtype);
 }
 
 bool is_channels_last(const Tensor& t) {
@@ -92,7 +96,7 @@ bool is_channels_last(const Tensor& t) {
 
 Tensor as_channels_last(const Tensor& t) {
   if (is_channels_last(t)) return t;
-  Tensor copy = empty_channels_last(sizes_of(t), t.scalar_type());
+  Tensor copy = empty_channels_last(t, sizes_of(t), t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -136,7 +140,7 @@ Tensor empty_broadcast(const char* op, const Tensor& a, const Tensor& b, ScalarT
   const std::vector<int64_t> shape = broadcast_shape(op, a, b);
   if (sizes_of(a) == shape) return empty_like(a, dtype);
   if (sizes_of(b) == shape) return empty_like(b, dtype);
-  return torch::stable::empty(shape, dtype);
+  return torch::stable::new_empty(a, shape, dtype);
 }
 
 FloatType check_float_type(const char* op, const char* name, const Tensor& t) {
@@ -179,7 +183,7 @@ void check_code_grid(const char* op, const char* name, ScalarType dtype, int64_t
 }
 
 void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype) {
-  STD_TORCH_CHECK(out.is_cpu(), op, ": out must be on the CPU, as x is");
+  check_device(op, "out", out, x);
   STD_TORCH_CHECK(out.scalar_type() == dtype, op, ": out must be ", dtype_text(dtype), ", got ",
                   dtype_text(out.scalar_type()));
   STD_TORCH_CHECK(sizes_of(out) == sizes_of(x), op, ": out must have shape ", shape_text(x),

@@ -14,11 +14,12 @@ namespace qk::seam {
 
 // Uninitialized, with the layout that torch.empty_like gives.
 Tensor empty_like(const Tensor& like, ScalarType dtype);
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype);
+// This and the following on the device of `like`.
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                     const std::vector<int64_t>& strides, ScalarType dtype);
 
 // [N, C, *spatial] stored as N, *spatial, C.
-Tensor empty_channels_last(const std::vector<int64_t>& sizes, ScalarType dtype);
+Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes);
 bool is_channels_last(const Tensor& t);
 // t itself if it is channels_last, else a copy that is.
@@ -53,7 +54,7 @@ void check_zero_point(const char* op, const char* name, ScalarType dtype, int64_
 // An 8-bit grid given as numbers: qmin < qmax inside the dtype, zero_point in [qmin, qmax].
 void check_code_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
                      int64_t qmin, int64_t qmax);
-// out: the shape of x, `dtype`, on the CPU, dense, and in x's layout if x is dense.
+// out: the shape of x, `dtype`, on x's device, dense, and in x's layout if x is dense.
 void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype);
 
 // The walk of an elementwise kernel over `out` and its operands (same shape or broadcast to it).

@@ -1,6 +1,4 @@
-#include "csrc/pool/pool.h"
-
-#include "python/layout.h"
+#include "python/pool.h"
 
 namespace qk::seam {
 namespace {
@@ -51,9 +49,9 @@ std::vector<int64_t> output_sizes(const Tensor& q, const PoolGeometry& g) {
 }
 
 // The window lists of a pool; torch's rule for the output size.
-PoolGeometry check_windows(const char* op, const Tensor& q, const std::vector<int64_t>& kernel_size,
-                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                           const std::vector<int64_t>& dilation, bool ceil_mode) {
+PoolGeometry check_windows(const char* op, const Tensor& q, const PoolLists& lists,
+                           const std::vector<int64_t>& dilation) {
+  const auto& [kernel_size, stride, padding, ceil_mode] = lists;
   const int64_t spatial = check_input(op, q);
   const std::vector<int64_t> kernel = check_list(op, "kernel_size", kernel_size, spatial, 1);
   const std::vector<int64_t> step =
@@ -86,71 +84,59 @@ PoolGeometry check_windows(const char* op, const Tensor& q, const std::vector<in
   return g;
 }
 
-Tensor max_pool(const Tensor& q, const std::vector<int64_t>& kernel_size,
-                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                const std::vector<int64_t>& dilation, bool ceil_mode) {
-  const PoolGeometry g =
-      check_windows("max_pool", q, kernel_size, stride, padding, dilation, ceil_mode);
-  const Tensor input = as_channels_last(q);
-  Tensor out = empty_channels_last(output_sizes(q, g), q.scalar_type());
-  qk::max_pool({.q = static_cast<const uint8_t*>(input.const_data_ptr()),
-                .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
-                .is_signed = q.scalar_type() == ScalarType::Char,
-                .geometry = g},
-               torch_threads());
-  return out;
+PoolCall<AvgPoolArgs> check_mean(const char* op, const Tensor& q, const PoolGeometry& g,
+                                 bool count_include_pad, int64_t divisor,
+                                 const MeanNumbers& numbers) {
+  const bool out_signed = check_code_type(op, "dtype", numbers.dtype);
+  check_zero_point(op, "q_zero_point", q.scalar_type(), numbers.q_zero_point);
+  check_code_grid(op, "zero_point", numbers.dtype, numbers.zero_point, numbers.qmin, numbers.qmax);
+  PoolCall<AvgPoolArgs> call{
+      as_channels_last(q), empty_channels_last(q, output_sizes(q, g), numbers.dtype), {}};
+  call.args = {.q = static_cast<const uint8_t*>(call.input.const_data_ptr()),
+               .out = static_cast<uint8_t*>(call.out.mutable_data_ptr()),
+               .q_signed = q.scalar_type() == ScalarType::Char,
+               .out_signed = out_signed,
+               .geometry = g,
+               .count_include_pad = count_include_pad,
+               .divisor = divisor,
+               .scale_ratio = check_scale(op, "q_scale", numbers.q_scale) /
+                              check_scale(op, "scale", numbers.scale),
+               .q_zero_point = static_cast<int32_t>(numbers.q_zero_point),
+               .out_zero_point = static_cast<int32_t>(numbers.zero_point),
+               .qmin = static_cast<int32_t>(numbers.qmin),
+               .qmax = static_cast<int32_t>(numbers.qmax)};
+  return call;
 }
 
-struct Requantization {
-  double q_scale;
-  int64_t q_zero_point;
-  double scale;
-  int64_t zero_point, qmin, qmax;
-  ScalarType dtype;
-};
+}  // namespace
 
-Tensor mean_windows(const char* op, const Tensor& q, const PoolGeometry& g, bool count_include_pad,
-                    int64_t divisor, const Requantization& grid) {
-  const bool out_signed = check_code_type(op, "dtype", grid.dtype);
-  check_zero_point(op, "q_zero_point", q.scalar_type(), grid.q_zero_point);
-  check_code_grid(op, "zero_point", grid.dtype, grid.zero_point, grid.qmin, grid.qmax);
-  const Tensor input = as_channels_last(q);
-  Tensor out = empty_channels_last(output_sizes(q, g), grid.dtype);
-  qk::avg_pool({.q = static_cast<const uint8_t*>(input.const_data_ptr()),
-                .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
-                .q_signed = q.scalar_type() == ScalarType::Char,
-                .out_signed = out_signed,
-                .geometry = g,
-                .count_include_pad = count_include_pad,
-                .divisor = divisor,
-                .scale_ratio =
-                    check_scale(op, "q_scale", grid.q_scale) / check_scale(op, "scale", grid.scale),
-                .q_zero_point = static_cast<int32_t>(grid.q_zero_point),
-                .out_zero_point = static_cast<int32_t>(grid.zero_point),
-                .qmin = static_cast<int32_t>(grid.qmin),
-                .qmax = static_cast<int32_t>(grid.qmax)},
-               torch_threads());
-  return out;
+PoolCall<MaxPoolArgs> check_max_pool(const Tensor& q, const PoolLists& lists,
+                                     const std::vector<int64_t>& dilation) {
+  const PoolGeometry g = check_windows("max_pool", q, lists, dilation);
+  PoolCall<MaxPoolArgs> call{
+      as_channels_last(q), empty_channels_last(q, output_sizes(q, g), q.scalar_type()), {}};
+  call.args = {.q = static_cast<const uint8_t*>(call.input.const_data_ptr()),
+               .out = static_cast<uint8_t*>(call.out.mutable_data_ptr()),
+               .is_signed = q.scalar_type() == ScalarType::Char,
+               .geometry = g};
+  return call;
 }
 
-Tensor avg_pool(const Tensor& q, const std::vector<int64_t>& kernel_size,
-                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override,
-                double q_scale, int64_t q_zero_point, double scale, int64_t zero_point,
-                int64_t qmin, int64_t qmax, ScalarType dtype) {
+PoolCall<AvgPoolArgs> check_avg_pool(const Tensor& q, const PoolLists& lists,
+                                     bool count_include_pad,
+                                     std::optional<int64_t> divisor_override,
+                                     const MeanNumbers& numbers) {
   STD_TORCH_CHECK(
       !divisor_override.has_value() || (*divisor_override > 0 && *divisor_override <= INT32_MAX),
       "avg_pool: divisor_override must be positive, got ", divisor_override.value_or(0));
-  const std::vector<int64_t> dilation(kernel_size.size(), 1);
-  const PoolGeometry g =
-      check_windows("avg_pool", q, kernel_size, stride, padding, dilation, ceil_mode);
-  return mean_windows("avg_pool", q, g, count_include_pad, divisor_override.value_or(0),
-                      {q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype});
+  const std::vector<int64_t> dilation(lists.kernel_size.size(), 1);
+  const PoolGeometry g = check_windows("avg_pool", q, lists, dilation);
+  return check_mean("avg_pool", q, g, count_include_pad, divisor_override.value_or(0), numbers);
 }
 
-Tensor adaptive_avg_pool(const Tensor& q, const std::vector<int64_t>& output_size, double q_scale,
-                         int64_t q_zero_point, double scale, int64_t zero_point, int64_t qmin,
-                         int64_t qmax, ScalarType dtype) {
+PoolCall<AvgPoolArgs> check_adaptive_avg_pool(const Tensor& q,
+                                              const std::vector<int64_t>& output_size,
+                                              const MeanNumbers& numbers) {
   const int64_t spatial = check_input("adaptive_avg_pool", q);
   check_list("adaptive_avg_pool", "output_size", output_size, spatial, 1);
   PoolGeometry g = geometry_of(q);
@@ -163,8 +149,38 @@ Tensor adaptive_avg_pool(const Tensor& q, const std::vector<int64_t>& output_siz
     STD_TORCH_CHECK(window <= kMaxPoolWindow, "adaptive_avg_pool: a window must have at most ",
                     kMaxPoolWindow, " elements");
   }
-  return mean_windows("adaptive_avg_pool", q, g, false, 0,
-                      {q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype});
+  return check_mean("adaptive_avg_pool", q, g, false, 0, numbers);
+}
+
+namespace {
+
+Tensor max_pool(const Tensor& q, const std::vector<int64_t>& kernel_size,
+                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                const std::vector<int64_t>& dilation, bool ceil_mode) {
+  const auto call = check_max_pool(q, {kernel_size, stride, padding, ceil_mode}, dilation);
+  qk::max_pool(call.args, torch_threads());
+  return call.out;
+}
+
+Tensor avg_pool(const Tensor& q, const std::vector<int64_t>& kernel_size,
+                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override,
+                double q_scale, int64_t q_zero_point, double scale, int64_t zero_point,
+                int64_t qmin, int64_t qmax, ScalarType dtype) {
+  const auto call = check_avg_pool(q, {kernel_size, stride, padding, ceil_mode}, count_include_pad,
+                                   divisor_override,
+                                   {q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype});
+  qk::avg_pool(call.args, torch_threads());
+  return call.out;
+}
+
+Tensor adaptive_avg_pool(const Tensor& q, const std::vector<int64_t>& output_size, double q_scale,
+                         int64_t q_zero_point, double scale, int64_t zero_point, int64_t qmin,
+                         int64_t qmax, ScalarType dtype) {
+  const auto call = check_adaptive_avg_pool(
+      q, output_size, {q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype});
+  qk::avg_pool(call.args, torch_threads());
+  return call.out;
 }
 
 }  // namespace

@@ -88,7 +88,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
 
   // Linear and convolution: *_pack makes an opaque uint8 tensor for the active ISA that holds the
   // weight, all grids and the epilogue; the run op takes it. epilogue: see
-  // qkernels/ops/epilogue.py.
+  // qkernels/ops/epilogue.py. geometry: for CUDA, where reading the packed bytes would wait for the
+  // device; qkernels/ops/conv.py's conv_geometry().
   m.def(
       "linear_pack(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
       "float input_scale, "
@@ -107,7 +108,7 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "-> Tensor");
   m.def(
       "conv(Tensor input, Tensor packed, Tensor? residual, int out_channels, int[] output_size, "
-      "ScalarType output_dtype) -> Tensor");
+      "ScalarType output_dtype, int[] geometry=[]) -> Tensor");
 
   // Binary networks: signs with a gradient, packed signs (int64 words) and their products.
   m.def("binary_sign(Tensor x, bool is_weight) -> Tensor");

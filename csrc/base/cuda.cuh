@@ -21,6 +21,12 @@ namespace qk::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// kCount elements that are loaded and stored by one instruction: at most 16 bytes.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T v[kCount];
+};
+
 #if defined(__CUDACC__)
 
 // The address of the kernel's dynamic shared memory, aligned to 128 bytes.
@@ -119,8 +125,15 @@ QK_DEVICE int32_t dot4(int32_t sum, uint32_t a, uint32_t b) {
 
 // Of data that nobody writes during the launch.
 QK_DEVICE uint4 load_16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
-// Of data that this thread may write later: an operation in place.
-QK_DEVICE uint4 load_16_in_place(const void* from) { return *static_cast<const uint4*>(from); }
+// The kCount elements at `from`, which is aligned to all of them.
+template <int kCount, typename T>
+QK_DEVICE Vector<T, kCount> load_vector(const T* from) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+template <typename T, int kCount>
+QK_DEVICE void store_vector(T* to, const Vector<T, kCount>& v) {
+  *reinterpret_cast<Vector<T, kCount>*>(to) = v;
+}
 // Past L1: for data that is read once.
 QK_DEVICE uint4 load_16_once(const void* from) {
   uint4 v;
@@ -191,7 +204,14 @@ int32_t dot4(int32_t sum, uint32_t a, uint32_t b) {
   return static_cast<int32_t>(r);
 }
 inline uint4 load_16(const void* from) { return simt::global_load<uint4>(from); }
-inline uint4 load_16_in_place(const void* from) { return simt::global_load<uint4>(from); }
+template <int kCount, typename T>
+Vector<T, kCount> load_vector(const T* from) {
+  return simt::global_load<Vector<T, kCount> >(from);
+}
+template <typename T, int kCount>
+void store_vector(T* to, const Vector<T, kCount>& v) {
+  simt::global_store(to, v);
+}
 inline uint4 load_16_once(const void* from) { return simt::global_load<uint4>(from); }
 inline uint4 load_16_shared_by_blocks(const void* from) { return simt::global_load<uint4>(from); }
 inline void store_16(void* to, uint4 v) { simt::global_store(to, v); }

@@ -28,6 +28,11 @@ namespace qk {
 inline constexpr int64_t kMaxKU8S8 = 65793;   // (2^31 - 1) / (255 * 128)
 inline constexpr int64_t kMaxKS8S8 = 131071;  // (2^31 - 1) / (128 * 128)
 
+// The value of an 8-bit code.
+QK_HD int32_t byte_value(uint8_t byte, bool is_signed) {
+  return is_signed ? static_cast<int8_t>(byte) : byte;
+}
+
 QK_HD float round_nearest_even(float x) {
 #if defined(__CUDA_ARCH__)
   return rintf(x);

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "csrc/base/numerics.h"
 #include "csrc/base/status.h"
 
 namespace qk {
@@ -85,7 +86,8 @@ bool phases_cover_output(const ConvShape& shape);
 
 // The input index that padded position `p` of a dimension of size `in` reads; -1: the zero point.
 // Reflect needs |overhang| < in, circular |overhang| <= in; check_conv_extent checks both.
-inline int64_t source_index(PaddingMode mode, int64_t p, int64_t in) {
+template <typename Int>
+QK_HD Int source_index(PaddingMode mode, Int p, Int in) {
   if (p >= 0 && p < in) return p;
   switch (mode) {
     case PaddingMode::kReflect:

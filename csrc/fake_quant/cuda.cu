@@ -1,89 +1,99 @@
-#include "csrc/base/cuda.cuh"
-#include "csrc/base/dtype.h"
 #include "csrc/fake_quant/cuda.h"
+
+#include "csrc/quantize/cuda_grid.cuh"
 
 namespace qk {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kPerThread = 4;
+template <typename T>
+struct FakeQuant {
+  static constexpr int kPerThread = 16 / sizeof(T);
+  const T* x;
+  T* y;
+  int32_t qmin, qmax;
+  DenseGrid grid;
 
-// The grid of the element at hand, reloaded only where a run of `inner` elements ends.
-template <typename Index>
-class Grid {
- public:
-  __device__ Grid(const FakeQuantCudaArgs& args, Index element)
-      : args_(args),
-        channels_(static_cast<Index>(args.channels)),
-        inner_(static_cast<Index>(args.inner)),
-        channel_(element / inner_ % channels_),
-        within_(element % inner_) {
-    load();
-  }
+  bool aligned() const { return cuda::is_aligned(x, 16) && cuda::is_aligned(y, 16); }
 
-  // fake_quant of this element; moves on to the next.
-  __device__ float apply(float x) {
-    const float y = fake_quant(x, scale_, inv_scale_, zero_point_, args_.qmin, args_.qmax);
-    if (++within_ == inner_) {
-      within_ = 0;
-      if (++channel_ == channels_) channel_ = 0;
-      load();
+  template <int kCount, typename Index>
+  QK_DEVICE void run(Index first) const {
+    auto v = cuda::load_vector<kCount>(x + first);
+    cuda::GridCursor<Index> at(grid, first);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, at.next()) {
+      from_float(fake_quant(to_float(v.v[i]), at.scale, at.inv_scale, at.zero_point, qmin, qmax),
+                 &v.v[i]);
     }
-    return y;
+    cuda::store_vector(y + first, v);
   }
-
- private:
-  __device__ void load() {
-    scale_ = args_.scale[channel_];
-    inv_scale_ = 1.0f / scale_;
-    zero_point_ = args_.zero_point[channel_];
-  }
-
-  const FakeQuantCudaArgs& args_;
-  const Index channels_, inner_;
-  Index channel_, within_;
-  float scale_, inv_scale_;
-  int32_t zero_point_;
 };
 
-// Index is 32-bit where the tensor allows it: 64-bit division is slow on a GPU.
-template <typename Index, bool kVector>
-__global__ void __launch_bounds__(kThreads)
-    fake_quant_kernel(const __grid_constant__ FakeQuantCudaArgs args, Index size) {
-  const Index first = (static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
-  if (first >= size) return;
-  Grid<Index> grid(args, first);
-  if (kVector && size - first >= kPerThread) {
-    uint4 v = cuda::load_16_in_place(args.x + first);
-    v.x = float_bits(grid.apply(bits_float(v.x)));
-    v.y = float_bits(grid.apply(bits_float(v.y)));
-    v.z = float_bits(grid.apply(bits_float(v.z)));
-    v.w = float_bits(grid.apply(bits_float(v.w)));
-    cuda::store_16(args.y + first, v);
-    return;
+template <typename T>
+struct FakeQuantBackward {
+  static constexpr int kPerThread = 16 / sizeof(T);
+  const T* grad;
+  const T* x;
+  T* out;
+  int32_t qmin, qmax;
+  DenseGrid grid;
+
+  bool aligned() const {
+    return cuda::is_aligned(grad, 16) && cuda::is_aligned(x, 16) && cuda::is_aligned(out, 16);
   }
-  for (Index i = first; i < size && i - first < kPerThread; ++i) args.y[i] = grid.apply(args.x[i]);
+
+  template <int kCount, typename Index>
+  QK_DEVICE void run(Index first) const {
+    auto g = cuda::load_vector<kCount>(grad + first);
+    const auto v = cuda::load_vector<kCount>(x + first);
+    cuda::GridCursor<Index> at(grid, first);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, at.next()) {
+      const float scaled = to_float(v.v[i]) * at.inv_scale;
+      if (!fake_quant_passes(scaled, at.zero_point, qmin, qmax)) g.v[i] = T{};
+    }
+    cuda::store_vector(out + first, g);
+  }
+};
+
+template <typename T>
+cudaError_t forward(const FakeQuantCudaArgs& a, cudaStream_t stream) {
+  return cuda::launch_elementwise(
+      FakeQuant<T>{static_cast<const T*>(a.x), static_cast<T*>(a.y), a.qmin, a.qmax, a.grid},
+      a.grid.size, stream);
 }
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-template <typename Index>
-cudaError_t launch(const FakeQuantCudaArgs& args, Index size, cudaStream_t stream) {
-  constexpr Index kPerBlock = kThreads * kPerThread;
-  const Index blocks = (size - 1) / kPerBlock + 1;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  const auto kernel = is_aligned(args.x) && is_aligned(args.y) ? fake_quant_kernel<Index, true>
-                                                               : fake_quant_kernel<Index, false>;
-  return cuda::launch(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, args, size);
+template <typename T>
+cudaError_t backward(const FakeQuantBackwardCudaArgs& a, cudaStream_t stream) {
+  return cuda::launch_elementwise(
+      FakeQuantBackward<T>{static_cast<const T*>(a.grad), static_cast<const T*>(a.x),
+                           static_cast<T*>(a.out), a.qmin, a.qmax, a.grid},
+      a.grid.size, stream);
 }
 
 }  // namespace
 
 cudaError_t fake_quant_cuda(const FakeQuantCudaArgs& args, cudaStream_t stream) {
-  const int64_t size = args.outer * args.channels * args.inner;
-  if (size == 0) return cudaSuccess;
-  if (size < (int64_t{1} << 31)) return launch<uint32_t>(args, static_cast<uint32_t>(size), stream);
-  return launch<uint64_t>(args, static_cast<uint64_t>(size), stream);
+  switch (args.type) {
+    case FloatType::kFloat32:
+      return forward<float>(args, stream);
+    case FloatType::kBFloat16:
+      return forward<BFloat16>(args, stream);
+    case FloatType::kFloat16:
+      break;
+  }
+  return forward<Float16>(args, stream);
+}
+
+cudaError_t fake_quant_backward_cuda(const FakeQuantBackwardCudaArgs& args, cudaStream_t stream) {
+  switch (args.type) {
+    case FloatType::kFloat32:
+      return backward<float>(args, stream);
+    case FloatType::kBFloat16:
+      return backward<BFloat16>(args, stream);
+    case FloatType::kFloat16:
+      break;
+  }
+  return backward<Float16>(args, stream);
 }
 
 }  // namespace qk

@@ -1,31 +1,41 @@
-// fake_quant on a CUDA device: the formula and the bits of fake_quant.h, for float32.
+// fake_quant and its backward on a CUDA device: the formulas and the bits of fake_quant.h and of
+// fake_quant_backward/backward.h, for float32, bfloat16 and float16.
 //
-// Layout: x and y are dense [outer, channels, inner]; channels == 1 is the per-tensor case.
-// Memory: every pointer, scale and zero_point too, is device memory of the caller; y may alias x
-// exactly, not partly. The launch is asynchronous on `stream`, never synchronizes and allocates
-// nothing, so it can be captured in a CUDA graph.
-// Numbers: the same bits as on the CPU; 1.0f / scale is IEEE division on the device too.
-// Trick: one thread owns 16 bytes (4 elements) and divides once to find its channel, then counts.
+// Layout: every tensor is dense and in one memory layout (quantize/grid.h, DenseGrid).
+// Memory: every pointer, scales and zero points too, is device memory of the caller; y may alias x
+// and out may alias grad, exactly, not partly. Launches are asynchronous on `stream`, never
+// synchronize and allocate nothing: a CUDA graph can capture them.
+// Numbers: the bits of the CPU; 1.0f / scale is IEEE division on the device too.
+// Trick: a thread moves 16 bytes a tensor; the backward recomputes where the gradient passes.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
+#include "csrc/base/dtype.h"
+#include "csrc/quantize/grid.h"
 
 namespace qk {
 
 struct FakeQuantCudaArgs {
-  const float* x;
-  float* y;
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-  const float* scale;         // [channels]
-  const int32_t* zero_point;  // [channels]
+  const void* x;
+  void* y;
+  FloatType type;
   int32_t qmin;
   int32_t qmax;
+  DenseGrid grid;
+};
+
+struct FakeQuantBackwardCudaArgs {
+  const void* grad;
+  const void* x;
+  void* out;
+  FloatType type;
+  int32_t qmin;
+  int32_t qmax;
+  DenseGrid grid;
 };
 
 cudaError_t fake_quant_cuda(const FakeQuantCudaArgs& args, cudaStream_t stream);
+cudaError_t fake_quant_backward_cuda(const FakeQuantBackwardCudaArgs& args, cudaStream_t stream);
 
 }  // namespace qk

@@ -22,7 +22,8 @@ inline constexpr int kCudaGemvRows = 8;
 
 // What every kernel of the GEMM takes by value; filled in from the packed bytes and the plan.
 struct IgemmCudaArgs {
-  int64_t m, n, k;  // k: bytes of a packed row
+  int64_t m, n, k;        // k: bytes of a packed row
+  int64_t group_columns;  // of n; block z computes group z
   const int8_t* weight;
   const int32_t* init;
   const int32_t* zero_point;
@@ -36,7 +37,7 @@ struct IgemmCudaArgs {
   int64_t residual_row_bytes;
   bool residual_signed;
   bool vector_out;  // out and residual can be reached 16 bytes at a time
-  int tiles_m, tiles_n, splits;
+  int tiles_m, tiles_n, groups, splits;
   uint8_t* slices;
   unsigned* arrived;
 };
@@ -57,6 +58,22 @@ cudaError_t launch_linear_s8(const IgemmCudaArgs& args, const RowSource& source,
                              cudaStream_t stream);
 
 }  // namespace cuda
+
+// A GEMM over packed bytes, in `groups` groups of n / groups columns. out is dense [.., n].
+struct IgemmCudaCall {
+  const uint8_t* packed;
+  CudaPackedLayout layout;
+  CudaPackedFacts facts;
+  int64_t m, n, groups;
+  void* out;
+  const uint8_t* residual;
+  int64_t residual_row_stride;
+  bool residual_signed;
+  void* workspace;
+};
+IgemmCudaArgs igemm_cuda_args(const IgemmCudaCall& call, const CudaGemmPlan& plan);
+// Before a launch with a split of K.
+cudaError_t clear_arrivals(const IgemmCudaArgs& args, cudaStream_t stream);
 
 struct LinearCudaArgs {
   const void* packed;  // device

@@ -13,22 +13,12 @@
 
 namespace qk::cuda {
 
-// `count` bytes from anywhere, zeros behind them.
-QK_DEVICE uint4 gather_16(const uint8_t* from, int count) {
-  uint32_t word[4] = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i < count) word[i / 4] |= uint32_t{from[i]} << (i % 4 * 8);
-  }
-  return {word[0], word[1], word[2], word[3]};
-}
-
 // Rows of A that are aligned to 16 bytes.
 template <class T>
 class AlignedRows {
  public:
   using Args = RowSource;
-  QK_DEVICE AlignedRows(const Args& args, int64_t first_row, int64_t rows)
+  QK_DEVICE AlignedRows(const Args& args, int64_t first_row, int64_t rows, int)
       : copies_(args.input, args.row_stride, args.depth, first_row, rows) {}
   QK_DEVICE void copy(uint32_t stage, int step) const { copies_.copy(stage, step); }
   QK_DEVICE int64_t output_row(int64_t m) const { return m; }
@@ -43,7 +33,7 @@ template <class T>
 class AnyRows {
  public:
   using Args = RowSource;
-  QK_DEVICE AnyRows(const Args& args, int64_t first_row, int64_t rows)
+  QK_DEVICE AnyRows(const Args& args, int64_t first_row, int64_t rows, int)
       : args_(args), first_row_(first_row), rows_(rows) {}
   QK_DEVICE void copy(uint32_t stage, int step) const {
     const uint32_t chunk = threadIdx.x % T::kChunks;

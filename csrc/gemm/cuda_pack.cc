@@ -66,9 +66,7 @@ Status pack_igemm_cuda(const PackSource& source, void* dst) {
   return Status::kOk;
 }
 
-Status read_cuda_facts(int64_t bytes, int64_t n, int64_t taps, int64_t depth,
-                       CudaPackedFacts* facts) {
-  const int64_t code = bytes - cuda_packed_layout(n, taps, depth).bytes;
+Status facts_of_code(int64_t code, CudaPackedFacts* facts) {
   if (code < 0 || code >= kPackedAlign || (code & 7) > static_cast<int64_t>(OutputType::kBF16)) {
     return Status::kBadShape;
   }
@@ -77,6 +75,11 @@ Status read_cuda_facts(int64_t bytes, int64_t n, int64_t taps, int64_t depth,
             .weight_zero_points = (code >> 4 & 1) != 0,
             .residual = (code >> 5 & 1) != 0};
   return Status::kOk;
+}
+
+Status read_cuda_facts(int64_t bytes, int64_t n, int64_t taps, int64_t depth,
+                       CudaPackedFacts* facts) {
+  return facts_of_code(bytes - cuda_packed_layout(n, taps, depth).bytes, facts);
 }
 
 }  // namespace qk

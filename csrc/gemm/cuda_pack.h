@@ -43,6 +43,8 @@ CudaPackedFacts cuda_packed_facts(const PackSource& source);
 int64_t packed_cuda_bytes(int64_t n, int64_t taps, int64_t depth, const CudaPackedFacts& facts);
 // kKTooLarge and kBadScale as pack_igemm.
 Status pack_igemm_cuda(const PackSource& source, void* dst);
+// kBadShape if no facts have this code.
+Status facts_of_code(int64_t code, CudaPackedFacts* facts);
 // kBadShape if `bytes` is not the length of a block of these sizes.
 Status read_cuda_facts(int64_t bytes, int64_t n, int64_t taps, int64_t depth,
                        CudaPackedFacts* facts);

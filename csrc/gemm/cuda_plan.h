@@ -74,11 +74,15 @@ inline CudaGemmPlan cost_of(int index, int splits, int64_t m, int64_t n, int64_t
 
 }  // namespace detail
 
+// Sets of tiles that a kernel exists for: bit i is tile i.
+inline constexpr unsigned kAllCudaTiles = (1u << kCudaTileCount) - 1;
+inline constexpr unsigned kGeneralCudaTiles = 1u << kCudaGeneralTile;
+
 inline CudaGemmPlan plan_cuda_gemm(int64_t m, int64_t n, int64_t k, int64_t groups,
-                                   const CudaMachine& machine, bool general) {
+                                   const CudaMachine& machine, unsigned tiles) {
   CudaGemmPlan best;
   for (int tile = 0; tile < kCudaTileCount; ++tile) {
-    if (general && tile != kCudaGeneralTile) continue;
+    if ((tiles >> tile & 1) == 0) continue;
     if (kCudaTiles[tile].shared_bytes() > machine.shared_per_block) continue;
     const int64_t steps = detail::divide_up(k, kCudaTiles[tile].depth);
     for (int splits = 1; splits <= 16 && splits <= steps / 4 + 1; ++splits) {

@@ -43,6 +43,16 @@ QK_DEVICE int clamp_count(int64_t left) {
   return left <= 0 ? 0 : left >= kCudaChunk ? static_cast<int>(kCudaChunk) : static_cast<int>(left);
 }
 
+// `count` bytes from anywhere, zeros behind them.
+QK_DEVICE uint4 gather_16(const uint8_t* from, int count) {
+  uint32_t word[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < count) word[i / 4] |= uint32_t{from[i]} << (i % 4 * 8);
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+
 // Copies a thread's chunks of kCount rows of a matrix, `row_bytes` apart and aligned to 16.
 template <class T, int kCount>
 class RowCopies {
@@ -82,9 +92,17 @@ class RowCopies {
 // The place of a block in the grid: along M in groups of 8, so that blocks that run together share
 // rows of W in L2.
 struct Place {
-  int64_t row, column;
-  int tile, split;
+  int32_t row, column;  // rows and columns are fewer than 2^31
+  int split;
 };
+
+// Computed where they are needed: registers are short in the loop.
+QK_DEVICE int64_t end_column(const IgemmCudaArgs& args) {
+  return (int64_t{blockIdx.z} + 1) * args.group_columns;
+}
+QK_DEVICE int64_t tile_number(const IgemmCudaArgs& args) {
+  return int64_t{blockIdx.z} * args.tiles_m * args.tiles_n + blockIdx.x;
+}
 
 template <class T>
 QK_DEVICE Place place_of(const IgemmCudaArgs& args) {
@@ -92,8 +110,10 @@ QK_DEVICE Place place_of(const IgemmCudaArgs& args) {
   const int tile = static_cast<int>(blockIdx.x);
   const int group = tile / (kGroup * args.tiles_n), within = tile % (kGroup * args.tiles_n);
   const int rest = args.tiles_m - group * kGroup, height = rest < kGroup ? rest : kGroup;
-  return {int64_t{group * kGroup + within % height} * T::kRows,
-          int64_t{within / height} * T::kColumns, tile, static_cast<int>(blockIdx.y)};
+  return {(group * kGroup + within % height) * T::kRows,
+          static_cast<int32_t>(blockIdx.z * static_cast<uint32_t>(args.group_columns)) +
+              within / height * T::kColumns,
+          static_cast<int>(blockIdx.y)};
 }
 
 template <class T>
@@ -168,7 +188,7 @@ QK_DEVICE void subtract_row_sums(const IgemmCudaArgs& args, const WarpPlace<T>& 
 template <class T>
 QK_DEVICE bool combine_splits(const IgemmCudaArgs& args, const Place& place, Sums<T>* sums) {
   if (args.splits == 1) return true;
-  uint8_t* tile = args.slices + int64_t{place.tile} * args.splits * T::kRows * T::kColumns * 4;
+  uint8_t* tile = args.slices + tile_number(args) * args.splits * T::kRows * T::kColumns * 4;
   const auto slice_of = [tile](int split, int part) {
     return tile + (int64_t{split} * T::kSums / 4 + part) * T::kThreads * 16 + threadIdx.x * 16;
   };
@@ -185,7 +205,7 @@ QK_DEVICE bool combine_splits(const IgemmCudaArgs& args, const Place& place, Sum
   __threadfence();
   __syncthreads();
   const uint32_t ticket = shared_memory();
-  if (threadIdx.x == 0) shared_store_u32(ticket, atomicAdd(args.arrived + place.tile, 1u));
+  if (threadIdx.x == 0) shared_store_u32(ticket, atomicAdd(args.arrived + tile_number(args), 1u));
   __syncthreads();
   const bool last = shared_load_u32(ticket) == static_cast<uint32_t>(args.splits - 1);
   __syncthreads();
@@ -273,13 +293,13 @@ QK_DEVICE void store_patch(const IgemmCudaArgs& args, const Rows& rows, uint32_t
 #pragma unroll 1
   for (int i = static_cast<int>(lane); i < 16 * kChunks; i += kWarpSize) {
     const int64_t m = first_row + i / kChunks, n = first_column + i % kChunks * kPerChunk;
-    if (m >= args.m || n >= args.n) continue;
+    if (m >= args.m || n >= end_column(args)) continue;
     const uint32_t from = patch + i / kChunks * P::kRowBytes + i % kChunks * 16;
     const int64_t row = rows.output_row(m);
     auto* to = static_cast<uint8_t*>(args.out) + row * args.out_row_bytes + n * kBytes;
     const uint8_t* residual =
         kBytes == 1 && args.residual ? args.residual + row * args.residual_row_bytes + n : nullptr;
-    if (args.vector_out && args.n - n >= kPerChunk) {
+    if (args.vector_out && end_column(args) - n >= kPerChunk) {
       uint4 v = shared_load_u128(from);
       if (residual) {
         const uint4 r = load_16(residual);
@@ -292,7 +312,8 @@ QK_DEVICE void store_patch(const IgemmCudaArgs& args, const Rows& rows, uint32_t
       store_16(to, v);
       continue;
     }
-    const int left = args.n - n < kPerChunk ? static_cast<int>(args.n - n) : kPerChunk;
+    const int left =
+        end_column(args) - n < kPerChunk ? static_cast<int>(end_column(args) - n) : kPerChunk;
 #pragma unroll 1
     for (int e = 0; e < left; ++e) {
       if (kBytes == 1) {
@@ -338,8 +359,9 @@ QK_DEVICE void store_sums(const IgemmCudaArgs& args, const Rows& rows, const War
 // ---- the kernel
 // ----------------------------------------------------------------------------------
 
-// A Loader is made from (its Args, first row, rows) and has copy(stage, step), which starts or
-// makes the copies of this thread's chunks of A, and output_row(m).
+// A Loader is made from (its Args, first row, rows, first step) and has copy(stage, step), which
+// starts or makes the copies of this thread's chunks of A, for one step after the other, and
+// output_row(m).
 template <class T, class Loader, bool kSigned, bool kRowSums>
 __global__ void __launch_bounds__(T::kThreads)
     igemm_kernel(const __grid_constant__ IgemmCudaArgs args,
@@ -347,13 +369,13 @@ __global__ void __launch_bounds__(T::kThreads)
   const uint32_t ring = shared_memory();
   const Place place = place_of<T>(args);
   const WarpPlace<T> w;
-  Loader a(source, place.row, args.m);
   const RowCopies<T, T::kColumns> b(reinterpret_cast<const uint8_t*>(args.weight), args.k, args.k,
-                                    place.column, args.n);
+                                    place.column, end_column(args));
   const int total = static_cast<int>((args.k + T::kDepth - 1) / T::kDepth);
   const int share = (total + args.splits - 1) / args.splits;
   const int first = place.split * share;
   const int last = first + share < total ? first + share : total;
+  Loader a(source, place.row, args.m, first);
 
   const auto start = [&](int step) {
     if (step < last) {

@@ -46,10 +46,6 @@ struct Epilogue {
   QK_HD bool is_signed() const { return output == OutputType::kS8; }
 };
 
-QK_HD int32_t byte_value(uint8_t byte, bool is_signed) {
-  return is_signed ? static_cast<int8_t>(byte) : byte;
-}
-
 QK_HD uint8_t residual_add(const ResidualAdd& add, int32_t q, int32_t r) {
   return static_cast<uint8_t>(add_codes(q, add.scale, add.offset, r, add.residual_scale,
                                         add.residual_offset, add.inv_scale, add.zero_point,

@@ -6,29 +6,6 @@ namespace {
 // Channels of one task: wide enough for long loads, narrow enough to share one large window.
 constexpr int64_t kChannelBlock = 256;
 
-// Window i of one dimension.
-struct Span {
-  int64_t first;   // first tap inside of the input
-  int64_t taps;    // taps inside of the input
-  int64_t padded;  // elements of the window inside of the padded input
-};
-
-Span window_span(const PoolGeometry& g, int dim, int64_t i) {
-  const int64_t size = g.in[dim];
-  if (g.adaptive) {
-    const int64_t first = i * size / g.out[dim];
-    const int64_t end = ((i + 1) * size + g.out[dim] - 1) / g.out[dim];
-    return {first, end - first, end - first};
-  }
-  const int64_t dilation = g.dilation[dim], start = i * g.stride[dim] - g.padding[dim];
-  const int64_t skipped = start < 0 ? (-start + dilation - 1) / dilation : 0;
-  const int64_t fits = start < size ? (size - 1 - start) / dilation + 1 : 0;
-  const int64_t last = fits < g.kernel[dim] ? fits : g.kernel[dim];
-  const int64_t padded_size = size + g.padding[dim] - start;
-  return {start + skipped * dilation, last > skipped ? last - skipped : 0,
-          padded_size < g.kernel[dim] ? padded_size : g.kernel[dim]};
-}
-
 // Calls f(window, padded elements) for every output element and channel block.
 template <typename F>
 void for_each_window(const uint8_t* q, uint8_t* out, const PoolGeometry& g,
@@ -40,7 +17,7 @@ void for_each_window(const uint8_t* q, uint8_t* out, const PoolGeometry& g,
   const int64_t work_ns = (g.batch * volume + points * g.channels) / 8;
   parallel.for_each_range(points * blocks, work_ns, [&](int64_t begin, int64_t end) {
     int64_t spans_of = -1;  // the output row whose depth and height spans are known
-    Span depth{}, height{};
+    PoolSpan depth{}, height{};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t point = task / blocks, c = (task % blocks) * kChannelBlock;
       const int64_t ow = point % g.out[2], output_row = point / g.out[2];
@@ -50,7 +27,7 @@ void for_each_window(const uint8_t* q, uint8_t* out, const PoolGeometry& g,
         height = window_span(g, 1, oh);
         spans_of = output_row;
       }
-      const Span width = window_span(g, 2, ow);
+      const PoolSpan width = window_span(g, 2, ow);
       const int64_t n = output_row / g.out[1] / g.out[0];
       const PoolWindow window{
           .base = q + n * volume + depth.first * plane + height.first * row +
@@ -99,13 +76,10 @@ void avg_pool(const AvgPoolArgs& args, const Parallel& parallel) {
   for_each_window(args.q, args.out, args.geometry, parallel,
                   [&](const PoolWindow& window, int64_t padded) {
                     const int64_t inside = window.taps[0] * window.taps[1] * window.taps[2];
-                    const int64_t divisor = args.divisor != 0        ? args.divisor
-                                            : args.count_include_pad ? padded
-                                                                     : inside;
                     kernel(window, {.q_signed = args.q_signed,
                                     .out_signed = args.out_signed,
                                     .scale_ratio = args.scale_ratio,
-                                    .divisor = static_cast<int32_t>(divisor > 0 ? divisor : 1),
+                                    .divisor = window_divisor(args, padded, inside),
                                     .q_zero_point = args.q_zero_point,
                                     .out_zero_point = args.out_zero_point,
                                     .qmin = args.qmin,

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "csrc/base/cpu.h"
+#include "csrc/base/numerics.h"
 #include "csrc/base/parallel.h"
 
 namespace qk {
@@ -32,6 +33,31 @@ struct PoolGeometry {
   bool adaptive;
   int64_t kernel[3], stride[3], padding[3], dilation[3];
 };
+
+// The part of a window of one dimension that lies in the input.
+struct PoolSpan {
+  int64_t first;   // first tap inside of the input
+  int64_t taps;    // taps inside of the input
+  int64_t padded;  // elements of the window inside of the padded input
+};
+
+// Window i of dimension `dim`, computed in integers of type Int: size * (out + 1) fits.
+template <typename Int>
+QK_HD PoolSpan window_span(const PoolGeometry& g, int dim, Int i) {
+  const Int size = static_cast<Int>(g.in[dim]), out = static_cast<Int>(g.out[dim]);
+  if (g.adaptive) {
+    const Int first = i * size / out, end = ((i + 1) * size + out - 1) / out;
+    return {first, end - first, end - first};
+  }
+  const Int dilation = static_cast<Int>(g.dilation[dim]), kernel = static_cast<Int>(g.kernel[dim]);
+  const Int padding = static_cast<Int>(g.padding[dim]);
+  const Int start = i * static_cast<Int>(g.stride[dim]) - padding;
+  const Int skipped = start < 0 ? (-start + dilation - 1) / dilation : 0;
+  const Int fits = start < size ? (size - 1 - start) / dilation + 1 : 0;
+  const Int last = fits < kernel ? fits : kernel, padded = size + padding - start;
+  return {start + skipped * dilation, last > skipped ? last - skipped : 0,
+          padded < kernel ? padded : kernel};
+}
 
 struct MaxPoolArgs {
   const uint8_t* q;
@@ -50,6 +76,14 @@ struct AvgPoolArgs {
   float scale_ratio;  // input scale / output scale
   int32_t q_zero_point, out_zero_point, qmin, qmax;
 };
+
+// What the sum over a window is divided by.
+QK_HD int32_t window_divisor(const AvgPoolArgs& args, int64_t padded, int64_t inside) {
+  const int64_t divisor = args.divisor != 0        ? args.divisor
+                          : args.count_include_pad ? padded
+                                                   : inside;
+  return static_cast<int32_t>(divisor > 0 ? divisor : 1);
+}
 
 void max_pool(const MaxPoolArgs& args, const Parallel& parallel);
 void avg_pool(const AvgPoolArgs& args, const Parallel& parallel);

@@ -16,17 +16,13 @@ QK_HD void for_each_tap(const PoolWindow& window, const F& f) {
   }
 }
 
-QK_HD int32_t code(uint8_t byte, bool is_signed) {
-  return is_signed ? static_cast<int8_t>(byte) : byte;
-}
-
 }  // namespace
 
 void max_pool_scalar(const PoolWindow& window, bool is_signed) {
   for (int64_t c = 0; c < window.channels; ++c) {
     int32_t best = is_signed ? -128 : 0;
     for_each_tap(window, [&](const uint8_t* tap) {
-      const int32_t q = code(tap[c], is_signed);
+      const int32_t q = byte_value(tap[c], is_signed);
       best = q > best ? q : best;
     });
     window.out[c] = static_cast<uint8_t>(best);
@@ -37,7 +33,7 @@ void avg_pool_scalar(const PoolWindow& window, const MeanGrid& grid) {
   const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
   for (int64_t c = 0; c < window.channels; ++c) {
     int32_t sum = -static_cast<int32_t>(taps) * grid.q_zero_point;
-    for_each_tap(window, [&](const uint8_t* tap) { sum += code(tap[c], grid.q_signed); });
+    for_each_tap(window, [&](const uint8_t* tap) { sum += byte_value(tap[c], grid.q_signed); });
     window.out[c] = static_cast<uint8_t>(
         mean_code(sum, grid.scale_ratio, grid.divisor, grid.out_zero_point, grid.qmin, grid.qmax));
   }

@@ -25,6 +25,16 @@ struct GridLayout {
   const int32_t* zero_point = nullptr;
 };
 
+// The same over tensors that are dense and in one memory layout: element i of memory has channel
+// i / inner % channels.
+struct DenseGrid {
+  const float* scale = nullptr;         // [channels]
+  const int32_t* zero_point = nullptr;  // [channels]
+  int64_t size = 0;
+  int64_t channels = 1;
+  int64_t inner = 1;  // elements of a channel that follow one another
+};
+
 // Elements of one task: its input and output stay inside L1 and L2.
 inline constexpr int64_t kGridRun = 8192;
 // Channels whose reciprocal scales are prepared at a time when the channel is innermost.

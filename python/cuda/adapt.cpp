@@ -4,6 +4,21 @@
 
 namespace qk::seam {
 
+DenseGrid dense_grid(const Tensor& out, std::optional<int64_t> axis, const GridView& grid) {
+  DenseGrid dense{grid.scale, grid.zero_point, out.numel(), 1, 1};
+  if (!axis.has_value() || out.size(*axis) <= 1 || out.numel() == 0) return dense;
+  dense.channels = out.size(*axis);
+  dense.inner = out.stride(*axis);
+  return dense;
+}
+
+Tensor in_layout_of(const Tensor& out, const Tensor& t) {
+  for (int64_t d = 0; d < out.dim(); ++d) {
+    if (out.size(d) != 1 && out.stride(d) != t.stride(d)) return copy_in_layout(t, out);
+  }
+  return t;
+}
+
 Tensor to_cpu(const Tensor& t) {
   if (t.is_cpu()) return t;
   return torch::stable::to(t, std::nullopt, std::nullopt,
@@ -48,7 +63,7 @@ bool check_residual_cuda(const char* op, const OptionalTensor& residual,
                   residual.has_value() ? "not " : "", "be given: the weight was packed with",
                   residual.has_value() ? "out" : "", " a residual in its epilogue");
   if (!residual.has_value()) return false;
-  check_same_device(op, "residual", *residual, input);
+  check_device(op, "residual", *residual, input);
   STD_TORCH_CHECK(sizes_of(*residual) == output_sizes, op,
                   ": residual must have the shape of the output, got ", shape_text(*residual));
   return check_code_type(op, "residual", residual->scalar_type());

@@ -8,6 +8,7 @@
 
 #include "csrc/gemm/cuda_pack.h"
 #include "csrc/gemm/cuda_plan.h"
+#include "csrc/quantize/grid.h"
 #include "python/epilogue.h"
 
 // libtorch_cuda.so has it, libtorch_cpu.so has not: weak, so that a wheel with CUDA kernels also
@@ -22,16 +23,24 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline cudaStream_t current_stream(const Tensor& t) { return current_stream(t.get_device_index()); }
+
+// The device of an op's first tensor, which decides where all of them must be.
+inline int32_t guarded_device(const char* op, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda(), op, ": every tensor must be on CUDA, as some are, got one on ",
+                  device_text(t));
+  return t.get_device_index();
+}
+
 inline void check_launch(const char* op, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, op,
                   ": CUDA kernel failed to start: ", cudaGetErrorString(error));
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t,
-                              const Tensor& like) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-                  " must be on the device of x, cuda:", like.get_device_index());
-}
+// The grid of a kernel that goes through `out` (dense) and tensors in its layout in memory order.
+DenseGrid dense_grid(const Tensor& out, std::optional<int64_t> axis, const GridView& grid);
+// t itself if its elements lie as those of `out`, else a copy that does.
+Tensor in_layout_of(const Tensor& out, const Tensor& t);
 
 Tensor to_cpu(const Tensor& t);
 OptionalTensor to_cpu(const OptionalTensor& t);

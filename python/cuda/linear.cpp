@@ -27,8 +27,8 @@ Tensor linear_pack(const Tensor& weight, const Tensor& weight_scale,
 Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& residual,
               int64_t out_features, ScalarType output_dtype) {
   constexpr const char* op = "linear";
-  STD_TORCH_CHECK(input.is_cuda(), op, ": input must be on CUDA, as packed is");
-  check_same_device(op, "packed", packed, input);
+  check_device(op, "packed", packed, input);
+  STD_TORCH_CHECK(input.is_cuda(), op, ": input must be on CUDA, as the other tensors are");
   const bool input_signed = check_code_type(op, "input", input.scalar_type());
   STD_TORCH_CHECK(out_features >= 0 && out_features < INT32_MAX, op,
                   ": out_features must be in [0, 2^31), got ", out_features);

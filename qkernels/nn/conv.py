@@ -11,7 +11,7 @@ from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.registry import layer
 from qkernels.errors import InvalidArgument
 from qkernels.nn.weighted import WeightedLayer, quantized_weight
-from qkernels.ops.conv import conv_output_size, conv_padding
+from qkernels.ops.conv import conv_geometry, conv_output_size, conv_padding
 from qkernels.ops.script import ScriptedConv
 
 
@@ -43,17 +43,20 @@ class QConv(WeightedLayer):
         channels = self._buffers["weight"].shape[1 if self.options["transposed"] else 0]
         if self.options["transposed"]:
             channels *= self.options["groups"]
-        return ops.conv_pack(*self._canonical(), *self._geometry()), channels, self._epilogue().dtype, {}
+        packed = ops.conv_pack(*self._canonical(), *self._geometry())
+        kernel = self._buffers["weight"].shape[2:]
+        geometry = conv_geometry(kernel, *self._geometry()) if packed.is_cuda else ()
+        return packed, channels, self._epilogue().dtype, geometry, {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check(x, "input")
         self._check_residual(residual)
-        packed, channels, dtype, sizes = self.derived()
+        packed, channels, dtype, geometry, sizes = self.derived()
         spatial = x.shape[2:]
         size = sizes.get(spatial)
         if size is None:
             size = sizes[spatial] = self._output_size(x)
-        return ops.conv(x, packed, residual, channels, size, dtype)
+        return ops.conv(x, packed, residual, channels, size, dtype, geometry)
 
     def __prepare_scriptable__(self) -> nn.Module:
         kernel, geometry, o = self._buffers["weight"].shape[2:], self._geometry(), self.options

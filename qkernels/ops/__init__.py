@@ -11,7 +11,7 @@ from qkernels.ops.binary import (
     binary_weight_pack,
     pack_signs,
 )
-from qkernels.ops.conv import conv, conv_output_size, conv_pack, conv_padding
+from qkernels.ops.conv import conv, conv_geometry, conv_output_size, conv_pack, conv_padding
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import (
@@ -51,6 +51,7 @@ __all__ = [
     "binary_weight_pack",
     "cat",
     "conv",
+    "conv_geometry",
     "conv_output_size",
     "conv_pack",
     "conv_padding",

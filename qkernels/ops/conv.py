@@ -118,6 +118,25 @@ def conv_pack(
     )
 
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def conv_geometry(
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    padding_mode: str = "zeros",
+) -> list[int]:
+    """What `conv` on CUDA must know of the packed weight without reading it. Arguments as in `conv_pack`."""
+    dims = len(kernel_size)
+    pads = conv_padding(padding, kernel_size, dilation)
+    numbers = [*kernel_size, *_per_dim(stride, dims), *pads, *_per_dim(dilation, dims)]
+    return [*numbers, groups, int(transposed), PADDING_MODES.index(padding_mode)]
+
+
 def conv(
     input: Tensor,
     packed: Tensor,
@@ -125,6 +144,7 @@ def conv(
     out_channels: int,
     output_size: Sequence[int],
     output_dtype: torch.dtype,
+    geometry: Sequence[int] = (),
 ) -> Tensor:
     """Convolution of integer codes: exact int32 accumulation, then the packed epilogue.
 
@@ -136,6 +156,7 @@ def conv(
         out_channels: of the packed weight.
         output_size: the spatial size of the output, see `conv_output_size`.
         output_dtype: the dtype of the packed epilogue.
+        geometry: `conv_geometry` of what was packed. CUDA needs it; on the CPU the packed bytes hold it.
 
     Returns:
         [N, O, *output_size] in channels_last memory: the same bits on every instruction set and for every number of
@@ -144,7 +165,7 @@ def conv(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device, or `packed` belongs to another instruction set.
     """
-    return _ops.conv.default(input, packed, residual, out_channels, list(output_size), output_dtype)
+    return _ops.conv.default(input, packed, residual, out_channels, list(output_size), output_dtype, list(geometry))
 
 
 @torch.library.register_fake("qkernels::conv_pack")
@@ -153,5 +174,5 @@ def _(weight, *args):
 
 
 @torch.library.register_fake("qkernels::conv")
-def _(input, packed, residual, out_channels, output_size, output_dtype):
+def _(input, packed, residual, out_channels, output_size, output_dtype, geometry=()):
     return empty_channels_last(input, [input.shape[0], out_channels, *output_size], output_dtype)

@@ -109,9 +109,24 @@ def test_gemv_reads_16_bytes_at_a_time(arch):
         assert count(body, r"IDP\.4A") >= 16, name
 
 
+# What a thread loads and stores at once: (operation, 16-byte loads, 16-byte stores), at least.
+ELEMENTWISE = [
+    ("9FakeQuantI", 1, 1),
+    ("17FakeQuantBackwardI", 2, 1),
+    ("8QuantizeI", 1, 0),
+    ("10DequantizeIh", 0, 1),
+    ("6Lookup", 1, 1),
+    ("6BinaryI", 2, 1),
+    ("6CatOne", 1, 1),
+    ("7MaxPool", 1, 1),
+]
+
+
 @pytest.mark.parametrize("arch", real_archs())
-def test_fake_quant_moves_16_bytes_at_a_time(arch):
-    aligned = [body for name, body in named(arch, "fake_quant_kernel").items() if "Lb1E" in name]
-    assert aligned
-    for body in aligned:
-        assert count(body, r"LDG\.E\.128") == count(body, r"STG\.E\.128") == 1
+@pytest.mark.parametrize(("operation", "loads", "stores"), ELEMENTWISE)
+def test_elementwise_kernels_move_16_bytes_at_a_time(arch, operation, loads, stores):
+    kinds = [body for name, body in named(arch, "elementwise_kernel").items() if operation in name]
+    assert kinds
+    for body in kinds:
+        assert count(body, r"LDG\.E\.(\w+\.)*128") >= loads
+        assert count(body, r"STG\.E\.128") >= stores

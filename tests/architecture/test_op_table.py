@@ -11,7 +11,10 @@ from qkernels import _C, ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "python/schema.cpp").read_text()))
-CUDA_OPS = ["fake_quant", "fake_quant_out", "linear", "linear_pack"]
+CUDA_OPS = [
+    "adaptive_avg_pool", "add", "avg_pool", "cat", "conv", "conv_pack", "dequantize", "dequantize_out", "fake_quant",
+    "fake_quant_out", "linear", "linear_pack", "lookup", "max_pool", "mul", "quantize", "quantize_out",
+]  # fmt: skip
 
 
 def has_kernel(op: str, key: str) -> bool:

@@ -3,9 +3,9 @@
     python tests/gpu/gpu_check.py [--only PART ...] [--small] [--out FILE]
 
 Needs torch with CUDA and an NVIDIA GPU of compute capability 8.0 or newer; nothing is downloaded. qkernels is built in
-place if it has no CUDA kernels yet (nvcc, setuptools). Parts: bits (every CUDA op against the CPU, exactly), opcheck,
-graph (capture and replay), streams, errors, sanitizer (compute-sanitizer on small shapes, where it is installed), bench
-(writes bench/results/<gpu>.json). Exit status: 0 all passed, 1 something failed, 2 nothing could be checked.
+place if it has no CUDA kernels yet (nvcc, setuptools). Parts: bits (every CUDA op against the CPU, exactly), model (a
+converted network against the CPU), opcheck, graph (capture and replay), streams, errors, sanitizer (compute-sanitizer on small shapes, where it is
+installed), bench (writes bench/results/<gpu>.json). Exit status: 0 all passed, 1 something failed, 2 nothing could be checked.
 """
 
 import argparse
@@ -121,10 +121,86 @@ def linear_cases(small: bool):
         )
 
 
-def on(device: str, values):
+def conv_cases(small: bool):
+    """Arguments of conv_pack and of conv, on the CPU: ranks, groups, strides, dilations, padding modes, transposed."""
     import torch
 
-    return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values)
+    from qkernels import ops
+    from qkernels.ops.epilogue import Epilogue, ResidualAdd
+
+    generator = torch.Generator().manual_seed(2)
+
+    def codes(dtype, *shape):
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max + 1, shape, dtype=dtype, generator=generator)
+
+    # in, out, groups, kernel, stride, padding, dilation, transposed, mode, size
+    layers = [
+        (3, 32, 1, (3, 3), 2, 1, 1, False, "zeros", (17, 19)),
+        (3, 24, 1, (7, 7), 2, 3, 1, False, "zeros", (30, 30)),
+        (32, 32, 32, (3, 3), 1, 1, 1, False, "zeros", (14, 14)),
+        (6, 12, 6, (3, 3), 1, 1, 1, False, "reflect", (9, 9)),
+        (64, 96, 1, (3, 3), 1, 1, 1, False, "zeros", (14, 14)),
+        (64, 96, 1, (1, 1), 1, 0, 1, False, "zeros", (7, 7)),
+        (64, 64, 4, (3, 3), 1, 2, 2, False, "circular", (9, 9)),
+        (40, 24, 1, (3, 3), 1, 1, 1, False, "replicate", (9, 9)),
+        (16, 20, 1, (5,), 2, 2, 1, False, "zeros", (50,)),
+        (16, 16, 1, (3, 3, 3), 1, 1, 1, False, "zeros", (5, 6, 7)),
+        (32, 16, 2, (4, 4), 2, 1, 1, True, "zeros", (7, 7)),
+        (16, 16, 16, (2, 2), 3, 0, 1, True, "zeros", (5, 5)),
+    ]
+    if not small:
+        layers += [
+            (256, 256, 1, (3, 3), 1, 1, 1, False, "zeros", (28, 28)),
+            (512, 128, 1, (3, 3), 2, 1, 1, False, "zeros", (14, 14)),
+        ]
+    kinds = itertools.cycle(itertools.product((torch.uint8, torch.float32, torch.int8, torch.bfloat16), (True, False)))
+    for layer, zero_points in itertools.product(layers, (False, True)):
+        inner, outer, groups, kernel, stride, padding, dilation, transposed, mode, size = layer
+        dtype, with_residual = next(kinds)
+        low = -128 if dtype == torch.int8 else 0
+        with_residual = with_residual and dtype in (torch.uint8, torch.int8)
+        epilogue = Epilogue(
+            dtype,
+            0.003 * (inner // groups) * 9,
+            low + 117,
+            low + 1,
+            low + 255,
+            None,
+            ResidualAdd(0.02, 3, 0.05, low + 90, low, low + 255) if with_residual else None,
+        )
+        shape = (inner, outer // groups) if transposed else (outer, inner // groups)
+        scales = 0.001 + 0.01 * torch.rand(outer, generator=generator)
+        points = torch.randint(-20, 21, (outer,), dtype=torch.int32, generator=generator) if zero_points else None
+        bias = torch.randn(outer, generator=generator)
+        pack = (codes(torch.int8, *shape, *kernel), scales, points, bias, 0.02, 11, torch.uint8)
+        geometry = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "transposed": transposed,
+            "padding_mode": mode,
+        }
+        out = ops.conv_output_size(size, kernel, stride, padding, dilation, transposed)
+        residual = codes(torch.uint8, 2, outer, *out) if with_residual else None
+        yield f"conv {layer} -> {dtype}", pack, geometry, codes(torch.uint8, 2, inner, *size), residual, epilogue, out
+
+
+def on(device: str, values):
+    """`values` with every tensor in it, also of lists, on the device."""
+    import torch
+
+    def move(v):
+        return [move(e) for e in v] if isinstance(v, list) else v.to(device) if isinstance(v, torch.Tensor) else v
+
+    return tuple(move(v) for v in values)
+
+
+def detached(values):
+    import torch
+
+    return tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def check_bits(small: bool) -> str:
@@ -146,23 +222,106 @@ def check_bits(small: bool) -> str:
         if not torch.equal(got.cpu(), expected):
             raise AssertionError(f"{name}: {(got.cpu() != expected).sum()} of {expected.numel()} values differ")
         count += 1
+    for name, pack, geometry, x, residual, epilogue, size in conv_cases(small):
+        channels = pack[0].shape[1] * geometry["groups"] if geometry["transposed"] else pack[0].shape[0]
+        expected = ops.conv(x, ops.conv_pack(*pack, epilogue, **geometry), residual, channels, size, epilogue.dtype)
+        packed = ops.conv_pack(*on("cuda", pack), epilogue, **geometry)
+        known = ops.conv_geometry(pack[0].shape[2:], **geometry)
+        on_gpu = on("cuda", (x, packed, residual))
+        got = ops.conv(*on_gpu, channels, size, epilogue.dtype, known)
+        if not torch.equal(got.cpu(), expected):
+            raise AssertionError(f"{name}: {(got.cpu() != expected).sum()} of {expected.numel()} values differ")
+        count += 1
+    return f"{count + check_samples() + check_floats(small)} cases equal to the CPU, bit for bit"
+
+
+def check_samples() -> int:
+    """The samples of opcheck, of every op without packed bytes."""
+    import torch
+    from opcheck_samples import SAMPLES
+
+    def tensors(result):
+        return [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, torch.Tensor)]
+
+    count = 0
+    for op in [name for name in CUDA_OPS if name not in PACKED]:
+        run = getattr(torch.ops.qkernels, op).default
+        for make in SAMPLES[op]:
+            arguments = detached(make())
+            moved = on("cuda", arguments)
+            expected, got = tensors(run(*arguments)), tensors(run(*moved))
+            if op.endswith("_out"):
+                expected, got = [*expected, arguments[-1]], [*got, moved[-1]]
+            for there, here in zip(got, expected, strict=True):
+                if not torch.equal(there.cpu(), here):
+                    raise AssertionError(f"{op}: the bits differ for {arguments}")
+            count += 1
+    return count
+
+
+def check_floats(small: bool) -> int:
+    import torch
+
+    from qkernels import ops
+
+    count = 0
     generator = torch.Generator().manual_seed(1)
     shapes = [(1,), (1000,), (3, 5, 7), (2, 16, 9, 9)] + ([] if small else [(64, 256, 56, 57), (1 << 25,)])
-    for shape, axis in itertools.product(shapes, (None, 0, -1)):
-        x = 4 * torch.randn(shape, generator=generator)
+    for shape, axis, dtype in itertools.product(shapes, (None, 0, -1), (torch.float32, torch.bfloat16, torch.float16)):
+        x = (4 * torch.randn(shape, generator=generator)).to(dtype)
         channels = 1 if axis is None else shape[axis]
         grid = (torch.rand(channels, generator=generator) * 0.1 + 0.01, torch.zeros(channels, dtype=torch.int32))
-        expected = ops.fake_quant(x, *grid, axis, -128, 127)
-        got = ops.fake_quant(*on("cuda", (x, *grid)), axis, -128, 127)
+        codes = ops.quantize(x, *grid, axis, -128, 127, torch.int8)
+        pairs = [
+            (ops.fake_quant, (x, *grid, axis, -128, 127)),
+            (ops.quantize, (x, *grid, axis, -128, 127, torch.int8)),
+            (ops.dequantize, (codes, *grid, axis, dtype)),
+        ]
+        for run, arguments in pairs:
+            if not torch.equal(run(*on("cuda", arguments)).cpu(), run(*arguments)):
+                raise AssertionError(f"{run.__name__} {dtype} {shape} axis {axis}: the bits differ")
+            count += 1
+    return count
+
+
+def check_model(small: bool) -> str:
+    """A converted network on the GPU gives the codes that it gives on the CPU."""
+    import copy
+
+    import torch
+    from torch import nn
+
+    import qkernels
+
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+        *(nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.ReLU6(), nn.Conv2d(32, 64, 1), nn.Hardswish()),
+        *(nn.ConvTranspose2d(64, 32, 2, 2), nn.ReLU(), nn.Conv2d(32, 48, 3, 1, 1, padding_mode="reflect"), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)),
+    ).eval()
+    batches = [torch.randn(2, 3, 33, 35) for _ in range(4)]
+    prepared = qkernels.prepare(model, batches[0], recipe="int8")
+    with qkernels.calibrating(prepared):
+        for batch in batches:
+            prepared(batch)
+    converted = qkernels.convert(prepared)
+    moved = copy.deepcopy(converted).to("cuda")
+    for batch in batches:
+        expected, got = converted(batch), moved(batch.cuda())
         if not torch.equal(got.cpu(), expected):
-            raise AssertionError(f"fake_quant {shape} axis {axis}: the bits differ")
-        count += 1
-    return f"{count} cases equal to the CPU, bit for bit"
+            raise AssertionError(f"the outputs differ by up to {(got.cpu() - expected).abs().max()}")
+    return f"a network of {len(model)} layers gives the same bits on {len(batches)} batches"
 
 
 # ---- torch's rules ---------------------------------------------------------------------------------------------------
 
-CUDA_OPS = ("fake_quant", "fake_quant_out", "linear_pack", "linear")
+PACKED = ("conv_pack", "conv", "linear_pack", "linear")
+CUDA_OPS = (
+    *("quantize", "quantize_out", "dequantize", "dequantize_out", "fake_quant", "fake_quant_out"),
+    *("lookup", "add", "mul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool"),
+    *PACKED,
+)
 
 
 def check_opcheck(small: bool) -> str:
@@ -175,7 +334,7 @@ def check_opcheck(small: bool) -> str:
     for op in CUDA_OPS:
         for make in SAMPLES[op]:
             arguments = on("cuda", make())
-            if op == "linear":  # packed bytes belong to a device
+            if op in ("linear", "conv"):  # packed bytes belong to a device
                 continue
             torch.library.opcheck(getattr(torch.ops.qkernels, op).default, arguments)
             count += 1
@@ -263,8 +422,8 @@ def check_errors(small: bool) -> str:
     packed, x = some_linear(9, 32, 64)
     good = ops.linear(x, packed, 32)
     wrong: list[tuple[str, Callable[[], object]]] = [
-        ("input must be on CUDA", lambda: ops.linear(x.cpu(), packed, 32)),
-        ("packed must be on the device", lambda: ops.linear(x, packed.cpu(), 32)),
+        ("packed must be on the CPU", lambda: ops.linear(x.cpu(), packed, 32)),
+        ("packed must be on cuda:0", lambda: ops.linear(x, packed.cpu(), 32)),
         ("packed must be an unchanged result", lambda: ops.linear(x[:, :60], packed, 32)),
         ("packed must be an unchanged result", lambda: ops.linear(x, packed[:-1], 32)),
         ("input must be uint8", lambda: ops.linear(x.view(torch.int8), packed, 32)),
@@ -395,6 +554,7 @@ def check_bench(small: bool, out: str | None = None) -> str:
 
 PARTS = {
     "bits": check_bits,
+    "model": check_model,
     "opcheck": check_opcheck,
     "graph": check_graph,
     "streams": check_streams,

@@ -33,3 +33,24 @@ def test_its_linear_cases_run_on_the_cpu(monkeypatch):
             codes |= set(out.unique().tolist())
     assert len(dtypes) == 5
     assert len(codes) > 64  # not all clamped
+
+
+def test_its_convolutions_run_on_the_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_check
+
+    for name, pack, geometry, x, residual, epilogue, size in gpu_check.conv_cases(small=True):
+        outputs = pack[0].shape[1] * geometry["groups"] if geometry["transposed"] else pack[0].shape[0]
+        out = ops.conv(x, ops.conv_pack(*pack, epilogue, **geometry), residual, outputs, size, epilogue.dtype)
+        assert list(out.shape) == [2, outputs, *size], name
+
+
+def test_every_cuda_op_is_in_its_list(monkeypatch):
+    """What gpu-check compares is what the architecture test demands."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1] / "architecture"))
+    monkeypatch.syspath_prepend(str(SCRIPT.parents[1] / "ops"))
+    import gpu_check
+    import test_op_table
+
+    assert sorted(gpu_check.CUDA_OPS) == sorted(test_op_table.CUDA_OPS)

@@ -242,7 +242,7 @@ void the_plan_fits_the_machine_and_has_no_cliffs() {
       for (const int64_t k : {16, 576, 4096, 16384}) {
         double before = 0;
         for (int64_t m = 9; m < 20000; m += m / 7 + 1) {
-          const CudaGemmPlan plan = plan_cuda_gemm(m, n, k, 1, machine, false);
+          const CudaGemmPlan plan = plan_cuda_gemm(m, n, k, 1, machine, kAllCudaTiles);
           const CudaTile& tile = kCudaTiles[plan.tile];
           CHECK(tile.shared_bytes() <= machine.shared_per_block);
           const int64_t steps = (k + tile.depth - 1) / tile.depth;
@@ -257,9 +257,9 @@ void the_plan_fits_the_machine_and_has_no_cliffs() {
       }
     }
   }
-  CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, false).splits, 1);
-  CHECK(plan_cuda_gemm(16, 512, 16384, 1, a100, false).splits > 4);
-  CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, true).tile, kCudaGeneralTile);
+  CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, kAllCudaTiles).splits, 1);
+  CHECK(plan_cuda_gemm(16, 512, 16384, 1, a100, kAllCudaTiles).splits > 4);
+  CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, kGeneralCudaTiles).tile, kCudaGeneralTile);
 }
 
 void wrong_lengths_are_refused() {
