@@ -195,7 +195,8 @@ Tensor binary_conv2d(const Tensor& input, const Tensor& packed, const Tensor& sc
   STD_TORCH_CHECK(segments <= kBinarySegments, op, ": kernel_size must give at most ",
                   kBinarySegments, " runs of taps, got ", segments);
   Tensor out = empty_channels_last(
-      {args.images, args.out_channels, args.out_size[0], args.out_size[1]}, ScalarType::Float);
+      input, {args.images, args.out_channels, args.out_size[0], args.out_size[1]},
+      ScalarType::Float);
   run_conv(op, input, packed, scale, bias, out, args);
   return out;
 }

@@ -7,8 +7,6 @@ namespace {
 
 // Output bytes above which the kernel stores past the caches.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
-// Elements of one task with the channel innermost: the sums of a task are a few percent of them.
-constexpr int64_t kSumTask = 65536;
 
 int64_t elements(const GridLayout& grid) { return grid.strided.rows() * grid.strided.inner(); }
 bool channel_is_innermost(const GridLayout& grid) {

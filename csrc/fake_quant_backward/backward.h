@@ -60,6 +60,8 @@ void round_zero_points(const float* learned, int32_t* zero_point, int64_t n, int
 
 inline constexpr int kSumLanes = 16;
 inline constexpr int64_t kSumRun = 4096;
+// Elements of one task with the channel innermost: the sums of a task are a few percent of them.
+inline constexpr int64_t kSumTask = 65536;
 
 // One contiguous run. Its terms are added to `columns` (one float an element, the terms of the
 // scale, then kGridBlock floats further those of the zero point) or written to `partial` (the sums

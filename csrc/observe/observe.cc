@@ -108,34 +108,18 @@ void reset(const MinMaxArgs& args) {
   for (int64_t c = 0; c < args.channels; ++c) args.low[c] = kInf, args.high[c] = -kInf;
 }
 
-float limited(float v, float floor, float ceiling) {
-  return v < floor ? floor : v > ceiling ? ceiling : v;
-}
-
 // The next state and grid of channel c, for the extremes of a batch.
 void step(const ObserveArgs& args, int64_t c, float low, float high) {
-  const ObserverState& state = args.state;
-  const ObserverState& next = args.next;
-  const bool first = !(state.low[c] <= state.high[c]);
-  if (low <= high) {
-    low = limited(low, args.floor, args.ceiling);
-    high = limited(high, args.floor, args.ceiling);
-  }
-  if (!(low <= high)) {  // nothing finite in this batch
-    low = state.low[c];
-    high = state.high[c];
-  } else if (!first && args.averages) {
-    low = moving_average(state.low[c], low, args.momentum);
-    high = moving_average(state.high[c], high, args.momentum);
-  } else if (!first) {
-    low = state.low[c] < low ? state.low[c] : low;
-    high = state.high[c] > high ? state.high[c] : high;
-  }
-  next.low[c] = low + 0.0f;  // never -0: which zero a minimum finds depends on the order
-  next.high[c] = high + 0.0f;
-  const bool seen = low <= high;
-  next.scale[c] = seen ? choose_scale(low, high, args.rule) : 1.0f;
-  next.zero_point[c] = choose_zero_point(seen ? low : 0.0f, next.scale[c], args.rule);
+  const ObserverStep now = observer_step({.rule = args.rule,
+                                          .averages = args.averages,
+                                          .momentum = args.momentum,
+                                          .floor = args.floor,
+                                          .ceiling = args.ceiling},
+                                         args.state.low[c], args.state.high[c], low, high);
+  args.next.low[c] = now.low;
+  args.next.high[c] = now.high;
+  args.next.scale[c] = now.scale;
+  args.next.zero_point[c] = now.zero_point;
 }
 
 // Whether RNE(v / scale) lies on the new grid of channel c.

@@ -60,6 +60,50 @@ struct ObserverState {
   int32_t* zero_point;
 };
 
+// How an observer moves.
+struct ObserverRule {
+  GridRule rule;
+  bool averages;  // with `momentum`; else the extremes of all batches
+  float momentum;
+  float floor, ceiling;  // what follows limits x to them
+};
+
+// One channel after a batch.
+struct ObserverStep {
+  float low, high, scale;
+  int32_t zero_point;
+};
+
+QK_HD float limited(float v, float floor, float ceiling) {
+  return v < floor ? floor : v > ceiling ? ceiling : v;
+}
+
+// The state [state_low, state_high] after a batch with the extremes [low, high]; low > high:
+// nothing finite was seen.
+QK_HD ObserverStep observer_step(const ObserverRule& observer, float state_low, float state_high,
+                                 float low, float high) {
+  const bool first = !(state_low <= state_high);
+  if (low <= high) {
+    low = limited(low, observer.floor, observer.ceiling);
+    high = limited(high, observer.floor, observer.ceiling);
+  }
+  if (!(low <= high)) {
+    low = state_low;
+    high = state_high;
+  } else if (!first && observer.averages) {
+    low = moving_average(state_low, low, observer.momentum);
+    high = moving_average(state_high, high, observer.momentum);
+  } else if (!first) {
+    low = state_low < low ? state_low : low;
+    high = state_high > high ? state_high : high;
+  }
+  const bool seen = low <= high;
+  const float scale = seen ? choose_scale(low, high, observer.rule) : 1.0f;
+  // Never -0: which zero a minimum finds depends on the order.
+  return {low + 0.0f, high + 0.0f, scale,
+          choose_zero_point(seen ? low + 0.0f : 0.0f, scale, observer.rule)};
+}
+
 struct ObserveArgs {
   const void* x;
   void* y;  // null: observe only

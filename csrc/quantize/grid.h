@@ -33,6 +33,14 @@ struct DenseGrid {
   int64_t size = 0;
   int64_t channels = 1;
   int64_t inner = 1;  // elements of a channel that follow one another
+
+  bool channel_is_innermost() const { return channels > 1 && inner == 1; }
+  // A tensor without channels as one row.
+  DenseGrid in_rows() const {
+    DenseGrid grid = *this;
+    if (channels == 1) grid.inner = size;
+    return grid;
+  }
 };
 
 // Elements of one task: its input and output stay inside L1 and L2.

@@ -95,9 +95,8 @@ class IntegerConv:
 
     def compute_integer(self, codes: Tensor, *arguments: Any) -> Tensor:
         padding = self._padding()
-        packed = ops.conv_pack(
-            *arguments, self.stride, padding, self.dilation, self.groups, self.transposed, self.padding_mode
-        )
+        geometry = (self.stride, padding, self.dilation, self.groups, self.transposed, self.padding_mode)
+        packed = ops.conv_pack(*arguments, *geometry)
         size = ops.conv_output_size(
             codes.shape[2:],
             self.kernel_size,
@@ -107,7 +106,8 @@ class IntegerConv:
             self.transposed,
             self.output_padding if self.transposed else 0,
         )
-        return ops.conv(codes, packed, None, self.out_channels, size, torch.float32)
+        known = ops.conv_geometry(self.kernel_size, *geometry) if packed.is_cuda else ()
+        return ops.conv(codes, packed, None, self.out_channels, size, torch.float32, known)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
         return torch.ops.aten.convolution_backward(

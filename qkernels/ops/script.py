@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from qkernels.ops.conv import conv_geometry
 from qkernels.ops.epilogue import Epilogue
 
 
@@ -93,6 +94,9 @@ class ScriptedConv(_Weighted):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.transposed, self.padding_mode, self.output_size = transposed, padding_mode, output_size
         self.channels = self.weight.shape[1] * groups if transposed else self.weight.shape[0]
+        self.geometry = conv_geometry(
+            self.weight.shape[2:], stride, padding, dilation, groups, transposed, padding_mode
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed.value.numel() == 0:
@@ -115,4 +119,5 @@ class ScriptedConv(_Weighted):
                 self.padding_mode,
             )
         size = self.output_size(x)
-        return torch.ops.qkernels.conv(x, self.packed.value, residual, self.channels, size, self.output_dtype)
+        packed, channels = self.packed.value, self.channels
+        return torch.ops.qkernels.conv(x, packed, residual, channels, size, self.output_dtype, self.geometry)

@@ -4,8 +4,9 @@
 
 Needs torch with CUDA and an NVIDIA GPU of compute capability 8.0 or newer; nothing is downloaded. qkernels is built in
 place if it has no CUDA kernels yet (nvcc, setuptools). Parts: bits (every CUDA op against the CPU, exactly), model (a
-converted network against the CPU), opcheck, graph (capture and replay), streams, errors, sanitizer (compute-sanitizer on small shapes, where it is
-installed), bench (writes bench/results/<gpu>.json). Exit status: 0 all passed, 1 something failed, 2 nothing could be checked.
+converted network against the CPU), opcheck, graph (capture and replay), streams, errors, sanitizer (compute-sanitizer
+on small shapes, where it is installed), bench (writes bench/results/<gpu>.json). Exit status: 0 all passed, 1 something
+failed, 2 nothing could be checked.
 """
 
 import argparse
