@@ -38,7 +38,7 @@ CSRC_FORBIDDEN_WORDS = r"\b(throw|try|catch|printf|fprintf|puts|abort|exit|cudaM
 CSRC_SYSTEM_HEADERS = {"immintrin.h", "cpuid.h", "cuda_runtime.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"}
 MACHINE_FACTS = {"csrc/base/cpu.cc": {"unistd.h", "sys/syscall.h"}}  # the only file that asks the operating system
 SEAM_TORCH_HEADERS = r"torch/(csrc/stable|headeronly)/.*|torch/csrc/inductor/aoti_torch/c/shim\.h"
-PYBIND11_FILES = {"python/module.cpp", "python/plan.h", "python/plan.cpp"}
+PYBIND11_FILES = {"python/pybind.h", "python/module.cpp", "python/plan.h"}
 ISA_KNOWLEDGE = r"immintrin|__AVX|has_features|cpu_features|\bkCpu\w+|\bIsa::|target\(|_mm\d*_"
 
 
@@ -108,10 +108,10 @@ def seam_complaints(path: str, text: str) -> list[str]:
     in_cuda = path.startswith("python/cuda/")
     for _, header in includes(text):
         fine = (
-            header.startswith(("csrc/", "python/"))
+            (header.startswith(("csrc/", "python/")) and header != "python/pybind.h")
             or re.fullmatch(r"[a-z_0-9]+", header)
             or re.fullmatch(SEAM_TORCH_HEADERS, header)
-            or (header.startswith("pybind11/") and path in PYBIND11_FILES)
+            or (header.startswith(("pybind11/", "python/pybind.h")) and path in PYBIND11_FILES)
             or (header == "cuda_runtime_api.h" and in_cuda)
         )
         if not fine:
@@ -278,6 +278,7 @@ OFFENCES = [
     (seam_complaints, "python/linear.cpp", "#include <ATen/ATen.h>"),
     (seam_complaints, "python/linear.cpp", "#include <torch/extension.h>"),
     (seam_complaints, "python/linear.cpp", "#include <pybind11/pybind11.h>"),
+    (seam_complaints, "python/linear.cpp", '#include "python/pybind.h"'),
     (seam_complaints, "python/linear.cpp", "#include <cuda_runtime_api.h>"),
     (seam_complaints, "python/linear.cpp", "STABLE_TORCH_LIBRARY(qkernels, m) {}"),
     (seam_complaints, "python/linear.cpp", "if (has_features(a, kCpuAvx2)) {}"),
