@@ -1,18 +1,15 @@
-#include "csrc/fake_quant_backward/backward.h"
+#include "python/fake_quant_backward.h"
 
 #include <tuple>
 #include <vector>
 
 #include "csrc/fake_quant/fake_quant.h"
 #include "csrc/fake_quant_mask/mask.h"
-#include "python/layout.h"
 
 namespace qk::seam {
-namespace {
-
 FloatType check_grad(const char* op, const Tensor& grad, const Tensor& x) {
   const FloatType type = check_float_type(op, "x", x);
-  STD_TORCH_CHECK(grad.is_cpu(), op, ": grad must be on the CPU, as x is");
+  check_device(op, "grad", grad, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), op, ": grad must be ",
                   dtype_text(x.scalar_type()), ", as x is, got ", dtype_text(grad.scalar_type()));
   STD_TORCH_CHECK(sizes_of(grad) == sizes_of(x), op, ": grad must have shape ", shape_text(x),
@@ -25,6 +22,18 @@ void check_grid_ends(const char* op, int64_t qmin, int64_t qmax) {
                   ": qmin and qmax must be in [-2^21, 2^21], got qmin ", qmin, " and qmax ", qmax);
 }
 
+void check_learned_zero_point(const char* op, const Tensor& x, const Tensor& scale,
+                              const Tensor& zero_point, int64_t qmin, int64_t qmax) {
+  check_grid_ends(op, qmin, qmax);
+  check_device(op, "scale", scale, x);
+  check_device(op, "zero_point", zero_point, x);
+  STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Float, op,
+                  ": zero_point must be float32 (it is learned), got ",
+                  dtype_text(zero_point.scalar_type()));
+  STD_TORCH_CHECK(qmin < qmax, op, ": qmin must be below qmax, got qmin ", qmin, " and qmax ",
+                  qmax);
+}
+
 bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
@@ -32,24 +41,20 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// What one backward pass reads and writes; owns the copies that the walk needs.
-struct Pass {
-  Tensor grad, x;
-  FakeQuantBackwardArgs args;
+Pass::Pass(const Tensor& grad_in, const Tensor& x_in, FloatType type, std::optional<int64_t> axis,
+           const GridView& grid, int64_t qmin, int64_t qmax, Tensor out)
+    : grad(same_layout(grad_in, out) ? grad_in : copy_in_layout(grad_in, out)), x(x_in) {
+  const GridLayout layout = plan_grid(out, &x, axis, grid);
+  args = {.grad = grad.const_data_ptr(),
+          .x = x.const_data_ptr(),
+          .out = out.mutable_data_ptr(),
+          .type = type,
+          .qmin = static_cast<int32_t>(qmin),
+          .qmax = static_cast<int32_t>(qmax),
+          .grid = layout};
+}
 
-  Pass(const Tensor& grad_in, const Tensor& x_in, FloatType type, std::optional<int64_t> axis,
-       const GridView& grid, int64_t qmin, int64_t qmax, Tensor out)
-      : grad(same_layout(grad_in, out) ? grad_in : copy_in_layout(grad_in, out)), x(x_in) {
-    const GridLayout layout = plan_grid(out, &x, axis, grid);
-    args = {.grad = grad.const_data_ptr(),
-            .x = x.const_data_ptr(),
-            .out = out.mutable_data_ptr(),
-            .type = type,
-            .qmin = static_cast<int32_t>(qmin),
-            .qmax = static_cast<int32_t>(qmax),
-            .grid = layout};
-  }
-};
+namespace {
 
 void fake_quant_backward_out(const Tensor& grad, const Tensor& x, const Tensor& scale,
                              const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
@@ -76,14 +81,7 @@ Tensor fake_quant_backward(const Tensor& grad, const Tensor& x, const Tensor& sc
 GridView check_learned_grid(const char* op, const Tensor& x, const Tensor& scale,
                             const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
                             int64_t qmax) {
-  check_grid_ends(op, qmin, qmax);
-  STD_TORCH_CHECK(scale.is_cpu() && zero_point.is_cpu(), op,
-                  ": scale and zero_point must be on the CPU, as x is");
-  STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Float, op,
-                  ": zero_point must be float32 (it is learned), got ",
-                  dtype_text(zero_point.scalar_type()));
-  STD_TORCH_CHECK(qmin < qmax, op, ": qmin must be below qmax, got qmin ", qmin, " and qmax ",
-                  qmax);
+  check_learned_zero_point(op, x, scale, zero_point, qmin, qmax);
   const Tensor learned = torch::stable::contiguous(zero_point);
   const float* values = learned.const_data_ptr<float>();
   for (int64_t c = 0; c < learned.numel(); ++c) {
@@ -203,7 +201,7 @@ Tensor fake_quant_mask_backward(const Tensor& grad, const Tensor& mask,
   const char* op = "fake_quant_mask_backward";
   const FloatType type = check_float_type(op, "grad", grad);
   axis = check_axis(op, grad, axis);
-  STD_TORCH_CHECK(grad.is_cpu() && mask.is_cpu(), op, ": grad and mask must be on the CPU");
+  check_device(op, "mask", mask, grad);
   STD_TORCH_CHECK(is_dense(grad), op,
                   ": grad must be dense, in the layout of the output that the mask is of, got "
                   "shape ",

@@ -1,17 +1,21 @@
-#include "csrc/observe/observe.h"
+#include "python/observe.h"
 
-#include <limits>
 #include <string>
 #include <tuple>
 
 #include "csrc/fake_quant/fake_quant.h"
-#include "python/layout.h"
 
 namespace qk::seam {
-namespace {
-
-// x in some dense layout: observing walks it in memory order.
 Tensor dense(const Tensor& x) { return is_dense(x) ? x : torch::stable::contiguous(x); }
+
+void Observer::limit(std::optional<double> low_end, std::optional<double> high_end) {
+  if (low_end.has_value()) floor = static_cast<float>(*low_end);
+  if (high_end.has_value()) ceiling = static_cast<float>(*high_end);
+  STD_TORCH_CHECK(floor <= ceiling, "observe: floor must not be above ceiling, got ", floor,
+                  " and ", ceiling);
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
                                                   std::optional<int64_t> axis) {
@@ -39,29 +43,20 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
 }
 
 template <typename T>
-T* state_data(const char* op, const char* name, Tensor t, ScalarType dtype, int64_t n) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.numel() == n && t.is_contiguous(), op,
-                  ": ", name, " must be a contiguous ", dtype_text(dtype), " tensor of ", n,
-                  n == 1 ? " element" : " elements (one a channel)", " on the CPU, got ",
+T* state_data(const char* op, const char* name, Tensor t, const Tensor& x, ScalarType dtype,
+              int64_t n) {
+  check_device(op, name, t, x);
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.numel() == n && t.is_contiguous(), op, ": ", name,
+                  " must be a contiguous ", dtype_text(dtype), " tensor of ", n,
+                  n == 1 ? " element" : " elements (one a channel)", ", got ",
                   dtype_text(t.scalar_type()), " of shape ", shape_text(t));
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// The state of an observer as the ops take it, and how it moves.
-struct Observer {
-  Tensor low, high, scale, zero_point;
-  std::optional<Tensor> non_finite;
-  std::optional<int64_t> axis;
-  int64_t qmin, qmax;
-  bool symmetric;
-  double min_scale;
-  std::optional<double> momentum;
-  float floor = -std::numeric_limits<float>::infinity();
-  float ceiling = std::numeric_limits<float>::infinity();
-};
+}  // namespace
 
-bool run_observer(const char* op, Tensor x, const Observer& observer, const std::string& source,
-                  Tensor* out) {
+ObserverCall check_observer(const char* op, const Tensor& x, const Observer& observer,
+                            Tensor* out) {
   const FloatType type = check_float_type(op, "x", x);
   const std::optional<int64_t> axis = check_axis(op, x, observer.axis);
   const int64_t channels = axis.has_value() ? x.size(*axis) : 1;
@@ -75,23 +70,40 @@ bool run_observer(const char* op, Tensor x, const Observer& observer, const std:
   STD_TORCH_CHECK(momentum > 0 && momentum <= 1, op, ": momentum must be in (0, 1], got ",
                   observer.momentum.value_or(1.0));
   const ObserverState state{
-      .low = state_data<float>(op, "low", observer.low, ScalarType::Float, channels),
-      .high = state_data<float>(op, "high", observer.high, ScalarType::Float, channels),
-      .scale = state_data<float>(op, "scale", observer.scale, ScalarType::Float, channels),
+      .low = state_data<float>(op, "low", observer.low, x, ScalarType::Float, channels),
+      .high = state_data<float>(op, "high", observer.high, x, ScalarType::Float, channels),
+      .scale = state_data<float>(op, "scale", observer.scale, x, ScalarType::Float, channels),
       .zero_point =
-          state_data<int32_t>(op, "zero_point", observer.zero_point, ScalarType::Int, channels)};
+          state_data<int32_t>(op, "zero_point", observer.zero_point, x, ScalarType::Int, channels)};
   int64_t* counts = nullptr;
   if (observer.non_finite.has_value()) {
-    counts = state_data<int64_t>(op, "non_finite", *observer.non_finite, ScalarType::Long, 2);
+    counts = state_data<int64_t>(op, "non_finite", *observer.non_finite, x, ScalarType::Long, 2);
   }
-  if (out == nullptr) {
-    x = dense(x);
-  } else {
+  if (out != nullptr) {
     check_out(op, x, *out, x.scalar_type());
     STD_TORCH_CHECK(x.numel() == 0 || x.const_data_ptr() != out->const_data_ptr(), op,
                     ": out must not be x");
   }
-  const GridLayout grid = plan_grid(out == nullptr ? x : *out, &x, axis, {});
+  const ObserverRule rule{.rule = {.qmin = static_cast<int32_t>(observer.qmin),
+                                   .qmax = static_cast<int32_t>(observer.qmax),
+                                   .symmetric = observer.symmetric,
+                                   .min_scale = min_scale},
+                          .averages = observer.momentum.has_value(),
+                          .momentum = momentum,
+                          .floor = observer.floor,
+                          .ceiling = observer.ceiling};
+  return {out == nullptr ? dense(x) : x, type, axis, channels, rule, state, counts};
+}
+
+namespace {
+
+bool run_observer(const char* op, const Tensor& input, const Observer& observer,
+                  const std::string& source, Tensor* out) {
+  ObserverCall call = check_observer(op, input, observer, out);
+  Tensor& x = call.x;
+  const int64_t channels = call.channels;
+  int64_t* counts = call.counts;
+  const GridLayout grid = plan_grid(out == nullptr ? x : *out, &x, call.axis, {});
   Tensor workspace =
       torch::stable::empty({observe_workspace(grid, channels) + 3 * channels}, ScalarType::Float);
   Tensor zero_points = torch::stable::empty({channels}, ScalarType::Int);
@@ -99,19 +111,16 @@ bool run_observer(const char* op, Tensor x, const Observer& observer, const std:
   const Observed observed =
       qk::observe({.x = x.const_data_ptr(),
                    .y = out == nullptr ? nullptr : out->mutable_data_ptr(),
-                   .type = type,
+                   .type = call.type,
                    .grid = grid,
                    .channels = channels,
-                   .rule = {.qmin = static_cast<int32_t>(observer.qmin),
-                            .qmax = static_cast<int32_t>(observer.qmax),
-                            .symmetric = observer.symmetric,
-                            .min_scale = min_scale},
-                   .averages = observer.momentum.has_value(),
-                   .momentum = momentum,
+                   .rule = call.rule.rule,
+                   .averages = call.rule.averages,
+                   .momentum = call.rule.momentum,
                    .ignore_non_finite = counts != nullptr,
-                   .floor = observer.floor,
-                   .ceiling = observer.ceiling,
-                   .state = state,
+                   .floor = call.rule.floor,
+                   .ceiling = call.rule.ceiling,
+                   .state = call.state,
                    .next = {.low = scratch,
                             .high = scratch + channels,
                             .scale = scratch + 2 * channels,
@@ -137,11 +146,7 @@ void observe(const Tensor& x, const Tensor& low, const Tensor& high, const Tenso
              std::optional<double> floor, std::optional<double> ceiling) {
   Observer observer{low,  high, scale,     zero_point, non_finite, axis,
                     qmin, qmax, symmetric, min_scale,  momentum};
-  if (floor.has_value()) observer.floor = static_cast<float>(*floor);
-  if (ceiling.has_value()) observer.ceiling = static_cast<float>(*ceiling);
-  STD_TORCH_CHECK(observer.floor <= observer.ceiling,
-                  "observe: floor must not be above ceiling, got ", observer.floor, " and ",
-                  observer.ceiling);
+  observer.limit(floor, ceiling);
   run_observer("observe", x, observer, source, nullptr);
 }
 

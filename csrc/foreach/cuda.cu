@@ -14,17 +14,19 @@ struct Batch {
   uint32_t first_block[kForeachItems + 1];
   int32_t qmin, qmax;
   GridRule rule;
+  bool* clipped;  // of the items, or null
 };
 
 // This block's item and row.
 template <class Item>
-QK_DEVICE const Item& find_item(const Batch<Item>& batch, int64_t* row) {
+QK_DEVICE const Item& find_item(const Batch<Item>& batch, int64_t* row, bool** clipped) {
   int low = 0, high = kForeachItems;  // the last item that begins at or before this block
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (batch.first_block[middle] <= blockIdx.x ? low : high) = middle;
   }
   *row = blockIdx.x - batch.first_block[low];
+  *clipped = batch.clipped == nullptr ? nullptr : batch.clipped + low;
   return batch.items[low];
 }
 
@@ -36,7 +38,7 @@ struct RowGrid {
 // The grid of a row, written by thread 0, the same on every thread.
 template <typename T>
 QK_DEVICE RowGrid choose_grid(const ForeachQuantItem& item, int64_t row, const T* x,
-                              const GridRule& rule) {
+                              const GridRule& rule, bool* clipped) {
   const auto found =
       cuda::join_block<kRowThreads>(cuda::extremes_of<T, kRowThreads>(x, item.in.inner));
   const bool finite = found.nans + found.infinities == 0;
@@ -50,6 +52,7 @@ QK_DEVICE RowGrid choose_grid(const ForeachQuantItem& item, int64_t row, const T
                         fake_quant_passes(high * grid.inv_scale, zp, rule.qmin, rule.qmax);
     item.in.scale[row] = scale;
     item.in.zero_point[row] = zp;
+    if (clipped != nullptr && !(finite && inside)) *clipped = true;
     item.flags[row] = !finite ? kRowNotFinite : inside ? kRowFine : kRowClipped;
   }
   return grid;
@@ -82,13 +85,13 @@ QK_DEVICE bool is_aligned(const void* p, int64_t i, int64_t size) {
 
 template <typename T>
 QK_DEVICE void quantize_row(const Batch<ForeachQuantItem>& batch, const ForeachQuantItem& item,
-                            int64_t row) {
+                            int64_t row, bool* clipped) {
   constexpr int kVector = 16 / sizeof(T);
   const int64_t n = item.in.inner, first = row * n;
   const T* x = static_cast<const T*>(item.in.x) + first;
   RowGrid grid;
   if (item.flags != nullptr) {
-    grid = choose_grid(item, row, x, batch.rule);
+    grid = choose_grid(item, row, x, batch.rule, clipped);
   } else {
     grid.scale = item.in.scale[row];
     grid.inv_scale = 1.0f / grid.scale;
@@ -110,14 +113,15 @@ QK_DEVICE void quantize_row(const Batch<ForeachQuantItem>& batch, const ForeachQ
 __global__ void __launch_bounds__(kRowThreads, 4)
     foreach_quant_kernel(const __grid_constant__ Batch<ForeachQuantItem> batch) {
   int64_t row;
-  const ForeachQuantItem& item = find_item(batch, &row);
+  bool* clipped;
+  const ForeachQuantItem& item = find_item(batch, &row, &clipped);
   switch (item.in.type) {
     case FloatType::kFloat32:
-      return quantize_row<float>(batch, item, row);
+      return quantize_row<float>(batch, item, row, clipped);
     case FloatType::kBFloat16:
-      return quantize_row<BFloat16>(batch, item, row);
+      return quantize_row<BFloat16>(batch, item, row, clipped);
     case FloatType::kFloat16:
-      return quantize_row<Float16>(batch, item, row);
+      return quantize_row<Float16>(batch, item, row, clipped);
   }
 }
 
@@ -157,7 +161,8 @@ QK_DEVICE void pass_row(const Batch<ForeachBackwardItem>& batch, const ForeachBa
 __global__ void __launch_bounds__(kRowThreads, 4)
     foreach_backward_kernel(const __grid_constant__ Batch<ForeachBackwardItem> batch) {
   int64_t row;
-  const ForeachBackwardItem& item = find_item(batch, &row);
+  bool* clipped;
+  const ForeachBackwardItem& item = find_item(batch, &row, &clipped);
   switch (item.in.type) {
     case FloatType::kFloat32:
       return pass_row<float>(batch, item, row);
@@ -171,10 +176,11 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 // Launches `kernel` for the items, kForeachItems at a time.
 template <class Item>
 cudaError_t launch_items(void (*kernel)(Batch<Item>), const Item* items, int64_t count,
-                         const GridRule& rule, cudaStream_t stream) {
+                         const GridRule& rule, bool* clipped, cudaStream_t stream) {
   for (int64_t first = 0; first < count; first += kForeachItems) {
     Batch<Item> batch{};
     batch.qmin = rule.qmin, batch.qmax = rule.qmax, batch.rule = rule;
+    batch.clipped = clipped == nullptr ? nullptr : clipped + first;
     uint32_t blocks = 0;
     for (int i = 0; i < kForeachItems; ++i) {
       batch.first_block[i] = blocks;
@@ -193,13 +199,19 @@ cudaError_t launch_items(void (*kernel)(Batch<Item>), const Item* items, int64_t
 
 }  // namespace
 
-cudaError_t foreach_fake_quant_cuda(const ForeachQuantArgs& args, cudaStream_t stream) {
-  return launch_items(&foreach_quant_kernel, args.items, args.count, args.rule, stream);
+cudaError_t foreach_fake_quant_cuda(const ForeachQuantArgs& args, bool* clipped,
+                                    cudaStream_t stream) {
+  if (clipped != nullptr) {
+    const size_t bytes = static_cast<size_t>(args.count) * sizeof(bool);
+    const cudaError_t error = cudaMemsetAsync(clipped, 0, bytes, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_items(&foreach_quant_kernel, args.items, args.count, args.rule, clipped, stream);
 }
 
 cudaError_t foreach_fake_quant_backward_cuda(const ForeachBackwardArgs& args, cudaStream_t stream) {
   return launch_items(&foreach_backward_kernel, args.items, args.count,
-                      GridRule{args.qmin, args.qmax, false, 0}, stream);
+                      GridRule{args.qmin, args.qmax, false, 0}, nullptr, stream);
 }
 
 }  // namespace qk

@@ -18,7 +18,10 @@ namespace qk {
 
 inline constexpr int kForeachItems = 48;
 
-cudaError_t foreach_fake_quant_cuda(const ForeachQuantArgs& args, cudaStream_t stream);
+// clipped: [count] on the device, set for items with a clipped row, or a row that is not finite;
+// may be null.
+cudaError_t foreach_fake_quant_cuda(const ForeachQuantArgs& args, bool* clipped,
+                                    cudaStream_t stream);
 cudaError_t foreach_fake_quant_backward_cuda(const ForeachBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace qk

@@ -228,7 +228,7 @@ class _FakeQuantMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, axis, qmin, qmax, code_dtype):
         y, mask, clipped, codes = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
-        ctx.mask, ctx.axis, ctx.like = mask if clipped else None, axis, y.stride()
+        ctx.mask, ctx.axis, ctx.like = mask if x.is_cuda or clipped else None, axis, y.stride()
         ctx.mark_non_differentiable(codes)
         return y, codes
 

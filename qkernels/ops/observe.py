@@ -149,7 +149,8 @@ class _ObserveFakeQuant(torch.autograd.Function):
     def forward(ctx, x, low, high, scale, zero_point, non_finite, *grid):
         out = torch.empty_like(x)
         ctx.grid = grid[:3]
-        if _ops.observe_fake_quant_out.default(x, low, high, scale, zero_point, non_finite, *grid, out):
+        clipped = _ops.observe_fake_quant_out.default(x, low, high, scale, zero_point, non_finite, *grid, out)
+        if x.is_cuda or clipped:  # asking a GPU would wait for it
             # Copies: the next batch moves the grid.
             ctx.save_for_backward(x, scale.clone(), zero_point.clone())
         return out

@@ -242,7 +242,9 @@ def check_samples() -> int:
     from opcheck_samples import SAMPLES
 
     def tensors(result):
-        return [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, torch.Tensor)]
+        if isinstance(result, torch.Tensor):
+            return [result]
+        return [t for part in result for t in tensors(part)] if isinstance(result, tuple | list) else []
 
     count = 0
     for op in [name for name in CUDA_OPS if name not in PACKED]:
@@ -250,9 +252,9 @@ def check_samples() -> int:
         for make in SAMPLES[op]:
             arguments = detached(make())
             moved = on("cuda", arguments)
-            expected, got = tensors(run(*arguments)), tensors(run(*moved))
-            if op.endswith("_out"):
-                expected, got = [*expected, arguments[-1]], [*got, moved[-1]]
+            # Of the arguments too: some are written.
+            expected = [*tensors(run(*arguments)), *tensors(arguments)]
+            got = [*tensors(run(*moved)), *tensors(moved)]
             for there, here in zip(got, expected, strict=True):
                 if not torch.equal(there.cpu(), here):
                     raise AssertionError(f"{op}: the bits differ for {arguments}")
@@ -320,6 +322,10 @@ def check_model(small: bool) -> str:
 PACKED = ("conv_pack", "conv", "linear_pack", "linear")
 CUDA_OPS = (
     *("quantize", "quantize_out", "dequantize", "dequantize_out", "fake_quant", "fake_quant_out"),
+    *("fake_quant_backward", "fake_quant_backward_out", "fake_quant_mask", "fake_quant_mask_backward"),
+    *("lsq", "lsq_out", "lsq_backward", "lsq_backward_out", "pact", "pact_backward"),
+    *("observe", "observe_minmax", "observe_fake_quant_out"),
+    *("foreach_fake_quant", "foreach_fake_quant_backward", "foreach_observe_fake_quant"),
     *("lookup", "add", "mul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool"),
     *PACKED,
 )

@@ -211,12 +211,21 @@ void lists_give_the_bits_of_the_cpu(FloatType type) {
   }
   const auto count = static_cast<int64_t>(weights.size());
   const GridRule rule{-128, 127, false, 1e-6f};
+  Guarded<bool> clipped(count);
   simt::seed = rng.bits();
   foreach_fake_quant({cpu.data(), count, rule, true}, kSerial);
-  CHECK_EQ(foreach_fake_quant_cuda({gpu.data(), count, rule, true}, nullptr), cudaSuccess);
+  CHECK_EQ(foreach_fake_quant_cuda({gpu.data(), count, rule, true}, clipped.data(), nullptr),
+           cudaSuccess);
   foreach_fake_quant_backward({cpu_back.data(), count, -20, 20}, kSerial);
   CHECK_EQ(foreach_fake_quant_backward_cuda({gpu_back.data(), count, -20, 20}, nullptr),
            cudaSuccess);
+  for (int64_t i = 0; i < count; ++i) {
+    bool expected = false;
+    for (const uint8_t flag : weights[static_cast<size_t>(i)]->flags_expected) {
+      expected |= flag != kRowFine;
+    }
+    CHECK_EQ(clipped[i], expected, "of item ", i);
+  }
   for (const auto& w : weights) {
     CONTEXT("rows ", w->rows, " inner ", w->inner);
     const int64_t size = w->rows * w->inner;

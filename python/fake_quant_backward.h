@@ -1,0 +1,27 @@
+// The arguments of the gradients of fake_quant, checked: what their CPU and CUDA halves share.
+#pragma once
+
+#include "csrc/fake_quant_backward/backward.h"
+#include "python/layout.h"
+
+namespace qk::seam {
+
+// grad: dtype, shape and device of x.
+FloatType check_grad(const char* op, const Tensor& grad, const Tensor& x);
+void check_grid_ends(const char* op, int64_t qmin, int64_t qmax);
+// A learned zero point: float32, on x's device, as many as scales. Its values are not looked at.
+void check_learned_zero_point(const char* op, const Tensor& x, const Tensor& scale,
+                              const Tensor& zero_point, int64_t qmin, int64_t qmax);
+
+// What one backward pass reads and writes; owns the copies that the walk needs.
+struct Pass {
+  Tensor grad, x;
+  FakeQuantBackwardArgs args;
+
+  Pass(const Tensor& grad, const Tensor& x, FloatType type, std::optional<int64_t> axis,
+       const GridView& grid, int64_t qmin, int64_t qmax, Tensor out);
+};
+
+bool same_layout(const Tensor& a, const Tensor& b);
+
+}  // namespace qk::seam
