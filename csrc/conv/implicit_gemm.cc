@@ -24,10 +24,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 
-// Rows of the image with `left` pixels of padding before them, in the workspace.
+// Rows of the image with `left` pixels of padding before them, in the workspace. Joined rows follow
+// each other without a gap, with `top` rows of padding before those of an image: then all pixels of
+// an image are evenly spaced.
 struct PaddedImage {
   int64_t left = 0, pixels = 0, row_bytes = 0, rows = 0;
-  int64_t bytes() const { return align_up(rows * row_bytes); }
+  bool joined = false;
+  int64_t top = 0, image_rows = 0, slack = 0;
+  int64_t bytes() const { return align_up(rows * row_bytes + slack); }
 };
 
 // One phase of one call.
@@ -53,17 +57,46 @@ void inner_range(const DimPhase& dim, int64_t first_tap, int64_t last_tap, int64
 }
 
 // As wide as all windows of a row, and so long that the last one can be read for `depth` bytes.
-PaddedImage padded_image(const ConvArgs& args, const DimPhase& dim, int64_t count, int64_t depth) {
+PaddedImage padded_image(const ConvArgs& args, const ConvPhase& phase, int64_t depth,
+                         const int64_t (&counts)[kConvDims], bool joined) {
   const ConvExtent& e = args.extent;
-  const int64_t channels = args.packed->shape.in_channels;
+  const int64_t channels = args.packed->shape.in_channels, count = counts[2];
+  const DimPhase &dim = phase.dim[2], &y = phase.dim[1];
   PaddedImage image;
   if (count == 0) return image;
   const int64_t first = dim.position(0, 0);
   image.left = -first;
   image.pixels = dim.position(count - 1, dim.taps - 1) + 1 - first;
-  image.row_bytes = align_up(image.pixels * channels + 4 * ceil_div(depth, kTileDepth));
-  image.rows = e.batch * e.in[0] * e.in[1];
+  const int64_t slack = 4 * ceil_div(depth, kTileDepth);
+  if (joined) {
+    image.joined = true;
+    image.row_bytes = image.pixels * channels;
+    image.top = -y.position(0, 0);
+    image.image_rows = y.position(counts[1] - 1, y.taps - 1) + 1 + image.top;
+    image.rows = e.batch * image.image_rows;
+    image.slack = slack + (image.pixels - count) * channels;
+  } else {
+    image.row_bytes = align_up(image.pixels * channels + slack);
+    image.rows = e.batch * e.in[0] * e.in[1];
+  }
   return image;
+}
+
+// Whether the pixels of an image fill fewer tiles as one stretch, padding between its rows
+// included, than row by row.
+bool joins_rows(const ConvArgs& args, const ConvPhase& phase, const GemmPlan& plan,
+                const int64_t (&count)[kConvDims]) {
+  const PackedConvHeader& packed = *args.packed;
+  const DimPhase &y = phase.dim[1], &x = phase.dim[2];
+  if (!plan.padded_image || !plan.runs || packed.input_signed || args.extent.in[0] != 1 ||
+      count[0] != 1 || phase.dim[0].taps != 1 || count[1] == 0 || count[2] == 0 ||
+      y.in_stride != 1 || x.in_stride != 1 || !phase.dense_output() ||
+      !fills_tiles(1, plan.taps, plan.depth)) {
+    return false;
+  }
+  const int64_t pitch = x.position(count[2] - 1, x.taps - 1) + 1 - x.position(0, 0);
+  const int64_t run = count[1] * pitch;
+  return run >= kMinTileRows && 4 * ceil_div(run, 16) <= 3 * count[1] * ceil_div(count[2], 16);
 }
 
 // Row `row` of the padded image. What lies behind the last window is left as it is: it is read, but
@@ -71,7 +104,18 @@ PaddedImage padded_image(const ConvArgs& args, const DimPhase& dim, int64_t coun
 void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_t* dst) {
   const PackedConvHeader& packed = *args.packed;
   const int64_t channels = packed.shape.in_channels, width = args.extent.in[2];
-  const uint8_t* src = args.input + row * width * channels;
+  int64_t source_row = row;
+  if (image.joined) {
+    const int64_t height = args.extent.in[1];
+    const int64_t iy =
+        source_index(packed.shape.padding_mode, row % image.image_rows - image.top, height);
+    if (iy < 0) {
+      std::memset(dst, packed.input_zero_point, static_cast<size_t>(image.row_bytes));
+      return;
+    }
+    source_row = row / image.image_rows * height + iy;
+  }
+  const uint8_t* src = args.input + source_row * width * channels;
   const auto pixel = [&](int64_t x) {
     const int64_t ix = source_index(packed.shape.padding_mode, x - image.left, width);
     uint8_t* to = dst + x * channels;
@@ -89,10 +133,12 @@ void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_
   for (int64_t x = end; x < image.pixels; ++x) pixel(x);
 }
 
-// Blocks of nearly the same size: whole output rows, or in a plain matrix whole pairs of tiles.
+// Blocks of nearly the same size: whole output rows, or images if their rows are joined, or in a
+// plain matrix whole pairs of tiles.
 int64_t even_block(const PhaseRun& run) {
   const int64_t blocks = most(ceil_div(run.pixels, kEvenBlock), 1);
-  const int64_t unit = run.direct ? 32 : most(run.count[2], 1);
+  const int64_t row = most(run.count[2], 1);
+  const int64_t unit = run.direct ? 32 : run.image.joined ? run.count[1] * row : row;
   return most(ceil_div(ceil_div(run.pixels, blocks), unit), 1) * unit;
 }
 
@@ -117,12 +163,14 @@ PhaseRun phase_run(const ConvArgs& args, int64_t index) {
   const int64_t window_bytes = run.plan.runs ? run.plan.taps * run.plan.depth : 1;
   const int64_t limit = clamp(kTableBytes / pointer_bytes, 0, kWindowBytes / window_bytes);
   run.block = clamp(limit / kMinBlock * kMinBlock, kMinBlock, kMaxBlock);
+  if (run.plan.padded_image) {
+    run.image = padded_image(args, run.phase, run.plan.depth, run.count,
+                             joins_rows(args, run.phase, run.plan, run.count));
+  }
   if (run.plan.even_rows) run.block = even_block(run);
   run.blocks = ceil_div(run.pixels, run.block);
   run.windows = 0;
-  if (run.plan.padded_image) {
-    run.image = padded_image(args, run.phase.dim[2], run.count[2], run.plan.depth);
-  } else if (run.plan.runs && !run.plan.even_rows && run.count[2] > 0) {
+  if (run.plan.runs && !run.plan.even_rows && run.count[2] > 0) {
     const int64_t border = run.count[2] - (run.inner_end - run.inner_begin);
     const int64_t rows = (run.block - 1) / run.count[2] + 2;
     run.windows = border * rows < run.block ? border * rows : run.block;
@@ -242,6 +290,20 @@ class BlockRows {
         for (int64_t x = 0; x < taps_in_row; ++x) {
           *pointer++ = from + x * dim[2].in_dilation * channels + channel;
         }
+      }
+    }
+  }
+
+  // The same where the rows of an image are joined: the pointers of its first pixel.
+  void find_joined(int64_t begin, int64_t end) {
+    const PaddedImage& image = run_.image;
+    const DimPhase& y = run_.phase.dim[1];
+    const int64_t pixels = run_.count[1] * run_.count[2];
+    const uint8_t** pointer = scratch_.pointers;
+    for (int64_t n = begin / pixels; n < end / pixels; ++n) {
+      for (int64_t t = 0; t < y.taps; ++t) {
+        const int64_t row = n * image.image_rows + t * y.in_dilation;
+        *pointer++ = image_ + row * image.row_bytes;
       }
     }
   }
@@ -382,6 +444,8 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
       const bool even = run.plan.even_rows;
       if (set > first_set) {
         rows.move(even ? (end - begin) / run.count[2] : end - begin, in_set);
+      } else if (run.image.joined) {
+        rows.find_joined(begin, end);
       } else if (even) {
         rows.find_even(begin, end, set * in_set);
       } else {
@@ -391,6 +455,13 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
       if (even) {
         gemm.run = run.count[2];
         gemm.a_row_stride = run.phase.dim[2].in_stride * shape.in_channels;
+      }
+      if (run.image.joined) {
+        const int64_t images = (end - begin) / (run.count[1] * run.count[2]);
+        gemm.run_width = run.count[2];
+        gemm.run_pitch = run.image.pixels;
+        gemm.run = run.count[1] * gemm.run_pitch;
+        gemm.row_end = images * gemm.run;
       }
     }
     const int64_t first = dense ? begin * shape.out_channels : 0;

@@ -144,6 +144,9 @@ struct IgemmArgs {
   // Rows that share the pointers of their first: `a_row_stride` further on for each. AMX only;
   // row_begin, row_end are multiples of it then.
   int64_t run = 1;
+  // If not 0: of each run_pitch rows only the first run_width are outputs, and the rows of `out`
+  // are those. `run` is a multiple of run_pitch; for runs that tiles read in place, dense output.
+  int64_t run_width = 0, run_pitch = 0;
   int64_t row_begin = 0, row_end = 0;
   int64_t panel_begin = 0, panel_end = 0;
   void* out = nullptr;

@@ -66,12 +66,24 @@ struct Pending {
   uint8_t* out[kPairRows];
   const uint8_t* residual[kPairRows];
   uint32_t row_sums[kPairRows];
+  // Of each `pitch` rows only the first `width` are outputs; row 0 is row `phase` of them.
+  int64_t width = 1, pitch = 1, phase = 0;
 
   inline __attribute__((always_inline)) void run(int64_t count) {
     if (next == rows) return;
     const int64_t end = rows - next < count ? rows : next + count;
-    store(tile, acc, next, end);
+    width == pitch ? store(tile, acc, next, end) : store_outputs(end);
     next = end;
+  }
+
+  __attribute__((noinline)) void store_outputs(int64_t end) const {
+    for (int64_t i = next; i < end;) {
+      const int64_t x = (phase + i) % pitch;
+      const int64_t last = end - i < pitch - x ? end : i + pitch - x;
+      const int64_t outputs = last - i < width - x ? last : i + width - x;
+      if (outputs > i) store(tile, acc, i, outputs);
+      i = last;
+    }
   }
 };
 
@@ -343,7 +355,28 @@ class AmxRows {
     next_ ^= 1;
   }
 
+  // Where the rows of a run that are outputs lie; the others keep what they have, unused.
+  void find_outputs_in_runs(int64_t first, int64_t column, Pending& now) const {
+    const int64_t width = args_.run_width, pitch = args_.run_pitch;
+    now.width = width;
+    now.pitch = pitch;
+    now.phase = first % pitch;
+    int64_t row = first / pitch * width + (now.phase < width ? now.phase : width);
+    for (int64_t i = 0, x = now.phase; i < stored_; ++i) {
+      if (x < width) {
+        now.out[i] =
+            static_cast<uint8_t*>(args_.out) + column * element_ + row * args_.out_row_stride;
+        if (args_.residual != nullptr) {
+          now.residual[i] = args_.residual + column + row * args_.residual_row_stride;
+        }
+        ++row;
+      }
+      if (++x == pitch) x = 0;
+    }
+  }
+
   void find_outputs(int64_t first, int64_t column, Pending& now) const {
+    if (args_.run_pitch != 0) return find_outputs_in_runs(first, column, now);
     uint8_t* out = static_cast<uint8_t*>(args_.out) + column * element_;
     if (args_.out_row_offset == nullptr) {
       out += first * args_.out_row_stride;

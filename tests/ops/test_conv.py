@@ -140,6 +140,36 @@ def test_a_large_map_runs_in_many_strips_and_threads(isa):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 3), (2, 4), (3, 5)])
+def test_small_maps_of_many_images_equal_the_reference(isa, kernel, mode):
+    """Here a kernel may see the pixels of an image, its padding between the rows included, as one stretch."""
+    rng, gen = random.Random(4), torch.Generator().manual_seed(4)
+    for height, width, batch, channels in ((7, 7, 1, 67), (7, 7, 25, 16), (4, 4, 3, 80), (5, 9, 2, 12), (9, 3, 3, 130)):
+        weight = random_codes([channels, channels, *kernel], torch.int8, gen)
+        table = rng.choice([None, random_codes([256], torch.uint8, gen)])
+        add = rng.choice([None, ResidualAdd(0.03, 7, 0.05, 120, 0, 255)])
+        zero_points = rng.choice([None, torch.randint(-128, 128, (channels,), dtype=torch.int32, generator=gen)])
+        dtype = torch.uint8 if table is not None or add is not None else rng.choice([torch.uint8, torch.float32])
+        scale = torch.rand(channels, generator=gen) * 0.01 + 0.001
+        epilogue = Epilogue(dtype, 2.0, 131, 0, 255, table, add) if dtype == torch.uint8 else Epilogue(dtype)
+        canonical = (weight, scale, zero_points, None, 0.03, 77, torch.uint8, epilogue)
+        padding = [kernel[0] // 2, (kernel[0] - 1) // 2, kernel[1] // 2, (kernel[1] - 1) // 2]
+        dilation = [rng.choice([1, 2]) if kernel[0] == 3 else 1, 1]
+        padding[:2] = [p * dilation[0] for p in padding[:2]]
+        geometry = ([1, 1], padding, dilation, 1, False, mode)
+        x = random_codes([batch, channels, height, width], torch.uint8, gen)
+        residual = None if add is None else random_codes(x.shape, torch.uint8, gen)
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                ours, expected = run(x, canonical, geometry, residual=residual)
+                assert torch.equal(ours, expected), (height, width, batch, threads)
+        finally:
+            torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("weight_shape", "groups"), [((4, 3, 3, 3), 1), ((6, 1, 3, 3), 6)])
 def test_empty_batch(isa, weight_shape, groups):
     canonical, geometry = simple(list(weight_shape), groups)
