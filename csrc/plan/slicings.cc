@@ -56,6 +56,8 @@ class Chooser {
 
  private:
   static constexpr double kNever = 1e300;
+  // What could be read while threads meet after an operation that they share; slices need not meet.
+  static constexpr double kForkBytes = 150e3;
 
   std::vector<Slicing> slicings(const std::vector<std::vector<int>>& from, int64_t chosen) const {
     std::vector<Slicing> found;
@@ -130,7 +132,8 @@ class Chooser {
     const double share = slices > 1 ? 1.0 / static_cast<double>(slices) : 1.0 / threads_;
     const double loads = slices > 1 ? static_cast<double>(slices) : threads_;
     return static_cast<double>(touched) * missing(working * share) +
-           loads * static_cast<double>(draft_.weights[i]);
+           loads * static_cast<double>(draft_.weights[i]) +
+           (slices == 1 && threads_ > 1 ? kForkBytes : 0.0);
   }
 
   const Program& program_;
