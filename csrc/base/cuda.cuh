@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define QK_DEVICE __device__ __forceinline__
@@ -132,7 +133,15 @@ QK_DEVICE Vector<T, kCount> load_vector(const T* from) {
 }
 template <typename T, int kCount>
 QK_DEVICE void store_vector(T* to, const Vector<T, kCount>& v) {
-  *reinterpret_cast<Vector<T, kCount>*>(to) = v;
+  if constexpr (sizeof(v) == 16) {  // left to itself, the compiler may store element by element
+    uint4 word;
+    memcpy(&word, &v, 16);
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(word.x), "r"(word.y),
+                 "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else {
+    *reinterpret_cast<Vector<T, kCount>*>(to) = v;
+  }
 }
 // Past L1: for data that is read once.
 QK_DEVICE uint4 load_16_once(const void* from) {

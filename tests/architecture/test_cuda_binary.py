@@ -130,3 +130,20 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(arch, operation, loads, sto
     for body in kinds:
         assert count(body, r"LDG\.E\.(\w+\.)*128") >= loads
         assert count(body, r"STG\.E\.128") >= stores
+
+
+# Kernels of training by name, and what they load and store at once, at least.
+TRAINING = [
+    ("lsq_run_kernel", 2, 1),
+    ("extremes_run_kernel", 1, 1),
+    ("foreach_quant_kernel", 2, 1),
+    ("foreach_backward_kernel", 2, 1),
+]
+
+
+@pytest.mark.parametrize("arch", real_archs())
+@pytest.mark.parametrize(("kernel", "loads", "stores"), TRAINING)
+def test_training_kernels_move_16_bytes_at_a_time(arch, kernel, loads, stores):
+    for name, body in named(arch, kernel).items():
+        assert count(body, r"LDG\.E\.(\w+\.)*128") >= loads, name
+        assert count(body, r"STG\.E\.128") >= stores, name
