@@ -141,7 +141,10 @@ class Quantizer(nn.Module):
         if torch.compiler.is_compiling():  # no numbers of tensors here: the codes beyond the clamp are cut afterwards
             y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
             ends = ops.fake_quant(torch.tensor(clamp, device=x.device), scale, zero_point, None, qmin, qmax).to(y.dtype)
-            return torch.clamp(y, ends[0], ends[1])
+            low, high = ends
+            return torch.where(
+                y < low, low, torch.where(y > high, high, y)
+            )  # unlike clamp, at an end the gradient is y's
         qmin, qmax = _codes_of(clamp, scale.item(), zero_point.item(), qmin, qmax)
         return self._with_mask(x, scale, zero_point, qmin, qmax)
 
