@@ -122,4 +122,22 @@ bool reshape_view(const View& view, Sizes size, View* reshaped) {
   return true;
 }
 
+View broadcast(const View& view, const Sizes& size) {
+  View wide = view;
+  wide.size = size;
+  const int missing = size.rank - view.rank();
+  for (int d = 0; d < size.rank; ++d) {
+    const bool repeats = d < missing || (view.size[d - missing] == 1 && size[d] != 1);
+    wide.stride[d] = repeats ? 0 : view.stride[d - missing];
+  }
+  return wide;
+}
+
+View narrow(View view, int dim, int64_t first, int64_t count, int64_t step) {
+  view.offset += first * view.stride[dim] * dtype_bytes(view.dtype);
+  view.size[dim] = count;
+  view.stride[dim] *= step;
+  return view;
+}
+
 }  // namespace qk::plan

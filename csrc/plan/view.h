@@ -42,6 +42,8 @@ struct View {
   int rank() const { return size.rank; }
 };
 
+inline int64_t bytes_of(const View& view) { return view.size.elements() * dtype_bytes(view.dtype); }
+
 // Strides of a dense tensor whose dimensions lie in memory in `order`, outermost first.
 void set_dense_strides(View* view, const int* order);
 void set_contiguous(View* view);
@@ -57,6 +59,11 @@ bool same_strides(const View& a, const View& b);
 
 // torch's rule: the strides of `view` seen with other sizes, if no copy is needed.
 bool reshape_view(const View& view, Sizes size, View* reshaped);
+
+// `view` broadcast to `size`.
+View broadcast(const View& view, const Sizes& size);
+// The part of `view` that starts at `first` in dimension `dim` and has `count` elements there.
+View narrow(View view, int dim, int64_t first, int64_t count, int64_t step = 1);
 
 // The dimensions of K operands of one shape, in the memory order of operand 0, neighbours merged.
 // Dimension `keep` stays alone; *kept is where it went.

@@ -1,0 +1,96 @@
+// linear and convolution.
+#include "csrc/plan/builder.h"
+#include "csrc/plan/kernel_names.h"
+
+namespace qk::plan {
+namespace {
+
+// The stride between rows of [..., K], if there is one and a row is dense.
+bool row_stride(const View& view, int64_t* stride) {
+  const int last = view.rank() - 1;
+  if (view.size[last] > 1 && view.stride[last] != 1) return false;
+  *stride = 0;
+  int64_t expected = -1;
+  for (int d = last - 1; d >= 0; --d) {
+    if (view.size[d] == 1) continue;
+    if (expected < 0) {
+      *stride = view.stride[d];
+    } else if (view.stride[d] != expected) {
+      return false;
+    }
+    expected = view.stride[d] * view.size[d];
+  }
+  return true;
+}
+
+}  // namespace
+
+View Builder::as_rows(const View& view, int64_t* stride) {
+  if (row_stride(view, stride)) return view;
+  const View rows = as_contiguous(view);
+  row_stride(rows, stride);
+  return rows;
+}
+
+void Builder::lower_linear(const Step& step, View* out) {
+  const auto& s = step.as<WeightedStep>();
+  set_contiguous(out);
+  allocate(out);
+  if (out->size.elements() == 0) return;
+  const Block& packed = packed_[step_index_];
+  LinearOp op;
+  op.args = {};
+  view_packed(packed.data(), packed.bytes(), &op.args.matrix);
+  op.args.rows = out->size.elements() / s.conv.out_channels;
+  const View x = as_rows(input(step, 0), &op.args.input_row_stride);
+  op.input = ref(x);
+  op.out = ref(*out);
+  op.residual = {-1, 0};
+  const Cost cost{out->size.elements() * s.conv.in_channels, packed.bytes(), 0};
+  const char* kernel = igemm_kernel_name(op.args.matrix.header->isa);
+  if (!s.has_residual) {
+    emit(op, "linear", kernel, {&x}, *out, cost);
+    return;
+  }
+  const View residual = as_rows(input(step, 1), &op.args.residual_row_stride);
+  op.args.residual_signed = is_signed(residual);
+  op.residual = ref(residual);
+  emit(op, "linear", kernel, {&x, &residual}, *out, cost);
+}
+
+void Builder::lower_conv(const Step& step, View* out) {
+  const auto& s = step.as<WeightedStep>();
+  set_channels_last(out);
+  allocate(out);
+  if (out->size.elements() == 0) return;
+  const Block& packed = packed_[step_index_];
+  const View x = as_channels_last(input(step, 0));
+  ConvOp op;
+  view_packed_conv(packed.data(), packed.bytes(), &op.args.packed);
+  op.args.extent = extent_of(x, *out);
+  Cost cost{out->size.elements() * s.conv.in_per_group() * s.conv.kernel_size(), packed.bytes(),
+            conv_workspace_bytes(op.args, parallel_)};
+  if (s.conv.transposed) {
+    cost.macs = x.size.elements() * s.conv.out_per_group() * s.conv.kernel_size();
+  }
+  op.input = ref(x);
+  op.out = ref(*out);
+  op.residual = {-1, 0};
+  const PackedConvHeader& header = *op.args.packed;
+  const char* kernel = header.kind == ConvKind::kDepthwise ? depthwise_kernel_name(header.isa)
+                                                           : igemm_kernel_name(header.isa);
+  op.workspace = {new_buffer(Home::kArena, cost.workspace), 0};
+  if (!s.has_residual) {
+    emit(op, "conv", kernel, {&x}, *out, cost);
+    return;
+  }
+  const View residual = as_channels_last(input(step, 1));
+  op.args.residual_signed = is_signed(residual);
+  op.residual = ref(residual);
+  if (residual.buffer != x.buffer && conv_adds_in_place(header)) {
+    may_overwrite(residual, *out, {&x}, cache_ / 4);
+  }
+  emit(op, "conv", kernel, {&x, &residual}, *out, cost);
+}
+
+}  // namespace qk::plan
