@@ -23,10 +23,14 @@ namespace qk::seam {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whether this process was forked from one with several threads: the threads of torch's pool stayed
+// behind in that one, and the first call that waited for them would wait for ever.
+bool pool_is_lost();
+
 // torch's own pool, handed to csrc as a value.
 inline Parallel torch_threads() {
   Parallel parallel;
-  parallel.threads = static_cast<int>(torch::stable::get_num_threads());
+  parallel.threads = pool_is_lost() ? 1 : static_cast<int>(torch::stable::get_num_threads());
   parallel.run = [](const Parallel&, int64_t tasks, Parallel::Body body, void* context) {
     torch::stable::parallel_for(0, tasks, 1,
                                 [&](int64_t begin, int64_t end) { body(context, begin, end); });

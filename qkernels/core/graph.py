@@ -31,6 +31,14 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict]:
     return (example_inputs,), {}
 
 
+def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple, dict]:
+    """A batch as `arguments` gives it, which the forward of `model` takes."""
+    args, kwargs = arguments(batch)
+    hint = "if the batches of a loader hold labels too, pass the inputs alone: `(images for images, _ in loader)`"
+    _signature(model, args, kwargs, f"a batch of {len(args) + len(kwargs)} arguments does", hint)
+    return args, kwargs
+
+
 def _detached(value: Any) -> Any:
     """The same, its tensors without history, so that they can be copied."""
     if isinstance(value, Tensor):
@@ -77,15 +85,21 @@ def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     return traced
 
 
-def bind(model: nn.Module, args: tuple, kwargs: dict, defaults: bool = True) -> dict[str, Any]:
-    """The parameters of forward with their values in this call; with `defaults` also those left out."""
+def _signature(
+    model: nn.Module, args: tuple, kwargs: dict, what: str, hint: str = ""
+) -> tuple[inspect.Signature, inspect.BoundArguments]:
+    """The parameters of forward, and what they are in this call."""
     signature = inspect.signature(model.forward)
     try:
-        bound = signature.bind(*args, **kwargs)
+        return signature, signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InvalidArgument(
-            f"example_inputs do not fit forward{signature} of {type(model).__name__}: {error}"
-        ) from error
+        text = f"{what} not fit forward{signature} of {type(model).__name__}: {error}"
+        raise InvalidArgument(f"{text}; {hint}" if hint else text) from error
+
+
+def bind(model: nn.Module, args: tuple, kwargs: dict, defaults: bool = True) -> dict[str, Any]:
+    """The parameters of forward with their values in this call; with `defaults` also those left out."""
+    signature, bound = _signature(model, args, kwargs, "example_inputs do")
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if any(signature.parameters[name].kind in variadic for name in bound.arguments):
         raise Untraceable(f"forward{signature} takes a variable number of arguments")

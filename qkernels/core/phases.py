@@ -1,6 +1,6 @@
 """The phases of a prepared model: calibration, as a context manager and as a loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from qkernels.core.adaround import learn_rounding
 from qkernels.core.bias import correct_bias
 from qkernels.core.corrections import AdaRound, BiasCorrection
+from qkernels.core.graph import batch_arguments
 from qkernels.core.observers import is_distributed
 from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
@@ -116,9 +117,12 @@ def calibrate(
 
     Args:
         prepared: what `prepare` returned.
-        batches: tensors, tuples or lists of arguments, or dicts of keyword arguments.
-        forward: how to run one batch, `forward(model, batch)`; for loaders whose batches also hold labels:
-            `lambda model, batch: model(batch[0])`.
+        batches: tensors, tuples or lists of arguments, or dicts of keyword arguments. From a loader with labels
+            take the inputs: `(images for images, _ in loader)`.
+        forward: how to run one batch, `forward(model, batch)`, if it is not one call of the model.
+
+    Raises:
+        InvalidArgument: a batch does not fit the model's forward.
     """
     run = forward or run_batch
     with calibrating(prepared):
@@ -142,8 +146,5 @@ def non_finite_counts(prepared: nn.Module) -> dict[str, tuple[int, int]]:
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """Calls the model on a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
+    args, kwargs = batch_arguments(model, batch)
+    return model(*args, **kwargs)

@@ -88,7 +88,7 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
     output, agreeing, rows, traces = _Power(), 0, 0, {}
     try:
         for batch in batches:
-            args, kwargs = g.arguments(batch)
+            args, kwargs = g.batch_arguments(float_model, batch)
             expected, got = float_model(*args, **kwargs), converted(*args, **kwargs)
             for e, c in zip(_tensors(expected), _tensors(got), strict=True):
                 output.add(e, c)

@@ -466,6 +466,20 @@ def test_calibrate_takes_loaders_with_labels():
     assert prepared(torch.randn(1, 4)).shape == (1, 4)
 
 
+def test_batches_that_hold_labels_too_are_refused_by_name():
+    model = nn.Linear(4, 4).eval()
+    loader = [[torch.randn(3, 4), torch.zeros(3)] for _ in range(2)]
+    prepared = qkernels.prepare(model, torch.randn(2, 4))
+    with pytest.raises(InvalidArgument, match=r"a batch of 2 arguments does not fit forward.*for images, _ in loader"):
+        qkernels.calibrate(prepared, loader)
+    qkernels.calibrate(prepared, (rows for rows, _ in loader))
+    converted = qkernels.convert(prepared)
+    for verb, first in ((qkernels.verify, prepared), (qkernels.compare, model)):
+        with pytest.raises(InvalidArgument, match="a batch of 2 arguments does not fit"):
+            verb(first, converted, loader)
+    assert qkernels.verify(prepared, converted, (rows for rows, _ in loader)).total_mismatches == 0
+
+
 def test_misuse_is_explained():
     linear = nn.Linear(4, 4).eval()
     with pytest.raises(InvalidType, match="function"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import qkernels
 from qkernels.core.layers import Prepared
@@ -230,6 +231,22 @@ def test_shared_layers_train_as_one():
     assert len(list(qat.parameters())) == 2
     train(qat, 2)
     assert qkernels.verify(qat, qkernels.convert(qat), [images(5)]).total_mismatches == 0
+
+
+@pytest.mark.parametrize("forward", ["int8", "float"])
+@pytest.mark.parametrize("rule", ["ste", "lsq"])
+def test_recomputed_activations_give_the_same_gradients_once_the_grids_stand(rule, forward):
+    model = qkernels.prepare_qat(conv_bn_relu(), images(), rule=rule, forward=forward).train()
+    with torch.no_grad():
+        model(images())
+    qkernels.disable_observer(model)  # a recomputation is a second batch for them
+    twin = copy.deepcopy(model)
+    for one, run in ((model, lambda x: checkpoint(model, x, use_reentrant=False)), (twin, twin)):
+        torch.manual_seed(2)
+        run(images(2)).square().sum().backward()
+        assert all(p.grad is not None for p in one.parameters() if p.requires_grad)
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
 
 
 def test_bad_arguments_are_named():

@@ -102,22 +102,26 @@ def test_many_threads_may_call_one_plan(resnet):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_plan_works_in_a_forked_process():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_plan_works_in_a_forked_process(threads):
     code = """
 import os, sys, torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[2]))
+torch.ones(1 << 20).add_(1)  # with two threads there is a pool now, which the child will not have
 sys.path.insert(0, sys.argv[1])
 from test_plan import made
-plan, model, example, others = made("resnet")
-expected = model(*others)
+plan, model, example, _ = made("resnet")
+images = torch.randn(16, 3, 64, 64)
+expected = model(images)
 plan(*example)
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(plan(*others), expected) else 3)
+    os._exit(0 if plan(images).tolist() == expected.tolist() else 3)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(plan(*others), expected)
+assert torch.equal(plan(images), expected)
 """
-    result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(threads)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
