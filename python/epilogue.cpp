@@ -114,9 +114,11 @@ OutputType check_output_type(const char* op, ScalarType dtype) {
       return OutputType::kF32;
     case ScalarType::BFloat16:
       return OutputType::kBF16;
+    case ScalarType::Half:
+      return OutputType::kF16;
     default:
       STD_TORCH_CHECK(false, op,
-                      ": output_dtype must be uint8, int8, int32, float32 or bfloat16, got ",
+                      ": output_dtype must be uint8, int8, int32, float32, bfloat16 or float16, got ",
                       dtype_text(dtype));
   }
 }

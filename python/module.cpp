@@ -77,6 +77,10 @@ KernelLists list_kernels() {
 #include "csrc/quantize/kernels.inc"
 #undef QK_QUANTIZE_KERNEL
 #undef QK_DEQUANTIZE_KERNEL
+#define QK_SCALE_KERNEL(need, name) \
+  lists["linear_rows"].emplace_back(#name, has_features(active, need));
+#include "csrc/linear_rows/kernels.inc"
+#undef QK_SCALE_KERNEL
 #define QK_INTERLEAVE_KERNEL(need, name) \
   lists["quantize_image"].emplace_back(#name, has_features(active, need));
 #include "csrc/image/kernels.inc"

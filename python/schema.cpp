@@ -110,6 +110,16 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "conv(Tensor input, Tensor packed, Tensor? residual, int out_channels, int[] output_size, "
       "ScalarType output_dtype, int[] geometry=[]) -> Tensor");
 
+  // Activations quantized when they arrive, a grid a row (qkernels/ops/rows.py). `packed`:
+  // linear_pack's, for an int32 output.
+  m.def(
+      "quantize_rows(Tensor x, int qmin, int qmax, bool symmetric, ScalarType dtype) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "linear_rows(Tensor input, Tensor packed, Tensor row_scale, Tensor row_zero_point, Tensor "
+      "weight_scale, Tensor weight_sum, Tensor? bias, int out_features, ScalarType output_dtype) "
+      "-> Tensor");
+
   // Binary networks: signs with a gradient, packed signs (int64 words) and their products.
   m.def("binary_sign(Tensor x, bool is_weight) -> Tensor");
   m.def("binary_sign_backward(Tensor grad, Tensor x, bool is_weight) -> Tensor");

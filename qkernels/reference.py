@@ -488,6 +488,39 @@ def linear(
     return apply_epilogue(sums, weight_scale, bias, input_scale, epilogue, residual, sums.dim() - 1)
 
 
+def quantize_rows(
+    x: Tensor, qmin: int, qmax: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.cat([x.float(), torch.zeros(*x.shape[:-1], 1)], dim=-1)  # zero is on every grid
+    low, high = rows.amin(dim=-1) + 0.0, rows.amax(dim=-1) + 0.0
+    scale = torch.maximum(-low, high) / ((qmax - qmin) * 0.5) if symmetric else (high - low) / (qmax - qmin)
+    scale = torch.where(scale > 0, scale.clamp(2.0**-60, 2.0**50), torch.ones_like(scale))
+    scale = torch.where(torch.isfinite(rows).all(dim=-1), scale, float("nan"))
+    if symmetric:
+        zero_point = torch.full_like(scale, (qmin + qmax + 1) // 2)
+    else:
+        zero_point = (qmin - torch.round(low / scale)).nan_to_num(qmin).clamp(qmin, qmax)
+    offset = quantize_offset(x.float() * (1.0 / scale).unsqueeze(-1), zero_point.unsqueeze(-1), qmin, qmax)
+    return (offset + zero_point.unsqueeze(-1)).to(dtype), scale, zero_point.to(torch.int32)
+
+
+def linear_rows(
+    input: Tensor,
+    row_scale: Tensor,
+    row_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    zero_points = torch.zeros(1) if weight_zero_point is None else weight_zero_point
+    centered = input.double() - row_zero_point.unsqueeze(-1)
+    sums = centered @ (weight.double() - zero_points.double().reshape(-1, 1)).T
+    value = sums.float() * (row_scale.unsqueeze(-1) * weight_scale.expand(len(weight)))
+    return (value + (torch.zeros(1) if bias is None else bias)).to(dtype)
+
+
 # -- convolution -------------------------------------------------------------------------------------------------------
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -130,6 +130,31 @@ QK_HD int32_t requantize(int32_t acc, float addend, float multiplier, int32_t zp
          zp;
 }
 
+// The grid of one row of activations, chosen from its extremes when it is there ("dynamic").
+struct DynamicGrid {
+  float scale;
+  int32_t zero_point;
+};
+
+// A row of tiny numbers keeps a scale whose product with a weight's is normal.
+inline constexpr float kMinRowScale = 0x1p-60f;
+
+// `finite`: the row holds neither NaN nor infinities; else its scale is NaN, as all that follows.
+QK_HD DynamicGrid choose_dynamic_grid(float low, float high, bool finite, int32_t qmin,
+                                      int32_t qmax, bool symmetric) {
+  const GridRule rule{qmin, qmax, symmetric, kMinRowScale};
+  const float scale = finite ? choose_scale(low, high, rule) : NAN;
+  return {scale, choose_zero_point(low, scale, rule)};
+}
+
+// One output of a linear layer whose rows have grids of their own; acc = sum of q * (w - zw).
+QK_HD float row_scaled(int32_t acc, int32_t zero_point, int32_t weight_sum, float row_scale,
+                       float weight_scale, float bias) {
+  const uint32_t centered = static_cast<uint32_t>(acc) -
+                            static_cast<uint32_t>(zero_point) * static_cast<uint32_t>(weight_sum);
+  return static_cast<float>(static_cast<int32_t>(centered)) * (row_scale * weight_scale) + bias;
+}
+
 // RNE to the upper half of a float32, as bits. NaN stays NaN.
 QK_HD uint16_t float_to_bfloat16(float x) {
   union {

@@ -67,7 +67,7 @@ Status pack_igemm_cuda(const PackSource& source, void* dst) {
 }
 
 Status facts_of_code(int64_t code, CudaPackedFacts* facts) {
-  if (code < 0 || code >= kPackedAlign || (code & 7) > static_cast<int64_t>(OutputType::kBF16)) {
+  if (code < 0 || code >= kPackedAlign || (code & 7) > static_cast<int64_t>(OutputType::kF16)) {
     return Status::kBadShape;
   }
   *facts = {.output = static_cast<OutputType>(code & 7),

@@ -269,8 +269,8 @@ QK_DEVICE void stage_pair(const IgemmCudaArgs& args, uint32_t to, int64_t n, int
     shared_store_u64(to, uint2{float_bits(output_value(acc0, addend0, mult0)),
                                float_bits(output_value(acc1, addend1, mult1))});
   } else if (kBytes == 2) {
-    const uint32_t low = float_to_bfloat16(output_value(acc0, addend0, mult0));
-    const uint32_t high = float_to_bfloat16(output_value(acc1, addend1, mult1));
+    const uint32_t low = output_half(args.output, output_value(acc0, addend0, mult0));
+    const uint32_t high = output_half(args.output, output_value(acc1, addend1, mult1));
     shared_store_u32(to, low | high << 16);
   } else {
     const Epilogue& e = *args.epilogue;
@@ -428,6 +428,7 @@ __global__ void __launch_bounds__(T::kThreads)
     case OutputType::kS8:
       return store_sums<T, 1>(args, a, w, place, sums);
     case OutputType::kBF16:
+    case OutputType::kF16:
       return store_sums<T, 2>(args, a, w, place, sums);
     case OutputType::kS32:
     case OutputType::kF32:

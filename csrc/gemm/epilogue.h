@@ -5,7 +5,7 @@
 //             then q = table[byte(q)] if has_table
 //             then q = add(q, residual) if has_residual: the bits of the op `add`
 //             addend = bias / (sx * sw), mult = (sx * sw) / so
-//   f32       (float(acc) + addend[n]) * mult[n], mult = sx * sw;    bf16: RNE of that
+//   f32       (float(acc) + addend[n]) * mult[n], mult = sx * sw;    bf16, f16: RNE of that
 //   s32       acc
 //
 // Memory: an Epilogue is plain data; it is stored inside packed weights. Numbers: the scalar stage
@@ -15,14 +15,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "csrc/base/dtype.h"
 #include "csrc/base/numerics.h"
 
 namespace qk {
 
-enum class OutputType : int32_t { kU8 = 0, kS8 = 1, kS32 = 2, kF32 = 3, kBF16 = 4 };
+enum class OutputType : int32_t { kU8 = 0, kS8 = 1, kS32 = 2, kF32 = 3, kBF16 = 4, kF16 = 5 };
 
 QK_HD int64_t output_bytes(OutputType type) {
-  return type == OutputType::kU8 || type == OutputType::kS8 ? 1 : type == OutputType::kBF16 ? 2 : 4;
+  if (type == OutputType::kU8 || type == OutputType::kS8) return 1;
+  return type == OutputType::kBF16 || type == OutputType::kF16 ? 2 : 4;
 }
 
 // q' = clamp(RNE((fma(q, scale, offset) + fma(r, residual_scale, residual_offset)) * inv_scale) +
@@ -57,6 +59,14 @@ QK_HD float output_value(int32_t acc, float addend, float mult) {
   return (static_cast<float>(acc) + addend) * mult;
 }
 
+// The bits of a 16-bit float output.
+QK_HD uint16_t output_half(OutputType type, float value) {
+  if (type == OutputType::kBF16) return float_to_bfloat16(value);
+  Float16 half;
+  from_float(value, &half);
+  return half.bits;
+}
+
 // One output element. `out` is the address of the element; `residual` that of the residual's byte.
 QK_HD void store_output(const Epilogue& e, int32_t acc, float addend, float mult, void* out,
                         const uint8_t* residual, bool residual_signed) {
@@ -65,8 +75,8 @@ QK_HD void store_output(const Epilogue& e, int32_t acc, float addend, float mult
   } else if (e.output == OutputType::kF32) {
     const float v = output_value(acc, addend, mult);
     std::memcpy(out, &v, 4);
-  } else if (e.output == OutputType::kBF16) {
-    const uint16_t v = float_to_bfloat16(output_value(acc, addend, mult));
+  } else if (!e.is_8bit()) {
+    const uint16_t v = output_half(e.output, output_value(acc, addend, mult));
     std::memcpy(out, &v, 2);
   } else {
     uint8_t q = static_cast<uint8_t>(requantize(acc, addend, mult, e.zero_point, e.qmin, e.qmax));

@@ -38,6 +38,13 @@ Grid choose_grid(int64_t row_groups, int64_t panels, int64_t threads, bool weigh
 
 }  // namespace
 
+int64_t linear_work_ns(const PackedHeader& header, int64_t rows) {
+  const int64_t weights = header.n * header.depth;
+  const int64_t by_macs = rows * weights / macs_per_ns(header.isa),
+                by_bytes = weights / kBytesPerNs;
+  return by_macs > by_bytes ? by_macs : by_bytes;
+}
+
 void linear(const LinearArgs& args, const Parallel& parallel) {
   const PackedHeader& header = *args.matrix.header;
   if (args.rows == 0 || header.n == 0) return;
@@ -46,8 +53,6 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
   const int64_t weights = header.n * header.depth;
   const Grid grid =
       choose_grid(row_groups, panels, parallel.threads, weights >= args.rows * header.depth);
-  const int64_t by_macs = args.rows * weights / macs_per_ns(header.isa),
-                by_bytes = weights / kBytesPerNs;
 
   IgemmArgs whole;
   whole.matrix = args.matrix;
@@ -59,8 +64,7 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
   whole.residual_row_stride = args.residual_row_stride;
   whole.residual_signed = args.residual_signed;
   parallel.for_each_range(
-      grid.rows * grid.panels, by_macs > by_bytes ? by_macs : by_bytes,
-      [&](int64_t begin, int64_t end) {
+      grid.rows * grid.panels, linear_work_ns(header, args.rows), [&](int64_t begin, int64_t end) {
         if (end - begin == grid.rows * grid.panels) {  // one thread: nothing to share out
           IgemmArgs all = whole;
           all.row_end = args.rows;

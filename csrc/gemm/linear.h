@@ -24,4 +24,7 @@ struct LinearArgs {
 
 void linear(const LinearArgs& args, const Parallel& parallel);
 
+// About how long `rows` rows take on one core.
+int64_t linear_work_ns(const PackedHeader& header, int64_t rows);
+
 }  // namespace qk

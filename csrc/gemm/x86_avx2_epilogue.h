@@ -53,6 +53,20 @@ QK_INLINE __m128i bfloat16_x8(__m256 v) {
   return _mm256_castsi256_si128(packed);
 }
 
+// Stores the first n <= 8 lanes (or all) as float32, bfloat16 or float16.
+QK_INLINE void store_floats_x8(OutputType type, __m256 v, void* out, int64_t n) {
+  if (type == OutputType::kF32) {
+    _mm256_maskstore_ps(static_cast<float*>(out), lane_mask_x8(n), v);
+    return;
+  }
+  alignas(16) uint16_t lanes[8];
+  const __m128i half = type == OutputType::kBF16
+                           ? bfloat16_x8(v)
+                           : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_store_si128(reinterpret_cast<__m128i*>(lanes), half);
+  __builtin_memcpy(out, lanes, static_cast<size_t>(2 * (n < 8 ? n : 8)));
+}
+
 // Stores the first n <= 8 lanes at `out`, in any output type; table and residual are left to the
 // caller.
 QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mult, void* out,
@@ -62,12 +76,8 @@ QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mu
     return;
   }
   const __m256 v = _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult);
-  if (e.output == OutputType::kF32) {
-    _mm256_maskstore_ps(static_cast<float*>(out), lane_mask_x8(n), v);
-  } else if (e.output == OutputType::kBF16) {
-    alignas(16) uint16_t lanes[8];
-    _mm_store_si128(reinterpret_cast<__m128i*>(lanes), bfloat16_x8(v));
-    __builtin_memcpy(out, lanes, static_cast<size_t>(2 * (n < 8 ? n : 8)));
+  if (!e.is_8bit()) {
+    store_floats_x8(e.output, v, out, n);
   } else {
     const __m256 low = _mm256_set1_ps(static_cast<float>(e.qmin - e.zero_point));
     const __m256 high = _mm256_set1_ps(static_cast<float>(e.qmax - e.zero_point));

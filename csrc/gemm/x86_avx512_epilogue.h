@@ -31,18 +31,27 @@ QK_INLINE __m256i bfloat16_x16(__m512 v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
 }
 
+// Stores the lanes of `mask` as float32, bfloat16 or float16.
+QK_INLINE void store_floats_x16(OutputType type, __m512 v, void* out, __mmask16 mask) {
+  if (type == OutputType::kF32) {
+    _mm512_mask_storeu_ps(out, mask, v);
+  } else if (type == OutputType::kBF16) {
+    _mm256_mask_storeu_epi16(out, mask, bfloat16_x16(v));
+  } else {
+    _mm256_mask_storeu_epi16(out, mask,
+                             _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
 // Stores the lanes of `mask` at `out`, in any output type; table and residual are left to
 // finish_bytes_avx512().
 QK_INLINE void store_x16(const Epilogue& e, __m512i acc, __m512 addend, __m512 mult, void* out,
                          __mmask16 mask) {
   if (e.output == OutputType::kS32) {
     _mm512_mask_storeu_epi32(out, mask, acc);
-  } else if (e.output == OutputType::kF32) {
+  } else if (!e.is_8bit()) {
     const __m512 v = _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(acc), addend), mult);
-    _mm512_mask_storeu_ps(out, mask, v);
-  } else if (e.output == OutputType::kBF16) {
-    const __m512 v = _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(acc), addend), mult);
-    _mm256_mask_storeu_epi16(out, mask, bfloat16_x16(v));
+    store_floats_x16(e.output, v, out, mask);
   } else {
     const __m512i q = requantize_x16(e, acc, addend, mult);
     _mm_mask_storeu_epi8(out, mask, _mm512_cvtepi32_epi8(q));

@@ -72,7 +72,7 @@ struct FileHeader {
 };
 static_assert(sizeof(FileHeader) == 192);
 
-// Types of values and tensors. The first five are gemm/epilogue.h's OutputType.
+// Types of values and tensors. The numbers are those of gemm/epilogue.h's OutputType.
 enum class DType : uint32_t { kU8 = 0, kS8 = 1, kS32 = 2, kF32 = 3, kBF16 = 4, kF16 = 5 };
 
 struct FileTensor {

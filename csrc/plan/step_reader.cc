@@ -257,7 +257,6 @@ class StepReader {
   bool read_weighted() {
     if (!expect_inputs(1, 2) || !expect_codes(input(0))) return false;
     const DType out = output().dtype;
-    if (out == DType::kF16) return complain("cannot store float16");
     WeightedStep s;
     s.weight = tensor("weight", DType::kS8);
     if (!error_.ok()) return false;

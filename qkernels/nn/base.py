@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer_class
 from qkernels.errors import CheckpointError, InvalidState, InvalidType
+from qkernels.ops.epilogue import OUTPUT_DTYPES
 from qkernels.ops.machine import active_isa
 
 _DERIVE_LOCK = threading.Lock()
@@ -214,7 +215,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_DTYPES = {_dtype_name(d): d for d in (torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16)}
+_DTYPES = {_dtype_name(d): d for d in OUTPUT_DTYPES}
 
 
 def _dtype(name: str) -> torch.dtype:

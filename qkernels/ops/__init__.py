@@ -29,6 +29,7 @@ from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out, lsq_out
 from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
+from qkernels.ops.rows import linear_rows, quantize_rows
 from qkernels.ops.rules import (
     dorefa_gradient,
     dorefa_weight,
@@ -72,6 +73,7 @@ __all__ = [
     "foreach_observe_fake_quant",
     "linear",
     "linear_pack",
+    "linear_rows",
     "lookup",
     "lsq",
     "lsq_backward",
@@ -88,5 +90,6 @@ __all__ = [
     "pact_backward",
     "quantize",
     "quantize_out",
+    "quantize_rows",
     "round_gradient",
 ]

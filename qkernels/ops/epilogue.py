@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OUTPUT_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16)
+OUTPUT_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Epilogue:
     dtype uint8 / int8: `q = clamp(RNE((acc + bias/(sx*sw)) * ((sx*sw)/scale)) + zero_point, qmin, qmax)`, then
     `q = table[q]` if there is a table, then the residual addition if there is one. A ReLU is `qmin = zero_point`; any
     other activation is a table (256 entries of `dtype`, indexed by the byte of q).
-    dtype float32 / bfloat16: `(acc + bias/(sx*sw)) * (sx*sw)`. dtype int32: the accumulator itself, without bias.
+    dtype float32 / bfloat16 / float16: `(acc + bias/(sx*sw)) * (sx*sw)`. dtype int32: the accumulator itself, without
+    bias.
     """
 
     dtype: torch.dtype = torch.uint8

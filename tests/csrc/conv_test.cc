@@ -41,8 +41,10 @@ std::string text(const Case& c) {
 
 void random_epilogue(Rng& rng, Case* c) {
   Epilogue& e = c->epilogue;
-  e.output = rng.chance(0.7) ? rng.pick({OutputType::kU8, OutputType::kS8})
-                             : rng.pick({OutputType::kS32, OutputType::kF32, OutputType::kBF16});
+  e.output =
+      rng.chance(0.7)
+          ? rng.pick({OutputType::kU8, OutputType::kS8})
+          : rng.pick({OutputType::kS32, OutputType::kF32, OutputType::kBF16, OutputType::kF16});
   const int32_t low = e.is_signed() ? -128 : 0;
   e.qmin = low;
   e.qmax = low + 255;

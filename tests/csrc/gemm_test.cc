@@ -253,7 +253,7 @@ void random_problems_equal_the_formula() {
     c.taps = rng.chance(0.5) ? 1 : rng.integer(1, 9);
     c.depth = rng.integer(0, 70);
     c.output = rng.pick({OutputType::kU8, OutputType::kU8, OutputType::kS8, OutputType::kS32,
-                         OutputType::kF32, OutputType::kBF16});
+                         OutputType::kF32, OutputType::kBF16, OutputType::kF16});
     c.input_signed = rng.chance(0.5);
     c.indirect = rng.chance(0.5);
     c.weight_zero_points = rng.chance(0.3);

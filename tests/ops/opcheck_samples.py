@@ -137,6 +137,30 @@ SAMPLES["linear"] = [
     lambda: (codes(7), packed_linear(5, 7, [1, 0, 0, 255], torch.float32), None, 5, torch.float32),
 ]
 
+SAMPLES["quantize_rows"] = [
+    lambda: (torch.randn(3, 7), 0, 255, False, torch.uint8),
+    lambda: (torch.randn(2, 3, 14, dtype=torch.bfloat16)[..., :7], -127, 127, True, torch.int8),
+    lambda: (torch.randn(5, dtype=torch.float16), -128, 127, False, torch.int8),
+]
+
+
+def _linear_rows_args(*shape: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple:
+    rows, n, k = shape[:-1], 5, shape[-1]
+    weight = codes(n, k, dtype=torch.int8)
+    packed = torch.ops.qkernels.linear_pack(
+        weight, torch.ones(1), None, None, 1.0, 0, torch.uint8, [1, 0, 0, 255], torch.int32, None
+    )
+    grids = torch.rand(rows) + 0.1, torch.randint(0, 256, rows, dtype=torch.int32)
+    sums = weight.sum(1, dtype=torch.int32)
+    return (codes(*shape), packed, *grids, torch.full((n,), 0.02), sums, torch.ones(n) if bias else None, n, dtype)
+
+
+SAMPLES["linear_rows"] = [
+    lambda: _linear_rows_args(3, 7),
+    lambda: _linear_rows_args(2, 3, 7, dtype=torch.float16, bias=False),
+    lambda: _linear_rows_args(7, dtype=torch.bfloat16),
+]
+
 
 # ---- conv ----
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qkernels import ops, reference
-from qkernels.ops.epilogue import Epilogue, ResidualAdd
+from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue, ResidualAdd
 from qkernels.testing import supported_isas
 
 FLOAT_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -49,7 +49,7 @@ def random_case(seed):
     spatial = [rng.randrange(5, 11) + d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     output_padding = [rng.randrange(0, max(s, d)) for s, d in zip(stride, dilation, strict=True)] if transposed else 0
     in_dtype = rng.choice([torch.uint8, torch.int8])
-    out_dtype = rng.choice([torch.uint8, torch.int8, torch.uint8, torch.int32, torch.float32, torch.bfloat16])
+    out_dtype = rng.choice([torch.uint8, *OUTPUT_DTYPES])
     shape = [groups * per_in, per_out, *kernel] if transposed else [groups * per_out, per_in, *kernel]
     channels = groups * per_out
     x = random_codes([rng.randrange(1, 3), groups * per_in, *spatial], in_dtype, gen)
@@ -278,7 +278,7 @@ PACK_ERRORS = {
     "input_scale must be positive, finite and normal": {"input_scale": 0.0},
     "input_zero_point must be in [0, 255]": {"input_zero_point": 256},
     "input_dtype must be uint8 or int8": {"input_dtype": torch.int32},
-    "output_dtype must be uint8, int8, int32, float32 or bfloat16": {"epilogue": Epilogue(torch.float64)},
+    "output_dtype must be uint8, int8, int32, float32, bfloat16 or float16": {"epilogue": Epilogue(torch.float64)},
     "the output scale must be positive": {"epilogue": Epilogue(scale=-1.0)},
     "the output zero_point must be in [0, 255]": {"epilogue": Epilogue(zero_point=256)},
     "qmin and qmax must satisfy": {"epilogue": Epilogue(qmax=256)},

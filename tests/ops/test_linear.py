@@ -8,6 +8,7 @@ import torch
 
 from qkernels import ops, reference
 from qkernels.ops import Epilogue, ResidualAdd
+from qkernels.ops.epilogue import OUTPUT_DTYPES
 from qkernels.testing import isa_cap, supported_isas
 
 DTYPES = (torch.uint8, torch.int8)
@@ -104,7 +105,7 @@ def test_2000_random_layers_equal_the_reference():
     g = generator(1)
     isas = supported_isas()
     for i in range(2000):
-        out = (torch.uint8, torch.int8, torch.uint8, torch.float32, torch.bfloat16, torch.int32)[number(g, 0, 5)]
+        out = (torch.uint8, *OUTPUT_DTYPES)[number(g, 0, 6)]
         integer = out in DTYPES
         layer = random_layer(
             g,
@@ -283,7 +284,10 @@ BAD_ARGUMENTS = [
     ({"epilogue": Epilogue(zero_point=300)}, r"the output zero_point must be in \[0, 255\], got 300"),
     ({"epilogue": Epilogue(zero_point=0.5)}, "the output zero_point must be an integer, got 0.5"),
     ({"epilogue": Epilogue(qmin=-1)}, "qmin and qmax must satisfy"),
-    ({"epilogue": Epilogue(dtype=torch.float16)}, "output_dtype must be uint8, int8, int32, float32 or bfloat16"),
+    (
+        {"epilogue": Epilogue(dtype=torch.float64)},
+        "output_dtype must be uint8, int8, int32, float32, bfloat16 or float16",
+    ),
     ({"epilogue": Epilogue(table=torch.zeros(255, dtype=torch.uint8))}, r"table must have shape \[256\], got \[255\]"),
     ({"epilogue": Epilogue(table=torch.zeros(256, dtype=torch.int8))}, "table must be Byte, got Char"),
     (

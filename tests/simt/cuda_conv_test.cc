@@ -168,7 +168,7 @@ void usual_layers_give_the_bits_of_the_reference() {
 }
 
 constexpr OutputType kOutputs[] = {OutputType::kU8, OutputType::kS8, OutputType::kS32,
-                                   OutputType::kF32, OutputType::kBF16};
+                                   OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
 void random_convolutions_give_the_bits_of_the_reference() {
   Rng rng(2);
@@ -191,7 +191,7 @@ void random_convolutions_give_the_bits_of_the_reference() {
       c.extent.in[d] = rng.integer(1, 6);
     }
     c.extent.batch = rng.integer(0, 2);
-    c.output = kOutputs[rng.integer(0, 4)];
+    c.output = kOutputs[rng.integer(0, 5)];
     const bool bytes = c.output == OutputType::kU8 || c.output == OutputType::kS8;
     c.input_signed = rng.chance(0.5), c.weight_zero_points = rng.chance(0.25);
     c.table = bytes && rng.chance(0.3), c.residual = bytes && rng.chance(0.3);

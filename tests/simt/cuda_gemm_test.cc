@@ -140,7 +140,7 @@ class Problem {
 };
 
 constexpr OutputType kOutputs[] = {OutputType::kU8, OutputType::kS8, OutputType::kS32,
-                                   OutputType::kF32, OutputType::kBF16};
+                                   OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
 // Each tile around its edges, whole and split.
 void every_tile_gives_the_bits_of_the_cpu() {
@@ -174,7 +174,7 @@ void small_and_odd_shapes_give_the_bits_of_the_cpu() {
     Case c{.m = rng.pick<int64_t>({1, 2, 3, 7, 8, 9, 15, 16, 17, 33}),
            .n = rng.integer(1, 80),
            .k = rng.pick<int64_t>({1, 3, 15, 16, 17, 31, 32, 63, 64, 65, 127, 128, 200}),
-           .output = kOutputs[rng.integer(0, 4)],
+           .output = kOutputs[rng.integer(0, 5)],
            .input_signed = rng.chance(0.5),
            .weight_zero_points = rng.chance(0.4)};
     const bool bytes = c.output == OutputType::kU8 || c.output == OutputType::kS8;
