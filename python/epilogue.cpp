@@ -117,9 +117,10 @@ OutputType check_output_type(const char* op, ScalarType dtype) {
     case ScalarType::Half:
       return OutputType::kF16;
     default:
-      STD_TORCH_CHECK(false, op,
-                      ": output_dtype must be uint8, int8, int32, float32, bfloat16 or float16, got ",
-                      dtype_text(dtype));
+      STD_TORCH_CHECK(
+          false, op,
+          ": output_dtype must be uint8, int8, int32, float32, bfloat16 or float16, got ",
+          dtype_text(dtype));
   }
 }
 

@@ -21,6 +21,8 @@ FRIENDS = {
     "fake_quant": {"quantize"},
     "fake_quant_backward": {"quantize"},
     "gemm": {"pointwise"},
+    "linear_rows": {"gemm"},
+    "quantize_rows": {"observe", "quantize"},
     "image": {"quantize"},
     "plan": {"conv", "gemm", "image", "pointwise", "pool", "quantize"},
     "dorefa": {"fake_quant", "fake_quant_backward", "observe", "quantize"},

@@ -167,7 +167,7 @@ void usual_layers_give_the_bits_of_the_reference() {
   }
 }
 
-constexpr OutputType kOutputs[] = {OutputType::kU8, OutputType::kS8, OutputType::kS32,
+constexpr OutputType kOutputs[] = {OutputType::kU8,  OutputType::kS8,   OutputType::kS32,
                                    OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
 void random_convolutions_give_the_bits_of_the_reference() {

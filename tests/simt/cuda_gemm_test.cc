@@ -139,7 +139,7 @@ class Problem {
   std::vector<uint8_t> expected_;
 };
 
-constexpr OutputType kOutputs[] = {OutputType::kU8, OutputType::kS8, OutputType::kS32,
+constexpr OutputType kOutputs[] = {OutputType::kU8,  OutputType::kS8,   OutputType::kS32,
                                    OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
 // Each tile around its edges, whole and split.
