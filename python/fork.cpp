@@ -1,6 +1,9 @@
 // What is left of torch's thread pool after fork.
-#include <dirent.h>
 #include <pthread.h>
+
+#include <filesystem>
+#include <iterator>
+#include <system_error>
 
 #include "python/adapt.h"
 
@@ -13,12 +16,10 @@ bool parent_has_threads = false;
 bool forked_from_threads = false;
 
 bool several_threads() {
-  DIR* tasks = opendir("/proc/self/task");
-  if (tasks == nullptr) return true;  // not known: one thread is always right
-  int count = 0;
-  while (const dirent* entry = readdir(tasks)) count += entry->d_name[0] != '.';
-  closedir(tasks);
-  return count > 1;
+  std::error_code error;
+  std::filesystem::directory_iterator tasks("/proc/self/task", error);
+  if (error) return true;  // not known: one thread is always right
+  return std::distance(tasks, std::filesystem::directory_iterator()) > 1;
 }
 
 [[maybe_unused]] const int registered =

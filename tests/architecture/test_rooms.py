@@ -115,6 +115,7 @@ def seam_complaints(path: str, text: str) -> list[str]:
             or re.fullmatch(SEAM_TORCH_HEADERS, header)
             or (header.startswith(("pybind11/", "python/pybind.h")) and path in PYBIND11_FILES)
             or (header == "cuda_runtime_api.h" and in_cuda)
+            or (header == "pthread.h" and path == "python/fork.cpp")
         )
         if not fine:
             complaints.append(f"{path} includes {header}: the seam sees csrc and torch's stable ABI only")
