@@ -18,7 +18,6 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
-from qkernels.core.embedding import PreparedEmbedding
 from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import NetworkGraph
 from qkernels.core.layers import Prepared
@@ -126,7 +125,9 @@ class _Converter:
                 layer = layer_class("dequantize")(self.grids[node])
                 self.floats[node] = self._call(f"{node.name}_dequantize", layer, (self.codes[node],), node)
             else:
-                self.floats[node] = self._float_output_layer(node) or self._embedding(node) or self._copied(node)
+                self.floats[node] = (
+                    self._float_output_layer(node) or self._float_borders_layer(node) or self._copied(node)
+                )
         return self.floats[node]
 
     def _float_output_layer(self, node: fx.Node) -> fx.Node | None:
@@ -137,10 +138,10 @@ class _Converter:
         layer = lower(unit_of(node, op, (self.grids[op.inputs[0]],), None))
         return self._call(node.target, layer, (self.codes[op.inputs[0]],), node)
 
-    def _embedding(self, node: fx.Node) -> fx.Node | None:
-        """A table of codes for an embedding that was trained on a grid."""
+    def _float_borders_layer(self, node: fx.Node) -> fx.Node | None:
+        """A layer on codes that itself takes what the float layer takes, and returns floats."""
         module = self.modules.get(node.target) if node.op == "call_module" else None
-        if not isinstance(module, PreparedEmbedding):
+        if not isinstance(module, Prepared) or not module.float_borders:
             return None
         return self._call(node.target, module.lowered(), (self.float_of(node.all_input_nodes[0]),), node)
 

@@ -13,6 +13,7 @@ class PreparedEmbedding(Prepared, nn.Embedding):
     """The output stays float: a Quantizer behind it puts it onto the grid of what reads it."""
 
     float_class = nn.Embedding
+    float_borders = True
     bias = None
 
     def has_integer_form(self) -> bool:

@@ -34,6 +34,8 @@ class Prepared:
 
     float_class: ClassVar[type[nn.Module]]
     traced_as_leaf = True
+    # It takes and returns what the float layer does, and `lowered()` is its integer layer.
+    float_borders: ClassVar[bool] = False
     weight_correction: Tensor | None
     bias_correction: Tensor | None
     norm: Norm | None

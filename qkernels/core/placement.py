@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.dynamic import PreparedDynamicLinear, why_not_dynamic
 from qkernels.core.embedding import PreparedEmbedding, can_round
 from qkernels.core.fusion import clamp_of, has_constant_clamp, is_fused
 from qkernels.core.layers import PREPARED
@@ -26,6 +27,7 @@ from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.report import Decision, PrepareReport
+from qkernels.errors import Unsupported
 
 QUANTIZERS = "activation_quantizers"
 LARGEST_K = {torch.uint8: 65_793, torch.int8: 131_071}  # products of 8-bit codes that an int32 surely holds
@@ -44,6 +46,7 @@ class Placement:
         self.readers = {node: list(node.users) for node in self.nodes}  # before any Quantizer
         self.operations = {node: o.operation(node, self.modules) for node in self.nodes}
         self.reasons: dict[fx.Node, str] = {}
+        self.dynamic: set[fx.Node] = set()  # linear layers that quantize their input when it arrives
         for node in self.nodes:
             reason = self._why_float(node)
             if reason is not None:
@@ -60,10 +63,13 @@ class Placement:
         op, value = self.operations[node], node.meta.get("value")
         if op is None or op.kind == "identity" or (op.kind == o.DROPOUT and node.op != "call_module"):
             return f"no integer layer for {called(node, self.modules)}"
-        if self.rule(node).skip:
+        rule = self.rule(node)
+        if rule.skip:
             return "skipped by the recipe"
         if not value.is_float or not all(n.meta["value"].is_float for n in op.inputs):
             return "does not compute float32 tensors"
+        if rule.activation.dynamic:
+            return self._why_float_dynamic(node, op)
         if op.kind in (o.PASS, o.DROPOUT):
             return None
         if op.kind == o.PAD:
@@ -80,12 +86,31 @@ class Placement:
             return "its limits are not numbers"
         return self._why_not_lowered(node, op)
 
-    def _why_float_weighted(self, node: fx.Node, op: Operation) -> str | None:
-        layer, rank = op.module, len(op.inputs[0].meta["value"].shape)
+    def _why_float_dynamic(self, node: fx.Node, op: Operation) -> str:
+        reason = self._why_no_weight(op) if op.kind in o.WEIGHTED else None
+        reason = reason or why_not_dynamic(node, op, self.rule(node))
+        if reason is None and self.trained:
+            raise Unsupported(
+                f"prepare_qat: {node.meta['path']} would quantize its input when it arrives, which is not trained: "
+                "take a recipe with calibrated activations"
+            )
+        if reason is not None:
+            return reason
+        self.dynamic.add(node)
+        return "quantizes its input when it arrives; input and output are float"
+
+    def _why_no_weight(self, op: Operation) -> str | None:
+        layer = op.module
         if layer is None or layer._parameters.get("weight") is None:
             return "its weight is computed, not a parameter"
         if layer.weight.dtype != torch.float32:
             return f"its weight is {layer.weight.dtype}, not float32"
+        return None
+
+    def _why_float_weighted(self, node: fx.Node, op: Operation) -> str | None:
+        layer, rank = op.module, len(op.inputs[0].meta["value"].shape)
+        if (reason := self._why_no_weight(op)) is not None:
+            return reason
         if op.kind == "conv" and rank != layer.weight.dim():
             return "its input has no batch dimension"
         depth = layer.weight[:, 0].numel() if getattr(layer, "transposed", False) else layer.weight[0].numel()
@@ -282,6 +307,11 @@ class Placement:
                 layer = self.operations[node].module
                 wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target, norm, self.trained)
                 g.replace_module(self.traced, node.target, wrapped.with_corrections(self.corrections))
+            elif node in self.dynamic:
+                layer, rule = self.operations[node].module, self.rule(node)
+                wrapped = PreparedDynamicLinear.of(layer, rule.weight, node.target)
+                wrapped.activation = rule.activation.spec
+                g.replace_module(self.traced, node.target, wrapped)
             elif norm is not None:
                 g.replace_module(self.traced, node.target, nn.Sequential(self.modules[node.target], norm))
             elif self.trained and node.op == "call_module" and can_round(self.modules[node.target], self.rule(node)):
@@ -318,8 +348,9 @@ class Placement:
                 continue
             name = ".".join(p for p in (prefix, node.meta["path"]) if p)
             kind = called(node, self.modules) if op is None else op.kind
-            reason = "" if node in self.integer else self.reasons.get(node, "neither reads nor feeds an integer tensor")
-            rows.append(Decision(name, kind, node in self.integer, reason))
+            integer = node in self.integer or node in self.dynamic
+            reason = "" if integer else self.reasons.get(node, "neither reads nor feeds an integer tensor")
+            rows.append(Decision(name, kind, integer, reason))
         return PrepareReport(tuple(rows))
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.dynamic import PreparedDynamicLinear
 from qkernels.core.fusion import fold_batch_norms
 from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
@@ -84,6 +85,9 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
         prepared: nn.Module = prepare_graph(work, args, kwargs, recipe, trained=trained)
     except Untraceable as error:
         prepared = _prepare_parts(work, args, kwargs, recipe, str(error), trained)
+    for layer in prepared_layers(prepared):
+        if isinstance(layer, PreparedDynamicLinear):
+            layer.choose_grid()
     if not prepared.report.integer:
         warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=3)
     return prepared

@@ -27,6 +27,8 @@ class TensorRecipe:
     `rule` and `rule_options` say how the grid behaves in training (`prepare_qat`); calibration does without.
     `non_finite` says what the observer does with NaN and infinities: "error", or "ignore" to leave them out and count
     them (`qkernels.non_finite_counts`).
+    `dynamic` (of activations): no observer chooses the grid; linear layers put each row of their input onto the grid of
+    its own extremes when it arrives, take and return float tensors, and need no calibration. All else stays float.
     """
 
     spec: QSpec
@@ -35,6 +37,7 @@ class TensorRecipe:
     rule: str = "ste"
     rule_options: Options = ()
     non_finite: str = "error"
+    dynamic: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
@@ -62,6 +65,7 @@ class TensorRecipe:
             "rule": self.rule,
             "rule_options": dict(self.rule_options),
             "non_finite": self.non_finite,
+            "dynamic": self.dynamic,
         }
 
     @classmethod
@@ -69,7 +73,8 @@ class TensorRecipe:
         spec, options = QSpec.from_config(config["spec"]), tuple(config["options"].items())
         rule_options = tuple(config.get("rule_options", {}).items())
         non_finite = config.get("non_finite", "error")
-        return cls(spec, config["observer"], options, config.get("rule", "ste"), rule_options, non_finite)
+        rule, dynamic = config.get("rule", "ste"), config.get("dynamic", False)
+        return cls(spec, config["observer"], options, rule, rule_options, non_finite, dynamic)
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,11 @@ class Recipe:
             raise InvalidArgument("Recipe: activations take one grid for the whole tensor, got per_channel=True")
         if self.weight.spec.dtype != torch.int8:
             raise InvalidArgument(f"Recipe: weights must be int8, got {self.weight.spec.dtype}")
+        activations = [self.activation, *(rule.activation for rule in self.overrides if rule.activation is not None)]
+        if self.corrections and any(activation.dynamic for activation in activations):
+            raise InvalidArgument(
+                "Recipe: corrections are found in calibration; activations that are quantized when they arrive have none"
+            )
 
     def for_module(self, path: str, types: Iterable[str] = ()) -> "Override":
         """The recipes for the module at `path`: an Override with everything filled in."""
@@ -222,6 +232,7 @@ def _low_bits(weight: int, activation: int = 8, corrections: tuple = ()) -> Reci
 RECIPES: Mapping[str, Recipe] = {
     "int8": Recipe(),
     "int8-minmax": Recipe(activation=TensorRecipe(QSpec.activation(), "minmax")),
+    "int8-dynamic": Recipe(activation=TensorRecipe(QSpec.activation(), "minmax", dynamic=True)),
     "int8-bias": Recipe(corrections=("bias",)),
     "int8-adaround": Recipe(corrections=("adaround", "bias")),
     "w4a8": _low_bits(4),
@@ -280,6 +291,10 @@ def make_recipe(
         spec = old if activation_bits is None else QSpec.activation(activation_bits, old.dtype)
         symmetric = old.symmetric if symmetric_activations is None else symmetric_activations
         activation = replace(activation, spec=replace(spec, symmetric=symmetric))
+    if activation.dynamic and (observer is not None or observer_options is not None or non_finite is not None):
+        raise InvalidArgument(
+            "a recipe that quantizes activations when they arrive has no observer to choose, and is not trained"
+        )
     if observer is not None:
         activation = replace(activation, observer=observer, options=tuple((observer_options or {}).items()))
     elif observer_options is not None:

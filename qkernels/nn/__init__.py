@@ -2,6 +2,7 @@
 
 from qkernels.nn.base import QLayer
 from qkernels.nn.conv import QConv
+from qkernels.nn.dynamic import QDynamicLinear
 from qkernels.nn.elementwise import QAdd, QCat, QLookup, QMul
 from qkernels.nn.embedding import QEmbedding
 from qkernels.nn.io import Dequantize, Quantize
@@ -15,6 +16,7 @@ __all__ = [
     "QAvgPool",
     "QCat",
     "QConv",
+    "QDynamicLinear",
     "QEmbedding",
     "QInterpolate",
     "QLayer",

@@ -195,7 +195,7 @@ class QLayer(nn.Module):
         )
         shown = {name: value for name, value in self.options.items() if value is not None and value is not False}
         options = ", ".join(f"{name}={value}" for name, value in shown.items() if not self._is_usual(name, value))
-        return f"{options}; {grids}" if options else grids
+        return "; ".join(part for part in (options, grids) if part)
 
     def _is_usual(self, name: str, value: Any) -> bool:
         """Whether an option has the value that the description leaves out, in every spatial dimension."""

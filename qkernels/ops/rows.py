@@ -12,7 +12,8 @@ def quantize_rows(
     """Puts every row of `x` onto a grid of its own, which covers the row's extremes and zero.
 
     Nothing is known of the data beforehand. The grid is the one that an observer would choose for the row alone, its
-    scale at least 2^-60. A row that holds NaN or infinities gets the scale NaN; the other rows do not notice.
+    scale at least 2^-60. A row that holds NaN or infinities gets the scale NaN; the other rows do not notice. No
+    gradient passes.
 
     Args:
         x: float32, bfloat16 or float16 [..., K] (computed in float32). Rows at one stride are read where they lie.
@@ -31,7 +32,7 @@ def quantize_rows(
         >>> q.tolist(), scale.tolist(), zero_point.tolist()
         ([[0, 3], [0, 3]], [0.3333333432674408, 2.0], [0, 1])
     """
-    return _ops.quantize_rows.default(x, qmin, qmax, symmetric, dtype)
+    return _ops.quantize_rows.default(x.detach(), qmin, qmax, symmetric, dtype)
 
 
 def linear_rows(
@@ -65,9 +66,9 @@ def linear_rows(
         RuntimeError: `packed` is damaged or was made for something else, or an argument has the wrong dtype or shape,
             or in_features is so large that the int32 sums could overflow (65,793; with weight zero points 33,025).
     """
-    return _ops.linear_rows.default(
-        input, packed, row_scale, row_zero_point, weight_scale, weight_sum, bias, out_features, dtype
-    )
+    scales = row_scale.detach(), row_zero_point, weight_scale.detach(), weight_sum
+    bias = None if bias is None else bias.detach()
+    return _ops.linear_rows.default(input, packed, *scales, bias, out_features, dtype)
 
 
 @torch.library.register_fake("qkernels::quantize_rows")
