@@ -1,5 +1,8 @@
 """What qkernels raises. Every class is also a built-in error, so that `except ValueError` keeps working."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class QKernelsError(Exception):
     """The base of all errors raised by the Python part of qkernels."""
@@ -27,3 +30,12 @@ class CalibrationError(QKernelsError, ValueError):
 
 class CheckpointError(QKernelsError, ValueError):
     """A saved model is damaged, incomplete or of an unknown format."""
+
+
+def close_matches(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...` for a message about an unknown name."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 3, 0.5)
+    if close:
+        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"; there are {sorted(known)}" if len(known) <= 20 else ""

@@ -25,7 +25,7 @@ from qkernels.core.plain import plain_copy
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Override, Recipe, make_recipe, type_name
 from qkernels.core.report import Decision, PrepareReport
-from qkernels.errors import InvalidArgument, InvalidType, Unsupported
+from qkernels.errors import InvalidArgument, InvalidType, Unsupported, close_matches
 
 
 class PreparedModel(NetworkGraph):
@@ -88,9 +88,20 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
     for layer in prepared_layers(prepared):
         if isinstance(layer, PreparedDynamicLinear):
             layer.choose_grid()
+    _check_names(recipe, [*(name for name, _ in model.named_modules()), *(row.name for row in prepared.report)])
     if not prepared.report.integer:
         warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=3)
     return prepared
+
+
+def _check_names(recipe: Recipe, known: Iterable[str]) -> None:
+    """Refuses rules for names that nothing has. A rule for a type may be for other models."""
+    known = {name: None for name in known if name}
+    for rule in recipe.overrides:
+        match = rule.match
+        if match.by != "type" and not any(match(name, ()) for name in known):
+            hint = close_matches(match.pattern, known) if match.by == "name" else ""
+            raise InvalidArgument(f"prepare: no module or operation has the {match.by} {match.pattern!r}{hint}")
 
 
 def prepare_graph(

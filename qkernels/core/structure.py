@@ -10,7 +10,7 @@ import inspect
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,12 +58,16 @@ _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})  # that
 _MODULES: dict[str, type[nn.Module]] = {
     name: getattr(nn, name)
     for name in _words(
-        "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool2d AvgPool1d AvgPool2d AvgPool3d "
-        "BatchNorm1d BatchNorm2d BatchNorm3d CELU Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d "
-        "ConvTranspose3d Dropout Dropout1d Dropout2d Dropout3d ELU Embedding Flatten GELU GLU GroupNorm Hardsigmoid "
-        "Hardswish Hardtanh Identity InstanceNorm1d InstanceNorm2d InstanceNorm3d LayerNorm LeakyReLU Linear "
-        "LogSoftmax MaxPool1d MaxPool2d MaxPool3d Mish PReLU PixelShuffle ReLU ReLU6 SELU SiLU Sigmoid Softmax "
-        "Softmax2d Softplus Softsign Tanh Unflatten Upsample ZeroPad2d"
+        "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d "
+        "AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d CELU ChannelShuffle CircularPad1d "
+        "CircularPad2d CircularPad3d ConstantPad1d ConstantPad2d ConstantPad3d Conv1d Conv2d Conv3d ConvTranspose1d "
+        "ConvTranspose2d ConvTranspose3d Dropout Dropout1d Dropout2d Dropout3d ELU Embedding EmbeddingBag Flatten Fold "
+        "GELU GLU GRU GroupNorm Hardshrink Hardsigmoid Hardswish Hardtanh Identity InstanceNorm1d InstanceNorm2d "
+        "InstanceNorm3d LPPool1d LPPool2d LSTM LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax "
+        "MaxPool1d MaxPool2d MaxPool3d Mish PReLU PixelShuffle PixelUnshuffle RMSNorm RNN ReLU ReLU6 ReflectionPad1d "
+        "ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d SELU SiLU Sigmoid Softmax "
+        "Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold Unflatten Unfold Upsample "
+        "UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d"
     )
 } | {"DotProductAttention": DotProductAttention}
 _ENUMS = {
@@ -127,16 +131,23 @@ def _describe_children(module: nn.Module, path: str) -> dict[str, Any]:
 def _constructor_arguments(module: nn.Module, path: str) -> dict[str, Any]:
     """What to call the class of a torch.nn module with: its attributes of the names of the constructor's parameters."""
     arguments = {}
-    for name in inspect.signature(type(module).__init__).parameters:
-        if name in ("self", "device", "dtype", "inplace", "args", "kwargs") or not hasattr(module, name):
+    for name in _constructor_parameters(module):
+        if name in ("self", "device", "dtype", "inplace") or not hasattr(module, name):
             continue
         value = getattr(module, name)
-        if name == "bias" or name.startswith("_"):
+        if name.startswith("_") or (name == "bias" and not isinstance(value, bool)):
             value = value is not None
         elif isinstance(value, Tensor):
             continue
         arguments[name] = _encode(value, path)
     return arguments
+
+
+def _constructor_parameters(module: nn.Module) -> Iterable[str]:
+    if not isinstance(module, nn.RNNBase):
+        return inspect.signature(type(module).__init__).parameters
+    own = {nn.LSTM: "proj_size", nn.RNN: "nonlinearity"}.get(type(module), "")  # their signature names none
+    return _words(f"input_size hidden_size num_layers bias batch_first dropout bidirectional {own}")
 
 
 def _describe_graph(module: fx.GraphModule, path: str) -> dict[str, Any]:

@@ -1,24 +1,14 @@
 """What the front ends share: checks of keys and names, and what they say."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from qkernels.core.layers import PREPARED
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, close_matches
 
 WEIGHTED = tuple(PREPARED)  # the classes of layers whose weight can be rounded
-
-
-def close_matches(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...` for a message about an unknown name."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 3, 0.5)
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"; there are {sorted(known)}" if len(known) <= 20 else ""
 
 
 def check_keys(entry: Any, known: Iterable[str], where: str) -> None:

@@ -23,8 +23,8 @@ from qkernels.core.grids import Grid
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
-from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, close_matches, with_names, with_types
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported, close_matches
+from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, with_names, with_types
 
 TYPES = ("weight", "input", "output")
 SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -457,6 +458,22 @@ def test_skipping_a_class_of_ones_own():
     assert kinds_of(prepared) == ["conv", "conv"]
     assert [row.name for row in prepared.report.stayed_float] == ["1.conv", "1.sigmoid", "1.mul"]
     check_same(model, prepared, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ("fearures.0", "has the name 'fearures.0'; did you mean 'features.0'"),
+        (re.compile("head.*"), "has the regex 'head"),
+    ],
+)
+@pytest.mark.parametrize("verb", [qkernels.prepare, qkernels.prepare_qat])
+def test_a_skipped_name_that_nothing_has_is_refused(verb, skip, message):
+    features = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    model = nn.Sequential(OrderedDict(features=features, pool=nn.MaxPool2d(2))).eval()
+    with pytest.raises(InvalidArgument, match=message):
+        verb(model, IMAGE, skip=[skip])
+    verb(model, IMAGE, skip=["features.1", nn.LSTM])  # a type may be for other models
 
 
 def test_calibrate_takes_loaders_with_labels():

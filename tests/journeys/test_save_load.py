@@ -69,6 +69,42 @@ def test_a_loaded_model_is_the_saved_one(x, tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
+FLOAT_MODULES = [
+    (nn.ReflectionPad2d(1), [2, 3, 6, 6]),
+    (nn.ConstantPad2d((1, 0, 2, 1), 0.5), [2, 3, 6, 6]),
+    (nn.CircularPad1d(2), [2, 3, 6]),
+    (nn.LSTM(6, 4, 2, bias=False, batch_first=True, dropout=0.2, bidirectional=True), [2, 5, 6]),
+    (nn.GRU(6, 4), [2, 5, 6]),
+    (nn.RNN(6, 4, nonlinearity="relu"), [2, 5, 6]),
+    (nn.RMSNorm(6), [2, 5, 6]),
+    (nn.LocalResponseNorm(2, 0.1), [2, 3, 6, 6]),
+    (nn.Unfold(2, stride=2), [2, 3, 6, 6]),
+    (nn.AdaptiveMaxPool3d(2), [2, 3, 4, 4, 4]),
+    (nn.Threshold(0.1, 0.3), [2, 6]),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), FLOAT_MODULES, ids=lambda value: type(value).__name__)
+def test_torch_modules_that_stay_float_are_saved_with_their_arguments(module, shape, tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.float_part, self.linear = module, nn.Linear(5, 4)
+
+        def forward(self, x):
+            y = self.float_part(x)
+            if isinstance(module, nn.RNNBase):
+                y = y[0]
+            return self.linear(y.flatten(1)[:, :5])
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model = converted(Network().eval(), x)
+    qkernels.save(model, tmp_path / "model.qk")
+    again = qkernels.load(tmp_path / "model.qk")
+    assert torch.equal(again(x), model(x))
+    assert repr(again.float_part) == repr(module)
+
+
 PROGRAM = """
 import sys, torch, qkernels
 model = qkernels.load(sys.argv[1])

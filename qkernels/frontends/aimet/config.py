@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from qkernels.core import operations as o
-from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.aimet import model_preparer as functions
-from qkernels.frontends.common import close_matches
 
 DEFAULT: dict[str, Any] = {
     "defaults": {

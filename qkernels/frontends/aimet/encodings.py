@@ -10,8 +10,8 @@ from typing import Any
 
 from qkernels.core.attach import OUTPUT, WEIGHT
 from qkernels.core.grids import Grid, Grids
-from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.common import check_one_of, close_matches
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
+from qkernels.frontends.common import check_one_of
 
 VERSIONS = ("0.6.1", "1.0.0")
 TABLES = ("activation_encodings", "param_encodings")

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qkernels.core import operations as o
-from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.common import close_matches
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
 
 logger = logging.getLogger("ModelPreparer")
 

@@ -18,13 +18,12 @@ from qkernels.core.graph import Untraceable, arguments, modules_of, trace
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.recipe import Match, Override, Recipe
-from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.aimet import encodings as enc
 from qkernels.frontends.aimet import quantizers as qz
 from qkernels.frontends.aimet.config import OP_TYPES, Config, Tensors, op_type, read_config
 from qkernels.frontends.aimet.model_preparer import Concat, Functional
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
-from qkernels.frontends.common import close_matches
 
 OBSERVERS = {
     "min_max": "minmax",

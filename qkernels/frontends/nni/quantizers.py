@@ -12,8 +12,7 @@ from qkernels.core.attached import Attached, Holder, recipe_of
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import InvalidArgument, InvalidType, Unsupported
-from qkernels.frontends.common import close_matches
+from qkernels.errors import InvalidArgument, InvalidType, Unsupported, close_matches
 from qkernels.frontends.nni import calibration
 from qkernels.frontends.nni.config import Setting, parse
 from qkernels.frontends.nni.evaluator import TorchEvaluator

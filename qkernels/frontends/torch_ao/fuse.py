@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from qkernels.core.fusion import folded
-from qkernels.errors import InvalidArgument
-from qkernels.frontends.common import close_matches
+from qkernels.errors import InvalidArgument, close_matches
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
