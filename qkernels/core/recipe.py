@@ -174,7 +174,7 @@ class Recipe:
         activations = [self.activation, *(rule.activation for rule in self.overrides if rule.activation is not None)]
         if self.corrections and any(activation.dynamic for activation in activations):
             raise InvalidArgument(
-                "Recipe: corrections are found in calibration; activations that are quantized when they arrive have none"
+                "Recipe: corrections come from calibration, which dynamic activations do without"
             )
 
     def for_module(self, path: str, types: Iterable[str] = ()) -> "Override":
