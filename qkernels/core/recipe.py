@@ -173,9 +173,7 @@ class Recipe:
             raise InvalidArgument(f"Recipe: weights must be int8, got {self.weight.spec.dtype}")
         activations = [self.activation, *(rule.activation for rule in self.overrides if rule.activation is not None)]
         if self.corrections and any(activation.dynamic for activation in activations):
-            raise InvalidArgument(
-                "Recipe: corrections come from calibration, which dynamic activations do without"
-            )
+            raise InvalidArgument("Recipe: corrections come from calibration, which dynamic activations do without")
 
     def for_module(self, path: str, types: Iterable[str] = ()) -> "Override":
         """The recipes for the module at `path`: an Override with everything filled in."""

@@ -148,7 +148,7 @@ def test_the_recipe_is_a_value():
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(InvalidArgument, match="no observer"):
         make_recipe("int8-dynamic", observer="minmax")
-    with pytest.raises(InvalidArgument, match="corrections are found in calibration"):
+    with pytest.raises(InvalidArgument, match="corrections come from calibration"):
         make_recipe("int8-dynamic", corrections="bias")
     with pytest.raises(InvalidArgument, match="not trained"):
         qkernels.prepare_qat(mlp(), torch.randn(5, 32), recipe="int8-dynamic")
