@@ -4,12 +4,12 @@
 namespace qk {
 namespace {
 
-// Panels that stay in L2 while all rows pass over them: half of a 1 MiB L2. AMX fetches the next
-// panels meanwhile.
-constexpr int64_t kPanelBlockBytes = 512 * 1024, kAmxPanelBlockBytes = 128 * 1024;
+// Panels that stay in L2 while all rows pass over them: half of a 1 MiB L2. AMX and AVX512-VNNI
+// fetch the next panels meanwhile.
+constexpr int64_t kPanelBlockBytes = 512 * 1024, kFetchedBlockBytes = 128 * 1024;
 
 int64_t panels_in_block(const PackedHeader& header) {
-  const int64_t bytes = header.isa == Isa::kAmx ? kAmxPanelBlockBytes : kPanelBlockBytes;
+  const int64_t bytes = header.isa >= Isa::kAvx512Vnni ? kFetchedBlockBytes : kPanelBlockBytes;
   const int64_t panels = header.panel_bytes == 0 ? 1 : bytes / header.panel_bytes;
   return panels < 1 ? 1 : panels;
 }

@@ -4,8 +4,8 @@
 //   out[r, n] = epilogue(acc[r, n])                                                  see epilogue.h
 //
 // Layout: the weights are packed in panels of `nr` columns, [N/nr][taps][depth/4][nr][4] (depth
-//   padded with zero weights to a multiple of 4, the last panel only as wide as whole vectors
-//   need), so that one dot-product instruction reads one vector of B and four broadcast bytes of A.
+//   padded with zero weights to a multiple of 4, see overlaps_tail(); the last panel only as wide as
+//   whole vectors need), so that one dot-product instruction reads one vector of B and four broadcast bytes of A.
 //   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
 //   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes. No byte past `depth` is
 //   read and no byte past column n is written.
@@ -94,6 +94,12 @@ struct PanelShape {
 };
 inline constexpr PanelShape panel_shape(Isa isa) {
   return isa >= Isa::kAvx512Vnni ? PanelShape{64, 16} : PanelShape{16, 8};
+}
+// Whether the last quad of a depth that is no multiple of 4 is read with the three bytes before it,
+// which meet zero weights there: one load, nothing beyond the row. Elsewhere it is padded with
+// zeros.
+inline constexpr bool overlaps_tail(Isa isa, int64_t depth) {
+  return depth > 4 && depth % 4 != 0 && isa != Isa::kAmx && isa != Isa::kScalar;
 }
 inline constexpr int64_t panel_count(int64_t n, Isa isa) {
   return (n + panel_shape(isa).columns - 1) / panel_shape(isa).columns;

@@ -67,6 +67,7 @@ bool narrow_residual(const ResidualAdd& add) {
 struct PanelWriter {
   const PackSource& source;
   int64_t first_column, columns, width;
+  bool overlaps;  // overlaps_tail()
 
   // k < depth; beyond it the weights are 0.
   Quad quad(int64_t column, int64_t tap, int64_t k) const {
@@ -81,10 +82,19 @@ struct PanelWriter {
     }
     return quad;
   }
+  // What meets the activations of quad `index`, the last of a depth that is no multiple of 4.
+  Quad tail(int64_t column, int64_t tap, int64_t index) const {
+    const Quad q = quad(column, tap, index * 4);
+    if (!overlaps) return q;
+    const int64_t before = 4 - source.depth % 4;
+    Quad moved{};
+    for (int64_t i = before; i < 4; ++i) moved.w[i] = q.w[i - before];
+    return moved;
+  }
   // The columns beyond the last are 0 already, as all of the panel is.
   void write_quad(int64_t tap, int64_t index, int8_t* dst) const {
     for (int64_t c = 0; c < columns; ++c) {
-      const Quad q = quad(c, tap, index * 4);
+      const Quad q = index < source.depth / 4 ? quad(c, tap, index * 4) : tail(c, tap, index);
       std::memcpy(dst + c * 4, &q, 4);
     }
   }
@@ -113,7 +123,7 @@ void write_panel(const PanelWriter& panel, int64_t taps, int64_t quads, int8_t* 
         int64_t index = first;
         for (; index < whole; ++index) std::memcpy(out + index * quad_bytes, row + index * 4, 4);
         for (; index < end; ++index) {
-          const Quad q = panel.quad(c, tap, index * 4);
+          const Quad q = index < full ? panel.quad(c, tap, index * 4) : panel.tail(c, tap, index);
           std::memcpy(out + index * quad_bytes, &q, 4);
         }
       }
@@ -257,7 +267,8 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
   for (int64_t panel = 0; panel < layout.panels; ++panel) {
     const int64_t first = panel * shape.columns;
     const int64_t columns = source.n - first < shape.columns ? source.n - first : shape.columns;
-    const PanelWriter writer{source, first, columns, round_up(columns, shape.lanes)};
+    const PanelWriter writer{source, first, columns, round_up(columns, shape.lanes),
+                             overlaps_tail(isa, source.depth)};
     int8_t* at = panels + panel * layout.panel_bytes;
     if (isa == Isa::kAvx2) {
       write_ordered_panel(writer, source.taps, source.depth, at,

@@ -61,7 +61,7 @@ struct Avx2Multiply {
       }
       order = end;
       if (tail != 0) {
-        const auto load = [&](int i) { return broadcast_tail(p[i] + 4 * quads, tail); };
+        const auto load = [&](int i) { return broadcast_tail(p[i], header.depth); };
         wide_bytes<R, V, false>(acc, b, load);
         wide_bytes<R, V, true>(acc, b, load);
         b += V;

@@ -31,6 +31,9 @@ QK_INLINE __m512i broadcast4(const uint8_t* p) {
   return _mm512_set1_epi32(bytes);
 }
 
+// Fewer rows read the weights faster than they could be fetched ahead.
+constexpr int kLeastPrefetchRows = 3;
+
 constexpr int sums_in_flight(int tile) { return tile >= 10 ? 1 : tile >= 5 ? 2 : 4; }
 
 // acc[i][j] = init[j] + sum over tap, k. `Flip`: A is int8.
@@ -39,9 +42,11 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   constexpr int S = sums_in_flight(R * V);
   const PackedHeader& header = *tile.matrix->header;
   const int64_t taps = header.taps, quads = header.depth / 4;
+  const bool overlaps = overlaps_tail(header.isa, header.depth);
   const __mmask16 tail = static_cast<__mmask16>((1u << (header.depth % 4)) - 1u);
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int8_t* b = tile.panel;
+  const int64_t ahead = tile.ahead;
   __m512i sum[S][R][V];
 #pragma GCC unroll 8
   for (int j = 0; j < V; ++j) {
@@ -58,6 +63,7 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
     for (int i = 0; i < R; ++i) p[i] = tile.rows[i * taps + tap];
     int64_t k = 0;
     for (; k + S <= quads; k += S) {
+      if (R >= kLeastPrefetchRows) _mm_prefetch(b + ahead, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         __m512i bv[V];
@@ -85,7 +91,9 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
     if (tail != 0) {
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        __m512i av = _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(tail, p[i] + 4 * quads));
+        __m512i av = overlaps
+                         ? broadcast4(p[i] + header.depth - 4)
+                         : _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(tail, p[i] + 4 * quads));
         if (Flip) av = _mm512_xor_si512(av, flip);
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
@@ -104,32 +112,88 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   }
 }
 
-// The 8-bit store without weight zero points, straight from the accumulators.
-template <int R, int V>
-QK_INLINE void store_bytes(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
-  const Requantize64 constants = requantize64_constants(tile.matrix->header->epilogue);
-  __m512 addend[V], mult[V];
-#pragma GCC unroll 4
-  for (int j = 0; j < V; ++j) {
-    addend[j] = _mm512_load_ps(tile.matrix->addend + tile.first_column + 16 * j);
-    mult[j] = _mm512_load_ps(tile.matrix->mult + tile.first_column + 16 * j);
+// Keeps gcc from moving the instruction that made `v` down to its use.
+QK_INLINE void in_order(__m512i& v) { __asm__("" : "+v"(v)); }
+QK_INLINE void in_order(__m512& v) { __asm__("" : "+v"(v)); }
+
+// Bytes [0, n) of a vector of bytes to out[0], the next n of its next 64 / P bytes to out[1], ...
+template <int P>
+QK_INLINE void store_parts(uint8_t* const* out, int rows, int64_t n, __m512i bytes) {
+  constexpr int64_t kPart = 64 / P;
+  if (P == 1) {
+    _mm512_mask_storeu_epi8(out[0], mask64(n), bytes);
+  } else if (n == kPart && rows == P && out[P - 1] - out[0] == 64 - kPart) {
+    _mm512_storeu_si512(out[0], bytes);
+  } else if constexpr (P == 2) {
+    const auto mask = static_cast<__mmask32>(mask64(n));
+    _mm256_mask_storeu_epi8(out[0], mask, _mm512_castsi512_si256(bytes));
+    if (rows > 1) _mm256_mask_storeu_epi8(out[1], mask, _mm512_extracti64x4_epi64(bytes, 1));
+  } else if constexpr (P == 4) {
+    const __mmask16 mask = mask16(n);
+    _mm_mask_storeu_epi8(out[0], mask, _mm512_castsi512_si128(bytes));
+    if (rows > 1) _mm_mask_storeu_epi8(out[1], mask, _mm512_extracti32x4_epi32(bytes, 1));
+    if (rows > 2) _mm_mask_storeu_epi8(out[2], mask, _mm512_extracti32x4_epi32(bytes, 2));
+    if (rows > 3) _mm_mask_storeu_epi8(out[3], mask, _mm512_extracti32x4_epi32(bytes, 3));
   }
-  const __mmask64 mask = mask64(tile.columns);
+}
+
+// The 8-bit store without weight zero points, straight from the accumulators. A stage runs over all
+// of the tile before the next: one vector's stages wait for each other. Narrow tiles pack several
+// rows into a vector of bytes.
+template <int R, int V>
+QK_INLINE void store_bytes(const IgemmTile& tile, __m512i (&acc)[R][V]) {
+  const PackedMatrix& m = *tile.matrix;
+  __m512 v[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) in_order(v[i][j] = _mm512_cvtepi32_ps(acc[i][j]));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    const __m512 addend = _mm512_load_ps(m.addend + tile.first_column + 16 * j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) in_order(v[i][j] = _mm512_add_ps(v[i][j], addend));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    const __m512 mult = _mm512_load_ps(m.mult + tile.first_column + 16 * j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) in_order(v[i][j] = _mm512_mul_ps(v[i][j], mult));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) in_order(acc[i][j] = _mm512_cvtps_epi32(v[i][j]));
+  }
+  const Requantize64 constants = requantize64_constants(m.header->epilogue);
+  const bool shifts = m.header->epilogue.zero_point != 0 || m.header->epilogue.is_signed();
+  const bool clamps = m.header->epilogue.clamps();
+  constexpr int kRows = V == 1 ? 4 : V == 2 ? 2 : 1;  // of a vector of bytes
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i += kRows) {
     __m512i q[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      q[j] = j < V ? scale_x16(acc[i][j < V ? j : 0], addend[j < V ? j : 0], mult[j < V ? j : 0])
-                   : _mm512_setzero_si512();
+      const int row = i + j / V, vector = j % V;
+      q[j] = j < kRows * V && row < R ? acc[row < R ? row : 0][vector] : acc[i][0];
     }
-    const __m512i bytes = pack_x64(constants, q[0], q[1], q[2], q[3]);
-    _mm512_mask_storeu_epi8(tile.out[i], mask, bytes);
+    __m512i low = _mm512_packs_epi32(q[0], q[1]), high = _mm512_packs_epi32(q[2], q[3]);
+    if (shifts) {
+      low = _mm512_adds_epi16(low, constants.zero_point);
+      high = _mm512_adds_epi16(high, constants.zero_point);
+    }
+    __m512i bytes = _mm512_permutexvar_epi32(constants.order, _mm512_packus_epi16(low, high));
+    if (clamps) {
+      bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, constants.low), constants.high);
+      bytes = _mm512_xor_si512(bytes, constants.flip);
+    }
+    store_parts<kRows>(tile.out + i, R - i < kRows ? R - i : kRows, tile.columns, bytes);
   }
 }
 
 template <int R, int V>
-QK_INLINE void store_tile(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
+QK_INLINE void store_tile(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   const PackedHeader& header = *tile.matrix->header;
   if (header.stores_plain_bytes() && !header.epilogue.has_residual) {
     store_bytes<R, V>(tile, acc);
@@ -152,6 +216,7 @@ __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) 
     multiply<R, V, Flip>(tile, acc);
     store_tile<R, V>(tile, acc);
     tile.advance(R);
+    tile.fetch_next_lines();
   }
 }
 

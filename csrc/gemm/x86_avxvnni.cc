@@ -59,7 +59,7 @@ struct AvxVnniMultiply {
       if (tail != 0) {
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
-          const __m256i a = flipped(broadcast_tail(p[i] + 4 * quads, tail));
+          const __m256i a = flipped(broadcast_tail(p[i], header.depth));
 #pragma GCC unroll 2
           for (int j = 0; j < V; ++j) dot(sum[0][i][j], a, _mm256_load_si256(b + j));
         }

@@ -20,6 +20,13 @@ struct IgemmTile {
   const uint8_t* const* residual;
   bool residual_signed;
   LookupKernel lookup;
+  // From a byte of the panel to one that the next call reads, on its way to L2; 0: none. A tile
+  // fetches one line of four, the next tile those that follow.
+  int64_t ahead = 0;
+
+  inline __attribute__((always_inline)) void fetch_next_lines() {
+    if (ahead != 0) ahead = (ahead & ~int64_t{255}) + ((ahead + 64) & 255);
+  }
 
   // On to the next rows of the block.
   inline __attribute__((always_inline)) void advance(int64_t count) {
@@ -63,6 +70,18 @@ QK_INLINE int64_t block_rows(int64_t left, int64_t most, int64_t row_bytes) {
   return tiles * even.rows + (tiles < even.larger ? tiles : even.larger);
 }
 
+// The addresses of rows [row, row + count), `stride` apart or at their offsets.
+template <typename Pointer>
+QK_INLINE void spread_rows(Pointer base, const int64_t* offset, int64_t stride, int64_t row,
+                           int64_t count, Pointer* rows) {
+  if (offset != nullptr) {
+    for (int64_t i = 0; i < count; ++i) rows[i] = base + offset[row + i];
+  } else {
+    base += row * stride;
+    for (int64_t i = 0; i < count; ++i) rows[i] = base + i * stride;
+  }
+}
+
 template <typename Kernel>
 QK_INLINE void igemm_blocks(const IgemmBlock& block) {
   const IgemmArgs& args = block.args;
@@ -77,6 +96,9 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
       Kernel::max_rows(widest >= shape.columns ? shape.columns / shape.lanes
                                                : (widest + shape.lanes - 1) / shape.lanes);
 
+  const int64_t panels = block.panel_end - block.panel_begin;
+  const int64_t ahead = block.panel_end < args.panel_end ? panels * header.panel_bytes : 0;
+
   const uint8_t* strided[kMaxBlockRows];
   const uint8_t* residual[kMaxBlockRows] = {};
   uint8_t* out[kMaxBlockRows];
@@ -88,19 +110,17 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
     if (args.pointers != nullptr) {
       sources = args.pointers + row * header.taps;
     } else {
-      for (int64_t i = 0; i < count; ++i) strided[i] = args.a + (row + i) * args.a_row_stride;
+      spread_rows(args.a, nullptr, args.a_row_stride, row, count, strided);
     }
     const int64_t first = block.panel_begin * shape.columns;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = row + i;
-      out[i] = static_cast<uint8_t*>(args.out) + first * element +
-               (args.out_row_offset != nullptr ? args.out_row_offset[r] : r * args.out_row_stride);
-      if (epilogue.has_residual) {
-        residual[i] = args.residual + first +
-                      (args.residual_row_offset != nullptr ? args.residual_row_offset[r]
-                                                           : r * args.residual_row_stride);
-      }
-      if (args.matrix.weight_zero_point != nullptr) {
+    spread_rows(static_cast<uint8_t*>(args.out) + first * element, args.out_row_offset,
+                args.out_row_stride, row, count, out);
+    if (epilogue.has_residual) {
+      spread_rows(args.residual + first, args.residual_row_offset, args.residual_row_stride, row,
+                  count, residual);
+    }
+    if (args.matrix.weight_zero_point != nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
         row_sums[i] = igemm_row_sum(sources + i * header.taps, 0, header);
       }
     }
@@ -117,11 +137,13 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
                            out,
                            residual,
                            args.residual_signed,
-                           block.lookup};
+                           block.lookup,
+                           ahead == 0 ? 0 : ahead + row / tile_rows % 4 * 64};
       Kernel::tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] += shape.columns * element;
-        if (epilogue.has_residual) residual[i] += shape.columns;
+      if (panel + 1 == block.panel_end) break;
+      for (int64_t i = 0; i < count; ++i) out[i] += shape.columns * element;
+      if (epilogue.has_residual) {
+        for (int64_t i = 0; i < count; ++i) residual[i] += shape.columns;
       }
     }
     row += count;

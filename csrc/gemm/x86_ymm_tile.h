@@ -11,11 +11,12 @@ QK_INLINE __m256i broadcast4(const uint8_t* p) {
   return _mm256_set1_epi32(bytes);
 }
 
-// n = 1..3 bytes, the others zero.
-QK_INLINE __m256i broadcast_tail(const uint8_t* p, int64_t n) {
-  int32_t bytes = p[0];
-  if (n > 1) bytes |= p[1] << 8;
-  if (n > 2) bytes |= p[2] << 16;
+// The last quad of a row of `depth` bytes, no multiple of 4; see overlaps_tail().
+QK_INLINE __m256i broadcast_tail(const uint8_t* row, int64_t depth) {
+  if (depth > 4) return broadcast4(row + depth - 4);
+  int32_t bytes = row[0];
+  if (depth > 1) bytes |= row[1] << 8;
+  if (depth > 2) bytes |= row[2] << 16;
   return _mm256_set1_epi32(bytes);
 }
 
