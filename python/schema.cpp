@@ -74,6 +74,19 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "Tensor(d!) zero_point, Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool "
       "symmetric, float min_scale, float? momentum, str source, Tensor(f!) out) -> Tensor");
 
+  // Batch normalization in training and the grid behind it (qkernels/ops/batch_norm.py).
+  m.def(
+      "batch_norm_statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "norm_fake_quant(Tensor x, Tensor factor, Tensor shift, float scale, int zero_point, int "
+      "qmin, int qmax, float? floor, float? ceiling, ScalarType? code_dtype) -> (Tensor, Tensor)");
+  m.def(
+      "norm_fake_quant_backward(Tensor grad, Tensor x, Tensor mean, Tensor inv_std, Tensor factor, "
+      "Tensor shift, float scale, int zero_point, int qmin, int qmax, float? floor, float? "
+      "ceiling, float? grad_factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // Many tensors in one call (all weights of a model); axis -1: per tensor.
   m.def(
       "foreach_fake_quant(Tensor[] xs, Tensor[] scales, Tensor[] zero_points, int[] axes, int "

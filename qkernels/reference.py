@@ -625,3 +625,84 @@ def binary_conv2d(
         -1, 1, 1
     )
     return product if bias is None else product + bias.reshape(-1, 1, 1)
+
+
+# ---- batch norm and the grid behind it ----
+
+
+def batch_norm_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    columns = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
+    var, mean = torch.var_mean(columns, 0, correction=0)
+    unbiased = var * (columns.shape[0] / (columns.shape[0] - 1))
+    running_mean += (momentum * (mean - running_mean.double())).float()
+    running_var += (momentum * (unbiased - running_var.double())).float()
+    inv_std = (1.0 / torch.sqrt(var + eps)).float()
+    factor = inv_std if weight is None else inv_std * weight
+    shift = ((0.0 if bias is None else bias.double()) - mean * factor.double()).float()
+    extremes = torch.stack(torch.aminmax(_affine(x, factor, shift)))
+    return mean.float(), inv_std, factor, shift, extremes
+
+
+def _affine(x: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    """fma(x, factor, shift): the product is exact in float64."""
+    return (x.double() * _along(factor, x, 1).double() + _along(shift, x, 1).double()).float()
+
+
+def norm_fake_quant(
+    x: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    scale: float,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    floor: float | None = None,
+    ceiling: float | None = None,
+    code_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    u = _affine(x, factor, shift).clamp(*_ends(floor, ceiling))
+    grid = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), None, qmin, qmax
+    return fake_quant(u, *grid), None if code_dtype is None else quantize(u, *grid, code_dtype)
+
+
+def norm_fake_quant_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    scale: float,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    floor: float | None = None,
+    ceiling: float | None = None,
+    grad_factor: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """In float64 but for where the gradient passes and the terms of the grid's sums."""
+    t, (low, high) = _affine(x, factor, shift), _ends(floor, ceiling)
+    grid = torch.tensor([scale]), torch.tensor([float(zero_point)]), None, qmin, qmax
+    through, by_scale, by_zero_point = lsq_backward(grad, t.clamp(low, high), *grid, grad_factor or 1.0)
+    g = torch.where((t > low) & (t < high), through, torch.zeros_like(through)).double()
+    others = [d for d in range(x.dim()) if d != 1]
+    centered = x.double() - _along(mean, x, 1).double()
+    by_bias, product = g.sum(others), (g * centered).sum(others)
+    by_weight = product * inv_std.double()
+    rows = x.numel() // x.shape[1]
+    slope = _along(inv_std.double() * by_weight / rows, x, 1)
+    by_x = _along(factor, x, 1).double() * (g - _along(by_bias / rows, x, 1) - centered * slope)
+    by_grid = (None, None) if grad_factor is None else (by_scale, by_zero_point)
+    return by_x.float(), by_weight.float(), by_bias.float(), *by_grid
+
+
+def _ends(floor: float | None, ceiling: float | None) -> tuple[float, float]:
+    return -float("inf") if floor is None else floor, float("inf") if ceiling is None else ceiling

@@ -20,7 +20,7 @@ from qkernels.core.lowering import Clamp, LoweringUnit, lower
 from qkernels.core.operations import Value
 from qkernels.core.placement import unit_of
 from qkernels.core.prepare import PreparedModel
-from qkernels.core.quantizer import Quantizer
+from qkernels.core.quantizer import Limits, Quantizer
 
 UNITS = "exact_units"
 Source = tuple[Quantizer, bool]  # where a tensor got onto its grid, and whether a dropout takes it off it in training
@@ -38,10 +38,20 @@ def link(part: PreparedModel) -> None:
             reads = modules.get(node.args[0].target) if node.args[0].op == "call_module" else None
             if isinstance(reads, Quantizer):
                 reads.gives_codes = not reads.spec.per_channel
+            module.reader = _reader_of(node, modules)
         elif isinstance(module, Quantizer):
             _put_unit(part, node, module, modules)
     part.graph.lint()
     part.recompile()
+
+
+def _reader_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Quantizer, Limits] | None:
+    """The Quantizer that alone reads the value of `node`, and the clamp that it applies first."""
+    if len(node.users) != 1:
+        return None
+    reader = next(iter(node.users))
+    module = modules.get(reader.target) if reader.op == "call_module" else None
+    return (module, reader.kwargs.get("clamp")) if isinstance(module, Quantizer) and reader.args[0] is node else None
 
 
 def source_of(node: fx.Node, modules: dict[str, nn.Module]) -> Source | None:

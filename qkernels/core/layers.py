@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
 from qkernels.core.norm import Norm, scale_shift
 from qkernels.core.qspec import MIN_SCALE, QParams
-from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.quantizer import Limits, Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 
 
@@ -42,6 +42,8 @@ class Prepared:
     trained: bool
     # For a forward on integers: where the input got onto its grid, and whether a dropout takes it off in training
     source: tuple[Quantizer, bool] | None
+    # ... and which Quantizer alone reads the output, behind which clamp
+    reader: tuple[Quantizer, Limits] | None
 
     @classmethod
     def of(
@@ -57,7 +59,7 @@ class Prepared:
         prepared.quantizers = nn.ModuleDict({"weight": quantizer.to(layer.weight.device)})
         prepared.register_buffer("weight_correction", None)
         prepared.register_buffer("bias_correction", None)
-        prepared.trained, prepared.source = trained, None
+        prepared.trained, prepared.source, prepared.reader = trained, None, None
         prepared.norm = None if norm is None else Norm.of(norm)
         return prepared
 
@@ -112,10 +114,18 @@ class Prepared:
             return self.folded(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
         rows = self.rows(self.weight)
         if self.grid_is_on_weight():
-            return norm(self.run(x, rows, self.bias))
+            return self.with_live_norm(self.run(x, rows, self.bias))
         scale = away_from_zero(norm.scale())
         y = self.run(x, rows * along(scale, rows), None) / self.along_output(scale)
-        return norm(y if self.bias is None else y + self.along_output(self.bias))
+        return self.with_live_norm(y if self.bias is None else y + self.along_output(self.bias))
+
+    def with_live_norm(self, y: Tensor) -> Tensor:
+        """Normalized by the statistics of the batch, and on the grid of its reader already if that is one step."""
+        if self.reader is not None and self.norm.can_be_fused(y):
+            reader, clamp = self.reader
+            if reader.takes_norm(y, clamp):
+                return reader.normalized(y, self.norm, clamp)
+        return self.norm(y)
 
     def run(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with a weight that goes onto its grid, on the integer kernels if it can."""

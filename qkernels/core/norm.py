@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qkernels import ops
+
 
 class Norm(_BatchNorm):
     """Live in training (batch statistics, running statistics updated); folded into the weight when frozen or in eval.
@@ -43,11 +45,33 @@ class Norm(_BatchNorm):
         shift = -self.running_mean * scale if bias is None else (bias - self.running_mean) * scale
         return shift if self.bias is None else shift + self.bias
 
+    def can_be_fused(self, x: Tensor) -> bool:
+        """Whether `statistics` and an affine map are all that its forward does to `x`."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if not self.live or hooks or self.momentum is None or self.running_mean is None:
+            return False
+        own = (self.running_mean, self.running_var, self.weight, self.bias)
+        if any(t is not None and t.dtype != torch.float32 for t in own) or x.dtype != torch.float32:
+            return False
+        return x.is_cpu and x.numel() // x.shape[1] > 1 and _is_channels_last(x)
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor) -> ops.BatchStatistics:
+        """Those of the batch; the running ones follow."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        running = self.running_mean, self.running_var, self.momentum, self.eps
+        return ops.batch_norm_statistics(x, self.weight, self.bias, *running)
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.frozen)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.frozen = bool(state)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous() if x.dim() == 2 else x.movedim(1, -1).is_contiguous()
 
 
 def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import ops
+from qkernels.core.norm import Norm
 from qkernels.core.observers import is_distributed, make_observer, mean_over_ranks
 from qkernels.core.qspec import QParams, grid_values
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.rules import make_rule
+from qkernels.core.rules.lsq import LearnedStep
 from qkernels.errors import InvalidState, InvalidType
 
 Limits = tuple[float, float] | None
@@ -76,6 +78,7 @@ class Quantizer(nn.Module):
         self.delay = 0  # training steps that TRAIN still only watches
         self.gives_codes = False  # whether a layer that runs on integers reads the output
         self._ready: tuple[weakref.ref, Tensor] | None = None  # the last output and its codes, until they are asked for
+        self._done: weakref.ref | None = None  # what `normalized` gave, until it arrives
         size = self.observer.low.numel()
         # An empty grid is told from a chosen one by its scale: 0 is never a valid scale.
         self.register_buffer("scale", torch.zeros(size))
@@ -101,6 +104,10 @@ class Quantizer(nn.Module):
             exact: what the integers give for it, to be returned with the gradient of rounding.
             clamp: `x` is limited to these two numbers first.
         """
+        if self._done is not None:
+            done, self._done = self._done(), None
+            if x is done:
+                return x
         if exact is not None:
             return Substitute.apply(self.on_grid(x, clamp), exact) if torch.is_grad_enabled() else exact
         state = self.state
@@ -145,8 +152,7 @@ class Quantizer(nn.Module):
             return torch.where(
                 y < low, low, torch.where(y > high, high, y)
             )  # unlike clamp, at an end the gradient is y's
-        qmin, qmax = _codes_of(clamp, scale.item(), zero_point.item(), qmin, qmax)
-        return self._with_mask(x, scale, zero_point, qmin, qmax)
+        return self._with_mask(x, scale, zero_point, *self._ends(clamp))
 
     def _with_mask(self, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         """An activation; in training its codes are made in the same pass if they will be read."""
@@ -156,6 +162,44 @@ class Quantizer(nn.Module):
         y, codes = ops.fake_quant_codes(x, scale, zero_point, qmin, qmax, self.spec.dtype)
         self._ready = weakref.ref(y), codes
         return y
+
+    def takes_norm(self, x: Tensor, clamp: Limits) -> bool:
+        """Whether `normalized` stands for a batch normalization of `x` and `forward` behind it now."""
+        if not (self.training and self.rounds) or self.axis is not None:
+            return False
+        if self.observer.non_finite is not None or self.spec.uneven or is_distributed():
+            return False
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if isinstance(self.rule, LearnedStep):
+            return clamp is None or clamp[0] == 0.0 or math.inf not in map(abs, clamp)
+        return self._fused
+
+    def normalized(self, x: Tensor, norm: Norm, clamp: Limits) -> Tensor:
+        """What `forward` gives for the normalized `x`, which passes here unchanged afterwards."""
+        statistics, spec = norm.statistics(x), self.spec
+        floor, ceiling, factor = None, None, None
+        if isinstance(self.rule, LearnedStep):
+            scale, zero_point = self.rule.grid(self.scale, self.zero_point)
+            qmin, qmax, factor = spec.qmin, spec.qmax, self.rule.grad_factor(x.numel())
+            if clamp is not None:
+                floor, ceiling = clamp
+        else:
+            if self.follows:
+                self._observe(statistics.extremes, clamp, x)
+            scale, zero_point = self.scale, self.zero_point
+            qmin, qmax = self._ends(clamp)
+        codes = spec.dtype if self.gives_codes else None
+        grid = scale, zero_point, qmin, qmax, floor, ceiling, codes, factor
+        y, codes = ops.batch_norm_fake_quant(x, norm.weight, norm.bias, statistics, *grid)
+        self._ready = (weakref.ref(y), codes) if self.gives_codes else None
+        self._done = weakref.ref(y)
+        return y
+
+    def _ends(self, clamp: Limits) -> tuple[int, int]:
+        """The ends of the grid that the clamp leaves."""
+        ends = self.spec.qmin, self.spec.qmax
+        return ends if clamp is None else _codes_of(clamp, self.scale.item(), self.zero_point.item(), *ends)
 
     def _wait(self, x: Tensor) -> Tensor:
         """A training step before rounding begins."""
@@ -223,20 +267,32 @@ class Quantizer(nn.Module):
 
     def _observe_fake_quant(self, x: Tensor, clamp: Limits) -> Tensor:
         """The grid follows within one op."""
-        observer, spec = self.observer, self.spec
-        state = observer.low, observer.high, self.scale, self.zero_point, observer.non_finite
-        momentum = getattr(observer, "momentum", None)
-        grid = self.axis, spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, momentum, observer.source
-        try:
-            if self.is_weight:
-                return ops.observe_fake_quant(x, *state, *grid)
-            ops.observe(x.detach(), *state, *grid, *(clamp or (None, None)))
-        except RuntimeError:
-            observer.check_finite(x)
-            raise
+        if self.is_weight:
+            try:
+                return ops.observe_fake_quant(x, *self._observed_state())
+            except RuntimeError:
+                self.observer.check_finite(x)
+                raise
+        self._observe(x.detach(), clamp)
         if not torch.compiler.is_compiling():  # the bits that are kept do not depend on the buffers
             return self._round(x, self.scale, self.zero_point, clamp)
         return self._round(x, self.scale.clone(), self.zero_point.clone(), clamp)
+
+    def _observed_state(self) -> tuple:
+        """What the observing ops take behind the tensor."""
+        observer, spec = self.observer, self.spec
+        state = observer.low, observer.high, self.scale, self.zero_point, observer.non_finite
+        momentum = getattr(observer, "momentum", None)
+        return *state, self.axis, spec.qmin, spec.qmax, spec.symmetric, spec.min_scale, momentum, observer.source
+
+    def _observe(self, x: Tensor, clamp: Limits, *of: Tensor) -> None:
+        """Observer and grid follow `x` behind `clamp`; a fault is looked for in `of` first."""
+        try:
+            ops.observe(x, *self._observed_state(), *(clamp or (None, None)))
+        except RuntimeError:
+            for tensor in (*of, x):
+                self.observer.check_finite(tensor)
+            raise
 
     def _take_over(self, x: Tensor | None = None) -> None:
         if not self._chosen and self.rule is not None:
@@ -314,7 +370,7 @@ class Quantizer(nn.Module):
         self.state, self.delay = State(int(state[0])), int(state[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}
+        return {**self.__dict__, "_ready": None, "_done": None}
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

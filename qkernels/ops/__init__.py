@@ -3,6 +3,13 @@
 This package is the only user of `torch.ops.qkernels`. `qkernels.reference` holds the same operations in plain torch.
 """
 
+from qkernels.ops.batch_norm import (
+    BatchStatistics,
+    batch_norm_fake_quant,
+    batch_norm_statistics,
+    norm_fake_quant,
+    norm_fake_quant_backward,
+)
 from qkernels.ops.binary import (
     binary_conv2d,
     binary_linear,
@@ -40,11 +47,14 @@ from qkernels.ops.rules import (
 )
 
 __all__ = [
+    "BatchStatistics",
     "Epilogue",
     "ResidualAdd",
     "adaptive_avg_pool",
     "add",
     "avg_pool",
+    "batch_norm_fake_quant",
+    "batch_norm_statistics",
     "binary_conv2d",
     "binary_linear",
     "binary_sign",
@@ -81,6 +91,8 @@ __all__ = [
     "lsq_out",
     "max_pool",
     "mul",
+    "norm_fake_quant",
+    "norm_fake_quant_backward",
     "observe",
     "observe_fake_quant",
     "observe_fake_quant_out",

@@ -302,3 +302,23 @@ SAMPLES["binary_conv2d"] = [
     lambda: (_packed_signs(2, 70, 5, 6), _packed_binary_weight(33, 70, 3, 3), torch.rand(33), None, 70, [3, 3], [2, 1],
              [1, 0], [1, 1]),
 ]  # fmt: skip
+
+# ---- batch norm ----
+
+
+def _image(requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last).requires_grad_(requires_grad)
+
+
+SAMPLES["batch_norm_statistics"] = [
+    lambda: (_image(), torch.rand(4), torch.rand(4), torch.zeros(4), torch.ones(4), 0.1, 1e-5),
+    lambda: (torch.randn(6, 4), None, None, torch.zeros(4), torch.ones(4), 0.1, 1e-5),
+]
+SAMPLES["norm_fake_quant"] = [
+    lambda: (_image(), torch.rand(4), torch.rand(4), 0.05, 0, -128, 127, None, None, torch.int8),
+    lambda: (torch.randn(6, 4), torch.rand(4), torch.rand(4), 0.05, 0, -128, 127, 0.0, 6.0, None),
+]
+SAMPLES["norm_fake_quant_backward"] = [
+    lambda: (_image(), _image(), *(torch.rand(4) for _ in range(4)), 0.05, 0, -128, 127, None, None, None),
+    lambda: (_image(), _image(), *(torch.rand(4) for _ in range(4)), 0.05, 3, -128, 127, 0.0, 6.0, 0.5),
+]

@@ -71,9 +71,13 @@ class LearnedStep(Rule):
         learned = moved if self.plain else grown
         return learned(self.log_ratio, scale), zero_point.to(torch.float32)
 
-    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def grad_factor(self, elements: int) -> float:
+        """What the gradients of the grid of a tensor with so many elements are multiplied by."""
         spec = self.spec
         positive = spec.qmax - (spec.middle if spec.symmetric else spec.qmin)
-        count = x.numel() if self.plain else x.numel() // self.size
-        factor = 1.0 / math.sqrt(max(count, 1) * positive)
-        return ops.lsq(x, scale, zero_point, self.axis, spec.qmin, spec.qmax, factor)
+        count = elements if self.plain else elements // self.size
+        return 1.0 / math.sqrt(max(count, 1) * positive)
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        grid = scale, zero_point, self.axis, self.spec.qmin, self.spec.qmax
+        return ops.lsq(x, *grid, self.grad_factor(x.numel()))
