@@ -38,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--peers", default="torch,ort,openvino", help="'' for none (default: %(default)s)")
     command.add_argument("--threads", type=int, default=1, help="of every engine (default: %(default)s)")
     command.add_argument("--rounds", type=int, default=9, help="blocks of each engine (default: %(default)s)")
-    command.add_argument("--onednn-isa", default="", help="ONEDNN_MAX_CPU_ISA of torch and OpenVINO")
+    command.add_argument(
+        "--isa",
+        default="",
+        choices=["", "avx2", "avxvnni", "avx512vnni"],
+        help="limit every engine to this instruction set (ONNX Runtime, which cannot be limited, is left out)",
+    )
     command.add_argument("--json", help="also write the numbers there")
     command.add_argument("--plot", help="also draw them there (needs matplotlib)")
     command.set_defaults(run=_bench)
@@ -83,7 +88,7 @@ def _bench(options: argparse.Namespace) -> int:
         peers=[peer for peer in options.peers.split(",") if peer],
         threads=options.threads,
         rounds=options.rounds,
-        onednn_isa=options.onednn_isa,
+        isa=options.isa,
         json_path=options.json,
         plot_path=options.plot,
     )

@@ -36,6 +36,18 @@ def test_engine_that_fails_is_reported_and_the_command_fails(capfd):
     assert "'no_such_network'" in capfd.readouterr().out
 
 
+def test_instruction_set_limits_every_engine_and_is_written_down(tmp_path, capfd):
+    out = tmp_path / "bench.json"
+    arguments = ["--model", "mobilenet_v2", "--size", "32", "--rounds", "1", "--peers", "ort", "--isa", "avx2"]
+    assert main(["bench", *arguments, "--json", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["isa"] == "avx2"
+    assert written["environment"]["QKERNELS_ISA"] == "avx2"
+    assert written["environment"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert list(written["results"]["mobilenet_v2_b1"]) == OURS
+    assert "nothing limits it to avx2" in capfd.readouterr().err
+
+
 def test_unknown_peer_is_refused():
     with pytest.raises(InvalidArgument, match=r"unknown peers \['tvm'\]"):
         main(["bench", "--peers", "tvm"])

@@ -2,6 +2,7 @@
 
     python bench/python/bench_ops.py gemm --json bench/results/gemm.json
     python bench/python/bench_ops.py conv --threads 2 --engines qkernels,torch_onednn
+    python bench/python/bench_ops.py conv --isa avx2
 
 Operands stay int8 and in each engine's own format and layout; weights are prepacked; outputs are requantized to uint8
 with per-channel scales and a bias.
@@ -15,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import BENCH, Worker, measure, read_shapes, serve, write_json
+from harness import BENCH, ISA_CAPS, Worker, isa_environment, measure, read_shapes, serve, write_json
 
 ENGINES = ("qkernels", "torch_fbgemm", "torch_x86", "torch_onednn", "ort")
 
@@ -228,7 +229,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--filter", default="", help="only shapes whose name contains this")
     parser.add_argument(
-        "--onednn-isa", default="", help="ONEDNN_MAX_CPU_ISA of the torch engines, e.g. AVX512_CORE_VNNI"
+        "--isa",
+        default="",
+        choices=["", *ISA_CAPS],
+        help="limit every engine to this instruction set (ONNX Runtime, which cannot be limited, is left out)",
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -237,8 +241,8 @@ def main() -> None:
         run_worker(args.worker, args.threads)
         return
 
-    engines = args.engines.split(",")
-    env = {"ONEDNN_MAX_CPU_ISA": args.onednn_isa} if args.onednn_isa else {}
+    engines = [engine for engine in args.engines.split(",") if not (args.isa and engine == "ort")]
+    env = isa_environment(args.isa)
     workers = [Worker([os.path.abspath(__file__)], engine, args.threads, env) for engine in engines]
     shapes = read_shapes(BENCH / "shapes" / f"{args.kind}.txt")
     results, slower = {}, []
@@ -275,7 +279,8 @@ def main() -> None:
             "kind": args.kind,
             "threads": args.threads,
             "rounds": args.rounds,
-            "onednn_isa": args.onednn_isa,
+            "isa": args.isa,
+            "environment": env,
             "peak_gmacs": peak,
             "results": results,
         }

@@ -6,9 +6,29 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(BENCH.parent))
 
-from qkernels.bench.harness import Worker, commit, machine, measure, serve, write_json  # noqa: E402
+from qkernels.bench.harness import (  # noqa: E402
+    ISA_CAPS,
+    Worker,
+    commit,
+    isa_environment,
+    machine,
+    measure,
+    serve,
+    write_json,
+)
 
-__all__ = ["BENCH", "Worker", "commit", "machine", "measure", "read_shapes", "serve", "write_json"]
+__all__ = [
+    "BENCH",
+    "ISA_CAPS",
+    "Worker",
+    "commit",
+    "isa_environment",
+    "machine",
+    "measure",
+    "read_shapes",
+    "serve",
+    "write_json",
+]
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:

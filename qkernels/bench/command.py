@@ -9,7 +9,7 @@ from typing import Any
 
 import qkernels
 from qkernels.bench.engines import ENGINES, PEERS
-from qkernels.bench.harness import Worker, measure, write_json
+from qkernels.bench.harness import Worker, isa_environment, measure, write_json
 from qkernels.bench.table import table
 from qkernels.errors import InvalidArgument
 
@@ -24,13 +24,13 @@ def run(
     peers: Sequence[str],
     threads: int,
     rounds: int,
-    onednn_isa: str = "",
+    isa: str = "",
     json_path: str | None = None,
     plot_path: str | None = None,
 ) -> int:
     """Measures and reports; the exit status is 1 if an engine of ours failed."""
-    engines = _chosen(peers)
-    environment = {"ONEDNN_MAX_CPU_ISA": onednn_isa} if onednn_isa else {}
+    engines = _chosen(peers, isa)
+    environment = isa_environment(isa)
     workers = [Worker(WORKER, name, threads, environment) for name in engines]
     results: dict[str, dict[str, Any]] = {}
     try:
@@ -45,7 +45,8 @@ def run(
     finally:
         for worker in workers:
             worker.close()
-    facts = {"threads": threads, "rounds": rounds, "size": size, "onednn_isa": onednn_isa, "packages": versions()}
+    facts = {"threads": threads, "rounds": rounds, "size": size, "isa": isa, "environment": environment}
+    facts["packages"] = versions()
     print(table(results, facts))
     if json_path:
         write_json(Path(json_path), {**facts, "results": results})
@@ -56,7 +57,7 @@ def run(
     return int(any("error" in row[name] for row in results.values() for name in row if not ENGINES[name].peer))
 
 
-def _chosen(peers: Sequence[str]) -> list[str]:
+def _chosen(peers: Sequence[str], isa: str) -> list[str]:
     """The engines to run: ours, and those of the peers whose packages are here. Says which are left out."""
     if unknown := sorted(set(peers) - set(PEERS)):
         raise InvalidArgument(f"bench: unknown peers {unknown}; there are {list(PEERS)}")
@@ -64,7 +65,9 @@ def _chosen(peers: Sequence[str]) -> list[str]:
     for name, engine in ENGINES.items():
         if engine.peer and engine.peer not in peers:
             continue
-        if missing := engine.missing():
+        if isa and engine.peer == "ort":
+            print(f"{engine.label}: left out, as nothing limits it to {isa}", file=sys.stderr)
+        elif missing := engine.missing():
             print(f"{engine.label}: left out, as {', '.join(missing)} is not installed", file=sys.stderr)
         else:
             chosen.append(name)

@@ -22,6 +22,19 @@ TOO_SLOW_SECONDS = 0.3
 PAUSE_SECONDS = 0.05  # the thread pools of the previous engine spin for milliseconds before they sleep
 
 
+_AVX2_PEERS = {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+ISA_CAPS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", **_AVX2_PEERS},
+    "avxvnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", **_AVX2_PEERS},
+    "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+}
+
+
+def isa_environment(isa: str) -> dict[str, str]:
+    """What limits qkernels, torch and OpenVINO to an instruction set; ONNX Runtime's kernels obey no variable."""
+    return {"QKERNELS_ISA": isa, **ISA_CAPS[isa]} if isa else {}
+
+
 def machine() -> dict[str, str]:
     """The facts that a result needs to be read later."""
     flags = [

@@ -13,8 +13,9 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], facts: Mapping
     width = max(16, *(len(title(case)) + 2 for case in results))
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     plural = "" if facts["threads"] == 1 else "s"
+    isa = f", {facts['isa']}" if facts.get("isa") else ""
     lines = [
-        f"{machine()['cpu']}, {facts['threads']} thread{plural}; {packages}",
+        f"{machine()['cpu']}{isa}, {facts['threads']} thread{plural}; {packages}",
         f"{'ms an image (median)':28s}" + "".join(f"{title(case):>{width}s}" for case in results),
     ]
     for name in names:
