@@ -117,28 +117,41 @@ def decide_cuda() -> tuple[Cuda | None, str]:
     return cuda, f"{why}; toolkit {cuda.version} in {home}; {names}"
 
 
+def dependencies(makefile_rule: str) -> list[str]:
+    """The files that a rule of the form `target: file file ...` names, as `nvcc -MD` writes it."""
+    _, _, names = makefile_rule.replace("\\\n", " ").partition(": ")
+    return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names.strip())]
+
+
+def is_current(target: Path, command: str) -> bool:
+    """Whether `target` was made by `command` from the files as they are now."""
+    made_by, rule = target.with_suffix(".command"), target.with_suffix(".d")
+    if not all(path.exists() for path in (target, made_by, rule)) or made_by.read_text() != command:
+        return False
+    read = [Path(name) for name in dependencies(rule.read_text())]
+    made = target.stat().st_mtime
+    return all(path.exists() and path.stat().st_mtime < made for path in read)
+
+
 def compile_cuda(cuda: Cuda, build_dir: Path, jobs: int) -> list[str]:
-    """Compiles csrc/**/*.cu that are older than their source or any header; returns the object files."""
+    """Compiles csrc/**/*.cu that are older than any file that they read; returns the object files."""
     flags = [
         # A kernel that spills is a mistake: ptxas warns, and `make build` fails on warnings.
         *(["-O0", "-g", "-G"] if DEBUG else ["-O3", "-Xptxas=-warn-spills,-warn-lmem-usage"]),
         *("-std=c++20", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
         *(f"-I{ROOT}", *cuda.gencode),
     ]
-    headers = [ROOT / name for name in files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inc")]
-    newest_header = max(path.stat().st_mtime for path in headers)
 
     def compile_one(source: str) -> str:
         target = (build_dir / source).with_suffix(".cu.o")
-        command = [cuda.nvcc, *flags, "-c", str(ROOT / source), "-o", str(target)]
-        made_by = target.with_suffix(".command")
+        depfile = ["-MD", "-MF", str(target.with_suffix(".d"))]
+        command = [cuda.nvcc, *flags, *depfile, "-c", str(ROOT / source), "-o", str(target)]
         target.parent.mkdir(parents=True, exist_ok=True)
-        newest = max(newest_header, (ROOT / source).stat().st_mtime)
-        if target.exists() and target.stat().st_mtime > newest and made_by.read_text() == " ".join(command):
+        if is_current(target, " ".join(command)):
             return str(target)
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
-        made_by.write_text(" ".join(command))
+        target.with_suffix(".command").write_text(" ".join(command))
         return str(target)
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -143,7 +143,7 @@ inline constexpr float kMinRowScale = 0x1p-60f;
 QK_HD DynamicGrid choose_dynamic_grid(float low, float high, bool finite, int32_t qmin,
                                       int32_t qmax, bool symmetric) {
   const GridRule rule{qmin, qmax, symmetric, kMinRowScale};
-  const float scale = finite ? choose_scale(low, high, rule) : NAN;
+  const float scale = finite ? choose_scale(low, high, rule) : __builtin_nanf("");
   return {scale, choose_zero_point(low, scale, rule)};
 }
 

@@ -79,7 +79,7 @@ struct DorefaWeight {
   DorefaGrid grid;
 };
 
-inline DorefaWeight dorefa_constants(float largest, const DorefaGrid& grid) {
+QK_HD DorefaWeight dorefa_constants(float largest, const DorefaGrid& grid) {
   const float top = tanh_float(largest);
   return {1.0f / (top > 1e-12f ? top : 1e-12f), 1.0f / grid.scale, grid};
 }
@@ -111,8 +111,7 @@ struct DorefaGradientRun {
 };
 
 template <typename T>
-inline __attribute__((always_inline)) void dorefa_weight_element(const DorefaWeightRun& run,
-                                                                 int64_t i) {
+QK_HD void dorefa_weight_element(const DorefaWeightRun& run, int64_t i) {
   const DorefaWeight& w = run.weight;
   const float u = tanh_float(to_float(static_cast<const T*>(run.x)[i])) * w.inv_largest;
   from_float(fake_quant(u, w.grid.scale, w.inv_scale, w.grid.zero_point, w.grid.qmin, w.grid.qmax),
@@ -121,9 +120,8 @@ inline __attribute__((always_inline)) void dorefa_weight_element(const DorefaWei
 
 // The gradient of element i, `through_maximum` apart; its part of S is added to *sum.
 template <typename T>
-inline __attribute__((always_inline)) void dorefa_backward_element(const DorefaBackwardRun& run,
-                                                                   int64_t i, float* sum,
-                                                                   float through_maximum) {
+QK_HD void dorefa_backward_element(const DorefaBackwardRun& run, int64_t i, float* sum,
+                                   float through_maximum) {
   const DorefaWeight& w = run.weight;
   const float g = to_float(static_cast<const T*>(run.grad)[i]);
   const float t = tanh_float(to_float(static_cast<const T*>(run.x)[i])), u = t * w.inv_largest;
@@ -135,8 +133,7 @@ inline __attribute__((always_inline)) void dorefa_backward_element(const DorefaB
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void dorefa_gradient_element(const DorefaGradientRun& run,
-                                                                   int64_t i) {
+QK_HD void dorefa_gradient_element(const DorefaGradientRun& run, int64_t i) {
   const float steps = static_cast<float>(run.steps);
   const float g = to_float(static_cast<const T*>(run.grad)[i]);
   const float noise = uniform_noise(run.key, static_cast<uint32_t>(i));

@@ -1,6 +1,6 @@
 #include "csrc/fake_quant_backward/cuda.h"
 
-#include "csrc/fake_quant_backward/backward.h"
+#include "csrc/fake_quant_backward/cuda_sums.cuh"
 #include "csrc/quantize/cuda_grid.cuh"
 
 namespace qk {
@@ -90,17 +90,7 @@ __global__ void __launch_bounds__(kRunThreads, 4)
   __syncthreads();
   if (threadIdx.x >= 2 * kSumLanes) return;
   const uint32_t lane = threadIdx.x % kSumLanes, which = threadIdx.x / kSumLanes;
-  float lane_sum = 0;
-#pragma unroll 8
-  for (uint32_t i = lane; i < n; i += kSumLanes) {
-    lane_sum +=
-        bits_float(cuda::shared_load_u32(cuda::shared_memory() + which * kSecondTerms + i * 4));
-  }
-  double sum = static_cast<double>(lane_sum);
-#pragma unroll
-  for (int width = kSumLanes / 2; width > 0; width /= 2) {
-    sum += __shfl_xor_sync(cuda::kAllLanes, sum, width);
-  }
+  const double sum = cuda::sum_run(cuda::shared_memory() + which * kSecondTerms, lane, n);
   if (lane == 0) args.workspace[int64_t{blockIdx.x} * 2 + which] = sum;
 }
 
@@ -160,29 +150,13 @@ QK_DEVICE float finished(double sum) {
   return sum != sum ? bits_float(0x7fc00000u) : static_cast<float>(sum);
 }
 
-// The sum of the partial sums of channel c, on thread 0. Neighbours are added until one is left;
-// whoever has no neighbour waits, the shorter sums first: the tree of backward.cc. `level` has room
-// for partials.count sums.
-QK_DEVICE double tree_sum(const LsqBackwardCudaArgs& args, const Partials& partials, int64_t c,
-                          int which, double* level) {
-  double total = 0;
-  const double* below = nullptr;  // of the level before; null: the partial sums
-  const auto value = [&](int64_t j) {
-    return below != nullptr ? below[j]
-                            : args.workspace[partials.place(args.grid.channels, c, j, which)];
+// The sum of the partial sums of channel c, on thread 0.
+QK_DEVICE double channel_sum(const LsqBackwardCudaArgs& args, const Partials& partials, int64_t c,
+                             int which, double* level) {
+  const auto partial = [&](int64_t j) {
+    return args.workspace[partials.place(args.grid.channels, c, j, which)];
   };
-#pragma unroll 1
-  for (int64_t n = partials.count; n > 0; n /= 2) {
-    if (n % 2 == 1 && threadIdx.x == 0) total = value(n - 1) + total;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < n / 2; i += kFinishThreads) {
-      level[i] = value(2 * i) + value(2 * i + 1);
-    }
-    __syncthreads();
-    below = level;
-    level += n / 2;
-  }
-  return total;
+  return cuda::tree_sum<kFinishThreads>(partial, partials.count, level);
 }
 
 // Block c: channel c. `scratch`: [channel][2][count].
@@ -191,8 +165,8 @@ __global__ void __launch_bounds__(kFinishThreads)
                       const __grid_constant__ Partials partials, double* scratch) {
   const int64_t c = blockIdx.x;
   double* level = scratch + c * 2 * partials.count;
-  const double scale_sum = tree_sum(args, partials, c, 0, level);
-  const double zero_sum = tree_sum(args, partials, c, 1, level + partials.count);
+  const double scale_sum = channel_sum(args, partials, c, 0, level);
+  const double zero_sum = channel_sum(args, partials, c, 1, level + partials.count);
   if (threadIdx.x != 0) return;
   args.scale_grad[c] = finished(scale_sum * args.factor);
   args.zero_point_grad[c] =

@@ -23,7 +23,9 @@ IgemmCudaArgs kernel_args(const LinearCudaArgs& args, const CudaGemmPlan& plan) 
                           .residual = args.residual,
                           .residual_row_stride = args.residual_row_stride,
                           .residual_signed = args.residual_signed,
-                          .workspace = args.workspace},
+                          .workspace = args.workspace,
+                          .scales = args.scales,
+                          .scaled_output = args.scaled_output},
                          plan);
 }
 
@@ -44,7 +46,8 @@ IgemmCudaArgs igemm_cuda_args(const IgemmCudaCall& call, const CudaGemmPlan& pla
   k.addend = reinterpret_cast<const float*>(part(call.layout.addend));
   k.mult = reinterpret_cast<const float*>(part(call.layout.mult));
   k.epilogue = reinterpret_cast<const Epilogue*>(call.packed);
-  k.output = call.facts.output;
+  k.scales = call.scales;
+  k.output = call.scales.row_scale == nullptr ? call.facts.output : call.scaled_output;
   k.out = call.out;
   k.out_row_bytes = call.n * output_bytes(k.output);
   k.residual = call.residual;

@@ -30,6 +30,7 @@ struct IgemmCudaArgs {
   const float* addend;
   const float* mult;
   const Epilogue* epilogue;
+  RowScales scales;  // row_scale null: none; else addend, mult and epilogue are not read
   OutputType output;
   void* out;
   int64_t out_row_bytes;
@@ -70,6 +71,8 @@ struct IgemmCudaCall {
   int64_t residual_row_stride;
   bool residual_signed;
   void* workspace;
+  RowScales scales = {};
+  OutputType scaled_output = OutputType::kF32;
 };
 IgemmCudaArgs igemm_cuda_args(const IgemmCudaCall& call, const CudaGemmPlan& plan);
 // Before a launch with a split of K.
@@ -86,6 +89,9 @@ struct LinearCudaArgs {
   int64_t residual_row_stride;
   bool residual_signed;
   void* workspace;  // aligned to 16
+  // Rows with grids of their own, for weights packed with an int32 output: what is stored then.
+  RowScales scales = {};
+  OutputType scaled_output = OutputType::kF32;
 };
 
 // Of the current device.

@@ -127,11 +127,14 @@ __global__ void __launch_bounds__(kGemvThreads)
   if (args.zero_point != nullptr) {
     acc = wrapping_add(acc, -wrapping_multiply(total(kGemvColumns), args.zero_point[n]));
   }
-  store_output(
-      *args.epilogue, acc, args.addend[n], args.mult[n],
-      static_cast<uint8_t*>(args.out) + row * args.out_row_bytes + n * output_bytes(args.output),
-      args.residual ? args.residual + row * args.residual_row_bytes + n : nullptr,
-      args.residual_signed);
+  void* to =
+      static_cast<uint8_t*>(args.out) + row * args.out_row_bytes + n * output_bytes(args.output);
+  if (args.scales.row_scale != nullptr) {
+    return store_float(args.output, args.scales.value(acc, row, n), to);
+  }
+  store_output(*args.epilogue, acc, args.addend[n], args.mult[n], to,
+               args.residual ? args.residual + row * args.residual_row_bytes + n : nullptr,
+               args.residual_signed);
 }
 
 template <bool kSigned>

@@ -254,14 +254,27 @@ struct Patch {
   static_assert(kWarpBytes * (T::kThreads / kWarpSize) <= T::kStageBytes * T::kStages);
 };
 
-// Two neighbouring outputs of a fragment, to the patch.
+QK_DEVICE int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+
+// Two neighbouring outputs of row m, n, to the patch. Outputs beyond the last row and column are
+// computed too, from what lies behind the columns' terms, and not stored.
 template <int kBytes>
-QK_DEVICE void stage_pair(const IgemmCudaArgs& args, uint32_t to, int64_t n, int32_t acc0,
-                          int32_t acc1) {
+QK_DEVICE void stage_pair(const IgemmCudaArgs& args, uint32_t to, int64_t m, int64_t n,
+                          int32_t acc0, int32_t acc1) {
   acc0 = wrapping_add(acc0, args.init[n]);
   acc1 = wrapping_add(acc1, args.init[n + 1]);
   if (kBytes == 4 && args.output == OutputType::kS32) {
     return shared_store_u64(to, uint2{static_cast<uint32_t>(acc0), static_cast<uint32_t>(acc1)});
+  }
+  if constexpr (kBytes > 1) {
+    if (args.scales.row_scale != nullptr) {
+      const int64_t row = at_most(m, args.m - 1);
+      const float v0 = args.scales.value(acc0, row, at_most(n, args.n - 1));
+      const float v1 = args.scales.value(acc1, row, at_most(n + 1, args.n - 1));
+      if (kBytes == 4) return shared_store_u64(to, uint2{float_bits(v0), float_bits(v1)});
+      return shared_store_u32(
+          to, output_half(args.output, v0) | uint32_t{output_half(args.output, v1)} << 16);
+    }
   }
   const float addend0 = args.addend[n], addend1 = args.addend[n + 1];
   const float mult0 = args.mult[n], mult1 = args.mult[n + 1];
@@ -346,8 +359,9 @@ QK_DEVICE void store_sums(const IgemmCudaArgs& args, const Rows& rows, const War
       const int64_t n = place.column + w.column + column;
       const uint32_t to = patch + w.lane / 4 * P::kRowBytes + column * kBytes;
       const int32_t (&s)[4] = sums.acc[i][j];
-      stage_pair<kBytes>(args, to, n, s[0], s[1]);
-      stage_pair<kBytes>(args, to + 8 * P::kRowBytes, n, s[2], s[3]);
+      const int64_t m = place.row + w.row + i * 16 + w.lane / 4;
+      stage_pair<kBytes>(args, to, m, n, s[0], s[1]);
+      stage_pair<kBytes>(args, to + 8 * P::kRowBytes, m + 8, n, s[2], s[3]);
     }
     __syncwarp();
     store_patch<T, kBytes>(args, rows, patch, w.lane, place.row + w.row + i * 16,

@@ -69,17 +69,38 @@ QK_HD uint16_t output_half(OutputType type, float value) {
   return half.bits;
 }
 
+// What scales the sums of rows that have grids of their own (csrc/linear_rows/linear_rows.h);
+// arrays over the rows and over the columns.
+struct RowScales {
+  const float* row_scale;
+  const int32_t* row_zero_point;
+  const float* weight_scale;
+  const int32_t* weight_sum;
+  const float* bias;  // or nullptr
+
+  QK_HD float value(int32_t acc, int64_t row, int64_t n) const {
+    return row_scaled(acc, row_zero_point[row], weight_sum[n], row_scale[row], weight_scale[n],
+                      bias == nullptr ? 0.0f : bias[n]);
+  }
+};
+
+// Stores float32, bfloat16 or float16 at `out`.
+QK_HD void store_float(OutputType type, float value, void* out) {
+  if (type == OutputType::kF32) {
+    std::memcpy(out, &value, 4);
+  } else {
+    const uint16_t half = output_half(type, value);
+    std::memcpy(out, &half, 2);
+  }
+}
+
 // One output element. `out` is the address of the element; `residual` that of the residual's byte.
 QK_HD void store_output(const Epilogue& e, int32_t acc, float addend, float mult, void* out,
                         const uint8_t* residual, bool residual_signed) {
   if (e.output == OutputType::kS32) {
     std::memcpy(out, &acc, 4);
-  } else if (e.output == OutputType::kF32) {
-    const float v = output_value(acc, addend, mult);
-    std::memcpy(out, &v, 4);
   } else if (!e.is_8bit()) {
-    const uint16_t v = output_half(e.output, output_value(acc, addend, mult));
-    std::memcpy(out, &v, 2);
+    store_float(e.output, output_value(acc, addend, mult), out);
   } else {
     uint8_t q = static_cast<uint8_t>(requantize(acc, addend, mult, e.zero_point, e.qmin, e.qmax));
     if (e.has_table) q = e.table[q];

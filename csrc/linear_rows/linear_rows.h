@@ -19,15 +19,6 @@
 
 namespace qk {
 
-// What scales the sums; arrays over the rows and over the columns.
-struct RowScales {
-  const float* row_scale;
-  const int32_t* row_zero_point;
-  const float* weight_scale;
-  const int32_t* weight_sum;
-  const float* bias;  // or nullptr
-};
-
 struct LinearRowsArgs {
   PackedMatrix matrix;
   const uint8_t* input;

@@ -43,6 +43,13 @@ CudaMachine check_machine(const char* op) {
   return machine;
 }
 
+void check_launch_size(const char* op, int64_t rows, int64_t out_features) {
+  // The smallest tile has 32 x 64 outputs, a grid at most 2^31 - 1 blocks.
+  STD_TORCH_CHECK(rows <= INT32_MAX && (rows / 32 + 1) * (out_features / 64 + 1) < INT32_MAX, op,
+                  ": input must have fewer rows for one launch, got ", rows, " rows and ",
+                  out_features, " out_features; split the batch");
+}
+
 CudaPackedFacts check_packed_cuda(const char* op, const char* pack_op, const Tensor& packed,
                                   int64_t n, int64_t taps, int64_t depth) {
   CudaPackedFacts facts;

@@ -48,6 +48,8 @@ Tensor to_device_of(const Tensor& like, const Tensor& t);
 
 // The current device; an error if it is too old for the kernels.
 CudaMachine check_machine(const char* op);
+// Few enough blocks for one launch of a linear layer.
+void check_launch_size(const char* op, int64_t rows, int64_t out_features);
 
 // What a launch has to know of a packed weight. Its bytes are not read: that would wait for the
 // device.

@@ -55,10 +55,7 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
   if (rows == 0 || out_features == 0) return out;
-  // The smallest tile has 32 x 64 outputs, a grid at most 2^31 - 1 blocks.
-  STD_TORCH_CHECK(rows <= INT32_MAX && (rows / 32 + 1) * (out_features / 64 + 1) < INT32_MAX, op,
-                  ": input must have fewer rows for one launch, got ", rows, " rows and ",
-                  out_features, " out_features; split the batch");
+  check_launch_size(op, rows, out_features);
   const Rows a = as_rows(input);
   const std::optional<Rows> r =
       residual.has_value() ? std::optional(as_rows(*residual)) : std::nullopt;

@@ -1,6 +1,7 @@
 """setup.py decides about CUDA as documented, and the build backend answers a missing tool with one line."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -123,3 +124,25 @@ def test_both_builds_read_the_same_flags_and_sources(build):
     assert "-ffp-contract=off" in build.cxx_flags()
     sources = build.make_extension(None).sources
     assert {source for source in sources if source.startswith("csrc/")} == set(build.files("csrc/**/*.cc"))
+
+
+def test_a_cuda_object_is_made_again_when_a_file_that_it_read_changes(build, tmp_path):
+    source, header, other = tmp_path / "a b.cu", tmp_path / "a.cuh", tmp_path / "other.cuh"
+    target = tmp_path / "a.cu.o"
+    for path in (source, header, other):
+        path.write_text("")
+        os.utime(path, (1000, 1000))
+    target.write_text("")
+    rule = f"{target} : {str(source).replace(' ', chr(92) + ' ')} \\\n    {header}\n"
+    assert build.dependencies(rule) == [str(source), str(header)]
+    target.with_suffix(".d").write_text(rule)
+    target.with_suffix(".command").write_text("nvcc -O3")
+    assert build.is_current(target, "nvcc -O3")
+    assert not build.is_current(target, "nvcc -O2")
+    later = target.stat().st_mtime + 10
+    os.utime(other, (later, later))
+    assert build.is_current(target, "nvcc -O3")
+    os.utime(header, (later, later))
+    assert not build.is_current(target, "nvcc -O3")
+    header.unlink()
+    assert not build.is_current(target, "nvcc -O3")
