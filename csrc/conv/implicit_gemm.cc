@@ -12,12 +12,18 @@ namespace {
 constexpr int64_t kMaxBlock = 192, kMinBlock = 24;
 // AMX reads the weights for every 32 rows anyway; every block costs a tile configuration and an
 // epilogue that nothing hides.
-constexpr int64_t kEvenBlock = 1024;
+constexpr int64_t kEvenBlock = 1024, kTileRows = 16;
 // Limits of a block's pointer table and of its window copies, in bytes.
 constexpr int64_t kTableBytes = 128 * 1024, kWindowBytes = 1024 * 1024;
 // Padded images at a time.
 constexpr int64_t kImageBytes = 512 * 1024;
-constexpr int64_t kMacsPerNs = 200, kBytesPerNs = 16;  // for the estimate that decides on threads
+// Of one thread, for estimates: bytes per nanosecond of a row copy; multiply-adds; and bytes that
+// another core wrote or that L3 holds.
+constexpr int64_t kBytesPerNs = 16, kFarBytesPerNs = 16;
+constexpr int64_t macs_per_ns(Isa isa) {
+  constexpr int64_t kRates[kIsaCount] = {1, 64, 192, 384, 1024};
+  return kRates[static_cast<int>(isa)];
+}
 
 int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,7 +50,8 @@ struct PhaseRun {
   bool direct;                     // the input is the matrix A
   int64_t block;                   // pixels in a block
   int64_t blocks;
-  int64_t windows;  // most windows that a block copies
+  int64_t row_parts, column_parts;  // shares of the threads: of the blocks, of the panels
+  int64_t windows;                  // most windows that a block copies
   PaddedImage image;
 };
 
@@ -133,16 +140,58 @@ void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_
   for (int64_t x = end; x < image.pixels; ++x) pixel(x);
 }
 
-// Blocks of nearly the same size: whole output rows, or images if their rows are joined, or in a
-// plain matrix whole pairs of tiles.
-int64_t even_block(const PhaseRun& run) {
-  const int64_t blocks = most(ceil_div(run.pixels, kEvenBlock), 1);
+// The rows that a block consists of: whole output rows, or images if their rows are joined.
+int64_t block_unit(const PhaseRun& run) {
+  if (!run.plan.even_rows || run.direct) return 1;
   const int64_t row = most(run.count[2], 1);
-  const int64_t unit = run.direct ? 32 : run.image.joined ? run.count[1] * row : row;
-  return most(ceil_div(ceil_div(run.pixels, blocks), unit), 1) * unit;
+  return run.image.joined ? run.count[1] * row : row;
 }
 
-PhaseRun phase_run(const ConvArgs& args, int64_t index) {
+// Panels of all sets of a phase, counted through: the columns that tasks share out.
+int64_t panels_of_phase(const PackedConvHeader& packed) {
+  const int64_t n = packed.groups_per_set * packed.shape.out_per_group();
+  return packed.sets * panel_count(n, packed.isa);
+}
+
+// Shares the rows or the columns out over the threads, or both: so that the largest share is small,
+// and that little comes from other cores. Who has rows has what the layers before and after do to
+// the same rows, but reads all weights; who has columns reads rows that others wrote.
+void share_out(const ConvArgs& args, int64_t threads, PhaseRun* run) {
+  const PackedConvHeader& packed = *args.packed;
+  const int64_t panels = panels_of_phase(packed);
+  const int64_t unit = run->direct ? kTileRows : block_unit(*run);
+  const int64_t units = most(ceil_div(run->pixels, unit), 1);
+  const int64_t in = args.extent.batch * args.extent.in_pixels() * packed.shape.in_channels;
+  const int64_t out = run->pixels * packed.shape.out_channels;
+  const int64_t weights = packed.shape.out_channels * run->plan.taps * run->plan.depth;
+  const int64_t work_ns = run->pixels * weights / macs_per_ns(packed.isa);
+  int64_t best_ns = INT64_MAX;
+  run->row_parts = run->column_parts = 1;
+  for (int64_t rows = 1; rows <= threads && rows <= units; ++rows) {
+    const int64_t columns = clamp(threads / rows, 1, panels);
+    const int64_t share = ceil_div(units, rows) * ceil_div(panels, columns);
+    const int64_t far = (in + out) / rows * (columns - 1) / columns + weights / columns;
+    const int64_t ns = work_ns * share / (units * panels) + far / kFarBytesPerNs;
+    if (ns >= best_ns) continue;
+    best_ns = ns;
+    run->row_parts = rows;
+    run->column_parts = columns;
+  }
+}
+
+// Cuts the pixels into blocks of nearly the same size, at most `largest`, an equal number for each
+// share of the rows.
+void cut_blocks(int64_t largest, int64_t threads, PhaseRun* run) {
+  // In a plain matrix one thread takes whole pairs of tiles.
+  const int64_t unit =
+      run->plan.even_rows && run->direct && threads == 1 ? 2 * kTileRows : block_unit(*run);
+  const int64_t blocks = ceil_div(most(ceil_div(run->pixels, largest), 1), run->row_parts);
+  const int64_t size = ceil_div(run->pixels, blocks * run->row_parts);
+  run->block = most(ceil_div(size, unit), 1) * unit;
+  run->blocks = ceil_div(run->pixels, run->block);
+}
+
+PhaseRun phase_run(const ConvArgs& args, int64_t index, int64_t threads) {
   const PackedConvHeader& packed = *args.packed;
   const ConvExtent& e = args.extent;
   PhaseRun run;
@@ -167,8 +216,13 @@ PhaseRun phase_run(const ConvArgs& args, int64_t index) {
     run.image = padded_image(args, run.phase, run.plan.depth, run.count,
                              joins_rows(args, run.phase, run.plan, run.count));
   }
-  if (run.plan.even_rows) run.block = even_block(run);
-  run.blocks = ceil_div(run.pixels, run.block);
+  run.row_parts = run.column_parts = 1;
+  if (threads > 1) share_out(args, threads, &run);
+  if (run.plan.even_rows || threads > 1) {
+    cut_blocks(run.plan.even_rows ? kEvenBlock : run.block, threads, &run);
+  } else {
+    run.blocks = ceil_div(run.pixels, run.block);
+  }
   run.windows = 0;
   if (run.plan.runs && !run.plan.even_rows && run.count[2] > 0) {
     const int64_t border = run.count[2] - (run.inner_end - run.inner_begin);
@@ -191,10 +245,10 @@ struct ScratchBytes {
   int64_t total() const { return pointers + 2 * offsets + windows; }
 };
 
-ScratchBytes scratch_bytes(const ConvArgs& args) {
+ScratchBytes scratch_bytes(const ConvArgs& args, int64_t threads) {
   ScratchBytes bytes;
   for (int64_t p = 0; p < args.packed->phases; ++p) {
-    const PhaseRun run = phase_run(args, p);
+    const PhaseRun run = phase_run(args, p, threads);
     const int64_t block = run.block < run.pixels ? run.block : run.pixels;
     if (!run.direct) {
       const int64_t sharing = run.plan.even_rows ? run.count[2] : 1;
@@ -208,7 +262,7 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
 
 // Only an ordinary convolution pads its image, and it has one phase.
 PaddedImage image_of(const ConvArgs& args) {
-  return args.packed->shape.transposed ? PaddedImage{} : phase_run(args, 0).image;
+  return args.packed->shape.transposed ? PaddedImage{} : phase_run(args, 0, 1).image;
 }
 
 // A row of the matrix that is all padding, at the start of the workspace: as long as a run of taps,
@@ -409,12 +463,6 @@ PackedMatrix part(const PackedConvHeader& packed, int64_t index) {
   return matrix;
 }
 
-// Panels of all sets of a phase, counted through: the columns that tasks share out.
-int64_t panels_of_phase(const PackedConvHeader& packed) {
-  const int64_t n = packed.groups_per_set * packed.shape.out_per_group();
-  return packed.sets * panel_count(n, packed.isa);
-}
-
 void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t block,
                int64_t panel_begin, int64_t panel_end, const Shared& shared,
                const Scratch& scratch) {
@@ -486,11 +534,11 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
   uint8_t* image = workspace + padding_bytes(args);
   uint8_t* scratches = image + image_of(args).bytes();
   const Shared shared{workspace, image};
-  const ScratchBytes bytes = scratch_bytes(args);
+  const ScratchBytes bytes = scratch_bytes(args, parallel.threads);
 
   const int64_t panels = panels_of_phase(packed);
   for (int64_t p = 0; p < packed.phases; ++p) {
-    const PhaseRun run = phase_run(args, p);
+    const PhaseRun run = phase_run(args, p, parallel.threads);
     if (run.pixels == 0) continue;
     parallel.for_each_range(run.image.rows, run.image.bytes() / kBytesPerNs,
                             [&](int64_t begin, int64_t end) {
@@ -499,21 +547,20 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
                               }
                             });
     const int64_t macs = run.pixels * run.plan.taps * run.plan.depth * shape.out_channels;
-    // Whole rows of panels while there are blocks enough for all threads.
-    const int64_t wanted = parallel.threads == 1 ? 1 : ceil_div(2 * parallel.threads, run.blocks);
-    const int64_t splits = clamp(wanted, 1, panels), items = run.blocks * splits;
-    const int64_t tasks = clamp(parallel.threads, 1, items);
-    parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
+    const int64_t rows = run.row_parts, columns = run.column_parts, tasks = rows * columns;
+    const int64_t work_ns = macs / macs_per_ns(packed.isa) + run.pixels * shape.out_channels / 8;
+    parallel.for_each_range(tasks, work_ns, [&](int64_t task_begin, int64_t task_end) {
       for (int64_t task = task_begin; task < task_end; ++task) {
         uint8_t* base = scratches + task * bytes.total();
         const Scratch scratch{reinterpret_cast<const uint8_t**>(base),
                               reinterpret_cast<int64_t*>(base + bytes.pointers),
                               reinterpret_cast<int64_t*>(base + bytes.pointers + bytes.offsets),
                               base + bytes.pointers + 2 * bytes.offsets};
-        for (int64_t item = items * task / tasks; item < items * (task + 1) / tasks; ++item) {
-          const int64_t split = item % splits;
-          run_block(args, run, p, item / splits, panels * split / splits,
-                    panels * (split + 1) / splits, shared, scratch);
+        const int64_t row = task / columns, column = task % columns;
+        for (int64_t block = run.blocks * row / rows; block < run.blocks * (row + 1) / rows;
+             ++block) {
+          run_block(args, run, p, block, panels * column / columns, panels * (column + 1) / columns,
+                    shared, scratch);
         }
       }
     });
@@ -576,7 +623,7 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
 int64_t implicit_gemm_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
   const ConvArgs part = images(args, 0, images_at_once(args));
   return padding_bytes(args) + image_of(part).bytes() +
-         parallel.threads * scratch_bytes(part).total();
+         parallel.threads * scratch_bytes(part, parallel.threads).total();
 }
 
 void implicit_gemm(const ConvArgs& args, const Parallel& parallel) {

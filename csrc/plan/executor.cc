@@ -1,6 +1,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "csrc/base/team.h"
 #include "csrc/plan/program.h"
 
 namespace qk::plan {
@@ -133,10 +134,8 @@ void run_slicing(const Program& program, const Slicing& slicing, uint8_t* const*
   });
 }
 
-}  // namespace
-
-void run_program(const Program& program, uint8_t* const* bases, const Parallel& parallel,
-                 int64_t* step_ns) {
+void run_operations(const Program& program, uint8_t* const* bases, const Parallel& parallel,
+                    int64_t* step_ns) {
   const Executor executor(bases, parallel);
   const auto count = static_cast<int>(program.operations.size());
   auto slicing = program.slicings.begin();
@@ -150,6 +149,18 @@ void run_program(const Program& program, uint8_t* const* bases, const Parallel& 
       ++i;
     }
   }
+}
+
+}  // namespace
+
+void run_program(const Program& program, uint8_t* const* bases, const Parallel& parallel,
+                 int64_t* step_ns) {
+  if (program.work_ns < parallel.fork_ns) {
+    Parallel alone = parallel;  // its number of threads: the memory is laid out for them
+    alone.run = nullptr;
+    return run_operations(program, bases, alone, step_ns);
+  }
+  with_team(parallel, [&](const Parallel& team) { run_operations(program, bases, team, step_ns); });
 }
 
 }  // namespace qk::plan

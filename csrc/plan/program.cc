@@ -10,6 +10,8 @@
 namespace qk::plan {
 namespace {
 
+constexpr int64_t kMacsPerNs = 200, kBytesPerNs = 48;  // of one thread
+
 std::string description(const View& view) {
   return std::string(dtype_name(view.dtype)) + " " + text(view.size);
 }
@@ -48,6 +50,9 @@ Error Builder::build(const std::vector<InputLayout>& inputs) {
   step_index_ = -1;
   for (size_t i = 0; i < model_.outputs.size(); ++i) place_output(static_cast<int>(i));
   const int64_t batch = inputs.empty() || inputs[0].size.rank == 0 ? 1 : inputs[0].size[0];
+  for (const OperationInfo& info : program_.info) {
+    program_.work_ns += info.macs / kMacsPerNs + info.bytes / kBytesPerNs;
+  }
   place(parallel_, batch, cache_, static_cast<int>(inputs.size()), &draft_, &program_);
   return {};
 }

@@ -111,6 +111,7 @@ struct Program {
   std::vector<OperationInfo> info;  // one an operation
   std::vector<OutputSpec> outputs;
   int64_t arena_bytes = 0;
+  int64_t work_ns = 0;  // an estimate: less than a fork costs runs on one thread
 };
 
 // An input's sizes and strides (in elements).
