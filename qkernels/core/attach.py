@@ -18,9 +18,10 @@ from qkernels.core.operations import BATCH_NORMS
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import InvalidArgument, InvalidState
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 
-WEIGHT, OUTPUT = "weight", "output"
+WEIGHT, BIAS, OUTPUT = "weight", "bias", "output"
+PARAMETERS = (WEIGHT, BIAS)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Site:
 
     Attributes:
         inputs: recipes of tensor arguments by position.
-        output, weight: recipes, or None to leave them alone.
+        output, weight, bias: recipes, or None to leave them alone.
         norm: the path of the batch normalization that becomes part of the layer.
         folds: while it is trained, the norm is folded by its running statistics, which take a convolution of their own.
         start_step: for so many training steps the Quantizers only watch.
@@ -43,6 +44,7 @@ class Site:
     folds: bool = False
     start_step: int = 0
     gradient_bits: int | None = None
+    bias: TensorRecipe | None = None
 
 
 class Originals:
@@ -79,10 +81,12 @@ def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) ->
     originals = Originals()
     for path, site in sites.items():
         module = model.get_submodule(path)
-        made = _with_weight(model, path, module, site, trained) if site.weight is not None else copy.copy(module)
-        if site.weight is None:
+        layered = site.weight is not None and type(module) in PREPARED
+        made = _with_weight(model, path, module, site, trained) if layered else copy.copy(module)
+        if not layered:
             made._modules, made._forward_hooks = dict(module._modules), module._forward_hooks.copy()
             made._forward_pre_hooks = module._forward_pre_hooks.copy()
+            made._forward_hooks_always_called = module._forward_hooks_always_called.copy()
             made.quantizers = nn.ModuleDict()
         originals.replace(module, made)
         if site.norm is not None:
@@ -91,6 +95,8 @@ def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) ->
         for key, recipe in [*((f"input{i}", r) for i, r in site.inputs.items()), (OUTPUT, site.output)]:
             if recipe is not None:
                 module.quantizers[key] = Quantizer(recipe, f"{path}.{key}", None, trained).to(device)
+        if not layered:
+            _attach_parameters(module, path, site, trained)
         if site.inputs:
             module.register_forward_pre_hook(_round_inputs)
         if site.output is not None:
@@ -105,19 +111,46 @@ def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) ->
 
 
 def _with_weight(model: nn.Module, path: str, module: nn.Module, site: Site, trained: bool) -> nn.Module:
-    if type(module) not in PREPARED:
-        raise InvalidArgument(
-            f"{path}: a {type(module).__name__} has no weight that can be rounded; there are "
-            f"{sorted(cls.__name__ for cls in PREPARED)}"
-        )
     norm = None if site.norm is None else model.get_submodule(site.norm)
     if norm is not None and (type(norm) not in BATCH_NORMS or norm.running_mean is None):
         raise InvalidArgument(f"{path}: {site.norm} is no batch normalization with running statistics")
     layer = PREPARED[type(module)].of(module, site.weight, path, norm, trained)
     if norm is not None:
         layer.norm.folds = site.folds
+    if site.bias is not None:
+        if norm is not None and not site.folds:
+            raise Unsupported(
+                f"{path}: the bias is that of the folded layer, but {site.norm} is not folded in training"
+            )
+        layer.round_bias(site.bias, path)
     layer._forward_hooks, layer._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
     return layer.train(module.training)
+
+
+def _attach_parameters(module: nn.Module, path: str, site: Site, trained: bool) -> None:
+    """Quantizers of the parameters of a module that computes with what it finds under their names."""
+    for name, recipe in ((WEIGHT, site.weight), (BIAS, site.bias)):
+        parameter = module._parameters.get(name)
+        if recipe is None:
+            continue
+        if parameter is None:
+            raise InvalidArgument(f"{path}: a {type(module).__name__} has no {name} that can be rounded")
+        quantizer = Quantizer(recipe, f"{path}.{name}", len(parameter), trained, is_weight=True)
+        module.quantizers[name] = quantizer.to(parameter.device)
+    if any(name in module.quantizers for name in PARAMETERS):
+        module.register_forward_pre_hook(_round_parameters)
+        module.register_forward_hook(_restore_parameters, always_call=True)
+
+
+def _round_parameters(module: nn.Module, args: tuple) -> None:
+    for name in PARAMETERS:
+        if name in module.quantizers:
+            module.__dict__[name] = module.quantizers[name](module._parameters[name])  # in front of the Parameter
+
+
+def _restore_parameters(module: nn.Module, args: tuple, output: Tensor) -> None:
+    for name in PARAMETERS:
+        module.__dict__.pop(name, None)
 
 
 def _round_inputs(module: nn.Module, args: tuple) -> tuple:
@@ -131,6 +164,9 @@ def _round_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 def _round_gradient(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return ops.round_gradient(output, module.gradient_bits) if module.training else output
+
+
+_HOOKS = (_round_inputs, _round_output, _round_gradient, _round_parameters, _restore_parameters)
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, str, Quantizer]]:
@@ -159,13 +195,15 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
     for path, key, quantizer in found:
         if key == OUTPUT:
             places.outputs[path] = quantizer
-        elif key != WEIGHT:
+        elif key not in PARAMETERS:
             row = places.inputs.setdefault(path, [])
             position = int(key.removeprefix("input"))
             row += [None] * (position + 1 - len(row))
             row[position] = quantizer
         elif not isinstance(work.get_submodule(path), Prepared):
-            places.weights[path] = quantizer
+            layer = work.get_submodule(path)
+            with torch.no_grad():  # there is nothing else to do with it
+                layer._parameters[key] = nn.Parameter(quantizer(layer._parameters[key]))
     for path in {path for path, _, _ in found}:
         _strip(work.get_submodule(path))
     with torch.no_grad():
@@ -174,10 +212,11 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
 
 def _strip(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_round_inputs, _round_output, _round_gradient)]:
+        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
             del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
     if isinstance(module, Prepared):
-        for key in [key for key in module.quantizers if key != WEIGHT]:
+        for key in [key for key in module.quantizers if key not in PARAMETERS]:
             del module.quantizers[key]
     else:
         del module.quantizers

@@ -17,7 +17,7 @@ from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
-from qkernels.errors import InvalidArgument, InvalidState
+from qkernels.errors import InvalidState
 
 
 class Attached:
@@ -113,18 +113,12 @@ class Holder:
 
 
 def recipe_of(model: nn.Module, sites: Mapping[str, Site]) -> Recipe:
-    """Sites as a Recipe for `prepare`, which places activation grids by itself.
-
-    Raises:
-        InvalidArgument: no linear or convolution has its weight rounded.
-    """
+    """Sites as a Recipe for `prepare`, which places activation grids by itself and leaves every bias alone."""
     weighted = [path for path, module in model.named_modules() if type(module) in PREPARED]
     pairs = {path: _pair(sites[path]) for path in weighted if path in sites and sites[path].weight is not None}
-    if not pairs:
-        raise InvalidArgument("no linear or convolution has its weight quantized")
     activations = [activation for activation, _ in pairs.values() if activation is not None]
     activation = activations[0] if activations else TensorRecipe(QSpec.activation(), "moving_average")
-    weight = next(iter(pairs.values()))[1]
+    weight = next((weight for _, weight in pairs.values()), TensorRecipe(QSpec.weight()))
     overrides = []
     for path in weighted:
         own = pairs.get(path)

@@ -2,7 +2,8 @@
 
 A Quantizer call says: here the tensor gets onto a grid. If a layer comes right before it (with at most a fused clamp
 between), the two become one integer layer from the lowering table; if a float tensor comes before it, it becomes
-`Quantize`. Where a float operation reads an integer tensor, `Dequantize` goes in between.
+`Quantize`. Where a float operation reads an integer tensor, `Dequantize` goes in between. Grids for which there are no
+integer layers (more than 8 bits, blocks) stay simulated: `FakeQuantize` rounds the float tensor.
 
 Node names: the layers keep the path of the float module they come from, or the name of the float call.
 `meta["sources"]` of the converted graph maps each layer's path to the node whose output it computes, in the graph that
@@ -218,8 +219,12 @@ class _Converter:
     def _onto_grid(self, node: fx.Node) -> None:
         """A Quantizer call: what comes before it becomes an integer layer with this grid as output."""
         quantizer = self._quantizer(node)
-        grid = self.grids[node] = quantizer.qparams()
         source = node.args[0]
+        if quantizer.spec.simulated:
+            layer = layer_class("fake_quantize")(quantizer.qparams())
+            self.floats[node] = self._call(f"{source.name}_fake_quantize", layer, (self.float_of(source),), source)
+            return
+        grid = self.grids[node] = quantizer.qparams()
         if quantizer.rule is not None and quantizer.rule.is_sign:
             self.codes[node] = self._signs(node, source, grid)
             return

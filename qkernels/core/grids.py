@@ -1,19 +1,19 @@
 """Grids without a model: what calibration or training found, as plain numbers that every front end reads and writes."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from qkernels.core.attach import OUTPUT, WEIGHT, attached
+from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT, attached
 from qkernels.core.graph import arguments
 from qkernels.core.operations import MODULES, WEIGHTED
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.qspec import QParams, QSpec
-from qkernels.core.quantizer import Quantizer
+from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, Unsupported
 
@@ -22,9 +22,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Grid:
-    """`x = (code + offset) * scale` for codes from 0 to `codes - 1`; one scale and offset, or one a channel.
+    """`x = (code + offset) * scale` for codes from 0 to `codes - 1`, for a tensor, a channel or a block of it.
 
-    Which integer dtype holds the codes is left open: it does not change the numbers.
+    Which integer dtype holds the codes is left open: it does not change the numbers. `blocks` is how many blocks there
+    are along each dimension of the tensor; scales and offsets are then in row-major order of the blocks.
     """
 
     scale: tuple[float, ...]
@@ -32,8 +33,10 @@ class Grid:
     codes: int
     symmetric: bool = False
     per_channel: bool = False
+    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
         object.__setattr__(self, "scale", tuple(torch.tensor(self.scale, dtype=torch.float32).tolist()))
         object.__setattr__(self, "offset", tuple(self.offset))
 
@@ -43,7 +46,7 @@ class Grid:
         grid, spec = quantizer.qparams(), quantizer.spec
         offset = (grid.qmin - grid.zero_point).tolist()
         codes = grid.qmax - grid.qmin + 1
-        return cls(grid.scale.tolist(), offset, codes, spec.symmetric, spec.per_channel)
+        return cls(grid.scale.tolist(), offset, codes, spec.symmetric, spec.per_channel, quantizer.blocks)
 
     @property
     def bits(self) -> int:
@@ -64,25 +67,38 @@ class Grid:
         scale, offset = torch.tensor(self.scale), torch.tensor(self.offset)
         return (offset * scale).tolist(), ((offset + self.codes - 1) * scale).tolist()
 
-    def qparams(self, is_weight: bool, dtype: torch.dtype | None = None) -> QParams:
-        """The grid in int8 for a weight and in uint8 for anything else, or in `dtype`."""
-        dtype = dtype or (torch.int8 if is_weight else torch.uint8)
-        if self.codes > 256:
-            raise Unsupported(f"grids: {self.codes} codes are more than 8 bits hold")
-        lowest = -(2 ** (self.bits - 1)) + int(self.is_even) if dtype is torch.int8 else 0
-        scale, offset = torch.tensor(self.scale), torch.tensor(self.offset, dtype=torch.int32)
-        return QParams(scale, lowest - offset, 0 if self.per_channel else None, lowest, lowest + self.codes - 1, dtype)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of scale and offset, where blocks keep all dimensions of the tensor."""
+        return self.blocks or ((len(self.scale),) if self.per_channel else ())
 
-    def quantizer(self, source: str, is_weight: bool) -> Quantizer:
-        """A Quantizer that rounds to this grid."""
-        grid = self.qparams(is_weight)
-        spec = QSpec(grid.dtype, grid.qmin, grid.qmax, self.symmetric, self.per_channel)
+    def qparams(self, is_weight: bool, spec: QSpec | None = None) -> QParams:
+        """The grid with signed codes for a weight and unsigned ones for anything else, or as `spec` has them."""
+        lowest = -(2 ** (self.bits - 1)) + int(self.is_even) if is_weight else 0
+        dtype, block = torch.int8 if is_weight else torch.uint8, None
+        if self.bits > 8:
+            dtype = torch.int32
+        if spec is not None:
+            lowest, dtype, block = spec.qmin, spec.dtype, spec.block
+        scale, offset = torch.tensor(self.scale), torch.tensor(self.offset, dtype=torch.int32)
+        axis, highest = 0 if self.per_channel else None, lowest + self.codes - 1
+        return QParams(scale, lowest - offset, axis, lowest, highest, dtype, block)
+
+    def quantizer(self, source: str, is_weight: bool, shape: Sequence[int] | None = None) -> Quantizer:
+        """A Quantizer that rounds to this grid; where it is one for blocks, those of a tensor of `shape`."""
+        grid, block = self.qparams(is_weight), None
+        if self.blocks is not None:
+            if shape is None or len(shape) != len(self.blocks):
+                raise Unsupported(f"grids: {source}: a grid for each of {list(self.blocks)} blocks of an unknown shape")
+            block = tuple(-1 if count == 1 else n // count for n, count in zip(shape, self.blocks, strict=True))
+            grid = replace(grid, block=block)
+        spec = QSpec(grid.dtype, grid.qmin, grid.qmax, self.symmetric, self.per_channel, block=block)
         made = Quantizer(TensorRecipe(spec), source, len(self.scale))
         made.set_qparams(grid)
         return made
 
 
-# By the path of the module, then "weight", "output" or "input0", ...
+# By the path of the module, then "weight", "bias", "output" or "input0", ...
 Grids = dict[str, dict[str, Grid]]
 
 
@@ -120,10 +136,14 @@ def prepare_grids(model: nn.Module, example_inputs: Any, grids: Grids) -> nn.Mod
         if path not in modules:
             raise InvalidArgument(f"grids: the model has no module {path!r}")
         for key, grid in table.items():
-            quantizer = grid.quantizer(f"{path}.{key}", key == WEIGHT)
+            parameter = modules[path]._parameters.get(key)
+            shape = None if parameter is None else parameter.shape
+            quantizer = grid.quantizer(f"{path}.{key}", key in PARAMETERS, shape)
             if key == WEIGHT:
                 _check_channels(modules[path], path, grid)
                 places.weights[path] = quantizer
+            elif key == BIAS:
+                _round_bias(modules[path], path, quantizer)
             elif key == OUTPUT:
                 places.outputs[path] = quantizer
             else:
@@ -134,9 +154,18 @@ def prepare_grids(model: nn.Module, example_inputs: Any, grids: Grids) -> nn.Mod
     return prepare_placed(model, *arguments(example_inputs), places)
 
 
+def _round_bias(module: nn.Module, path: str, quantizer: Quantizer) -> None:
+    """Integer layers add the rounded numbers."""
+    if module._parameters.get(BIAS) is None:
+        raise InvalidArgument(f"grids: {path} has no bias")
+    quantizer.state = State.FROZEN
+    with torch.no_grad():
+        module.bias = nn.Parameter(quantizer(module.bias))
+
+
 def _check_channels(module: nn.Module, path: str, grid: Grid) -> None:
     if MODULES.get(type(module)) not in WEIGHTED:
         raise InvalidArgument(f"grids: {path} is a {type(module).__name__}, whose weight has no grid")
     channels = getattr(module, "out_channels", None) or module.out_features
-    if grid.per_channel and len(grid.scale) != channels:
+    if grid.per_channel and grid.blocks is None and len(grid.scale) != channels:
         raise InvalidArgument(f"grids: {path}.weight: {len(grid.scale)} grids for {channels} channels")

@@ -21,6 +21,7 @@ def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
     return (
         source.rounds
         and layer.quantizers["weight"].rounds
+        and not (source.spec.simulated or layer.quantizers["weight"].spec.simulated)
         and x.is_cpu
         and x.dtype == torch.float32
         and x.numel() > 0

@@ -2,7 +2,8 @@
 
 The layer keeps the original Parameters under their original names; `quantizers.weight` is what is added, and, where
 the recipe asks for corrections, `weight_correction` and `bias_correction`. One that is trained may also carry the
-batch normalization that follows it (`norm`).
+batch normalization that follows it (`norm`). `quantizers.bias`, where somebody asks for it, rounds the bias (that of
+the folded layer): the integer layer then adds the rounded numbers.
 
 Batch normalization in training is simulated with one convolution. Where every channel has a symmetric grid of its own
 the grid lies on the weight itself: scaling a channel scales its grid and leaves the codes alone, so nothing need be
@@ -11,6 +12,7 @@ scaled back.
 """
 
 import copy
+import math
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -18,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkernels.core.blocks import counts
 from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
 from qkernels.core.norm import Norm, scale_shift
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Limits, Quantizer, State
 from qkernels.core.recipe import TensorRecipe
+from qkernels.errors import Unsupported
 
 
 class Prepared:
@@ -54,14 +58,22 @@ class Prepared:
         prepared.__dict__.update(layer.__dict__)
         for table in ("_parameters", "_buffers", "_modules"):
             prepared.__dict__[table] = dict(layer.__dict__[table])
-        channels = prepared.rows(layer.weight).shape[0]
-        quantizer = Quantizer(recipe, f"{path}.weight", channels, trained, is_weight=True)
+        quantizer = Quantizer(recipe, f"{path}.weight", prepared.grid_count(recipe, path), trained, is_weight=True)
         prepared.quantizers = nn.ModuleDict({"weight": quantizer.to(layer.weight.device)})
         prepared.register_buffer("weight_correction", None)
         prepared.register_buffer("bias_correction", None)
         prepared.trained, prepared.source, prepared.reader = trained, None, None
         prepared.norm = None if norm is None else Norm.of(norm)
         return prepared
+
+    def grid_count(self, recipe: TensorRecipe, path: str) -> int:
+        """How many grids the weight has, if it does not have one."""
+        rows = self.rows(self.weight)
+        if recipe.spec.block is None:
+            return rows.shape[0]
+        if rows.shape != self.weight.shape:
+            raise Unsupported(f"{path}.weight: blocks of a transposed convolution; take one grid a channel")
+        return math.prod(counts(rows.shape, recipe.spec.block, f"{path}.weight"))
 
     def with_corrections(self, names: Collection[str]) -> "Prepared":
         """The layer itself with room for what the corrections `names` will find."""
@@ -94,7 +106,16 @@ class Prepared:
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             return self.normalized(x)
-        return self.run(x, self._corrected_rows(), self.corrected_bias())
+        return self.run(x, self._corrected_rows(), self.rounded_bias(self.corrected_bias()))
+
+    def round_bias(self, recipe: TensorRecipe, path: str) -> None:
+        """From now on the bias goes onto a grid of its own."""
+        channels = self.rows(self.weight).shape[0]
+        quantizer = Quantizer(recipe, f"{path}.bias", channels, self.trained, is_weight=True)
+        self.quantizers["bias"] = quantizer.to(self.weight.device)
+
+    def rounded_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or "bias" not in self.quantizers else self.quantizers["bias"](bias)
 
     def quantized_weight(self) -> Tensor:
         """The weight (folded, if there is a norm to fold) as the integers will stand for it."""
@@ -111,7 +132,7 @@ class Prepared:
             with torch.no_grad():
                 norm(self.compute(x, self.weight, self.bias))
         if not norm.live or norm.folds:
-            return self.folded(x, self.quantized_weight(), norm.shift(norm.scale(), self.bias))
+            return self.folded(x, self.quantized_weight(), self.folded_bias())
         rows = self.rows(self.weight)
         if self.grid_is_on_weight():
             return self.with_live_norm(self.run(x, rows, self.bias))
@@ -147,6 +168,9 @@ class Prepared:
         zero_point = grid.zero_point if bool(grid.zero_point.any()) else None
         arguments = (weight.detach(), self.from_rows(grid.quantize(rows)), grid.scale, zero_point, number)
         return IntegerForward.apply(x, weight, bias, self, self.source[0], *arguments)
+
+    def folded_bias(self) -> Tensor:
+        return self.rounded_bias(self.norm.shift(self.norm.scale(), self.bias))
 
     def runs_on_integers(self, x: Tensor) -> bool:
         if self.source is None or (self.source[1] and self.training):
@@ -192,7 +216,7 @@ class Prepared:
         """Lets the weight's observer see the weight of now, and nothing else."""
         quantizer = self.quantizers["weight"]
         quantizer.observer.reset()
-        quantizer.observer.observe(self.observed_weight())
+        quantizer.watch(self.observed_weight())
 
     def weight_qparams(self) -> QParams:
         """The grid of the weight, its axis in the layout of `weight`."""
@@ -211,12 +235,12 @@ class Prepared:
         quantizer, bias = self.quantizers["weight"], self.corrected_bias()
         bias, grid = None if bias is None else bias.detach(), quantizer.qparams()
         if not self.trained:
-            return self._corrected_rows().detach(), bias, grid
+            return self._corrected_rows().detach(), self.rounded_bias(bias), grid
         rows = quantizer.on_grid(self.observed_weight())
         if self.norm is None:
-            return rows, bias, grid
+            return rows, self.rounded_bias(bias), grid
         scale, shift = scale_shift(self.norm)
-        bias = (shift if bias is None else bias.double() * scale + shift).to(torch.float32)
+        bias = self.rounded_bias((shift if bias is None else bias.double() * scale + shift).to(torch.float32))
         if self.grid_is_on_weight():
             rows, grid = rescaled(rows, grid, scale.to(torch.float32))
         return rows, bias, grid
@@ -225,7 +249,7 @@ class Prepared:
     def as_float(self) -> nn.Module:
         """The float layer with the weight of the simulation, for a place where no integers arrive."""
         weight = self.quantized_weight()
-        bias = self.corrected_bias() if self.norm is None else self.norm.shift(self.norm.scale(), self.bias)
+        bias = self.rounded_bias(self.corrected_bias()) if self.norm is None else self.folded_bias()
         layer = copy.copy(self)
         layer.__class__ = self.float_class
         layer._modules, layer._buffers = {}, {}

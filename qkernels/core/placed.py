@@ -153,7 +153,7 @@ class _PlacedPlan(Placement):
     def __init__(self, traced: fx.GraphModule, places: Places):
         self.places = places
         modules = g.modules_of(traced)
-        recipes = [m.recipe for m in modules.values() if isinstance(m, Quantizer)]
+        recipes = [m.recipe for m in modules.values() if isinstance(m, Quantizer) and not m.spec.simulated]
         usual = recipes[0] if recipes else TensorRecipe(QSpec.activation())
 
         def rule(node: fx.Node) -> Override:
@@ -168,8 +168,11 @@ class _PlacedPlan(Placement):
 
     def _why_float_weighted(self, node: fx.Node, op: Operation) -> str | None:
         own = isinstance(op.module, Prepared) or getattr(op.module, "takes_own_grid", False)
-        if op.module is not None and self._weight_quantizer(node) is None and not own:
+        quantizer = op.module.quantizers["weight"] if isinstance(op.module, Prepared) else self._weight_quantizer(node)
+        if op.module is not None and quantizer is None and not own:
             return "its weight has no quantizer"
+        if quantizer is not None and quantizer.spec.simulated:
+            return f"its weight: {quantizer.spec.simulated}"
         return super()._why_float_weighted(node, op)
 
     def _weight_quantizer(self, node: fx.Node) -> Quantizer | None:
@@ -185,17 +188,21 @@ class _PlacedPlan(Placement):
         for node in self.nodes:
             op = self.operations[node]
             if self._is_quantizer(node):
-                self.codes[node] = node
+                if not self.modules[node.target].spec.simulated:
+                    self.codes[node] = node
             elif node not in self.reasons and all(n in self.codes or self._fuses(n, op, integer) for n in op.inputs):
                 grid = self._kept_grid(node, op)
                 if grid is not None:
                     self.codes[node] = grid
                     integer.add(node)
-                elif op.kind in o.WEIGHTED or any(self._is_quantizer(r) for r in self._readers_past_clamp(node)):
+                elif op.kind in o.WEIGHTED or any(self._gives_codes(r) for r in self._readers_past_clamp(node)):
                     integer.add(node)
             if node not in integer and node not in self.reasons:
                 self.reasons[node] = self._why_not_reached(op)
         return integer
+
+    def _gives_codes(self, node: fx.Node) -> bool:
+        return self._is_quantizer(node) and not self.modules[node.target].spec.simulated
 
     def _fuses(self, node: fx.Node, reader: Operation, integer: set[fx.Node]) -> bool:
         """Whether `node` is a layer that the clamp `reader` is part of."""
@@ -220,6 +227,9 @@ class _PlacedPlan(Placement):
 
     def _why_not_reached(self, op: Operation) -> str:
         floats = [n for n in op.inputs if n not in self.codes]
+        for node in floats:
+            if self._is_quantizer(node):
+                return f"it reads a tensor on a grid of its own kind: {self.modules[node.target].spec.simulated}"
         if floats:
             return f"it reads a float tensor ({floats[0].meta['path'] or floats[0].name})"
         return "no quantizer follows it"

@@ -75,7 +75,7 @@ class Placement:
         if op.kind == o.PAD:
             return self._why_float_pad(op)
         if op.kind in o.WEIGHTED:
-            return self._why_float_weighted(node, op)
+            return self.rule(node).weight.spec.simulated or self._why_float_weighted(node, op)
         if op.kind == "interpolate" and any(isinstance(v, fx.Node) for v in op.options.values()):
             return self._why_float_interpolate(node, op)
         if any(isinstance(v, fx.Node) for v in op.options.values()):
@@ -312,6 +312,10 @@ class Placement:
                 wrapped = PreparedDynamicLinear.of(layer, rule.weight, node.target)
                 wrapped.activation = rule.activation.spec
                 g.replace_module(self.traced, node.target, wrapped)
+            elif self._only_simulated(node):
+                layer = self.modules[node.target]
+                wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target, norm, self.trained)
+                g.replace_module(self.traced, node.target, wrapped)
             elif norm is not None:
                 g.replace_module(self.traced, node.target, nn.Sequential(self.modules[node.target], norm))
             elif self.trained and node.op == "call_module" and can_round(self.modules[node.target], self.rule(node)):
@@ -320,6 +324,11 @@ class Placement:
                     layer = self.modules[node.target]
                     made = PreparedEmbedding.of(layer, self.rule(node).weight, node.target, None, self.trained)
                     g.replace_module(self.traced, node.target, made)
+
+    def _only_simulated(self, node: fx.Node) -> bool:
+        """Whether its weight goes onto a grid for which there is no integer layer."""
+        simulated = self.reasons.get(node) and self.reasons[node] == self.rule(node).weight.spec.simulated
+        return simulated and node.op == "call_module" and type(self.modules[node.target]) in PREPARED
 
     def move_clamps(self) -> None:
         """Makes each fused clamp part of the Quantizer call behind it: one pass over the tensor less."""

@@ -79,6 +79,9 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
     """`prepare`; with `trained` nothing is folded or dropped that training needs."""
     if trained:
         recipe = replace(recipe, corrections=())  # training makes up for rounding by itself
+    for activation in (recipe.activation, *(rule.activation for rule in recipe.overrides if rule.activation)):
+        if activation.spec.simulated:
+            raise Unsupported(f"prepare: activations: {activation.spec.simulated}; take 2 to 8 bits and no block")
     args, kwargs = g.arguments(example_inputs)
     work = plain_copy(model)
     try:

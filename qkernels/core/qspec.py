@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from qkernels import ops
-from qkernels.errors import InvalidArgument
+from qkernels.core.blocks import from_rows, to_rows
+from qkernels.errors import InvalidArgument, Unsupported
 
-INTEGER_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
-DTYPE_NAMES = {torch.uint8: "uint8", torch.int8: "int8"}
+# More than 8 bits are int32, as far as float32 gives the very codes. They are simulated, without integer layers.
+INTEGER_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.int32: (-(2**21), 2**21)}
+DTYPE_NAMES = {torch.uint8: "uint8", torch.int8: "int8", torch.int32: "int32"}
+MAX_BITS = 21
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 # The product and the quotient of two scales must stay normal float32 numbers, and a bias divided by such a
@@ -26,7 +29,7 @@ class QSpec:
     """A wanted kind of grid.
 
     Attributes:
-        dtype: torch.uint8 or torch.int8, the dtype that holds the codes.
+        dtype: torch.uint8 or torch.int8, the dtype that holds the codes; torch.int32 for grids of more than 256 codes.
         qmin, qmax: the codes in use; a narrower range than the dtype's is allowed (4 bit: qmax - qmin = 15).
         symmetric: the zero point is the middle of the range instead of wherever the data wants it.
         per_channel: one grid for each index of `axis` instead of one for the tensor.
@@ -34,6 +37,7 @@ class QSpec:
         min_scale: no grid is finer than this.
         uneven: a symmetric range with one more code below zero than above uses it: each end is divided by its own
             number of codes, where otherwise both are divided by (qmax - qmin) / 2.
+        block: with `per_channel`, one grid for each block of this size (see `qkernels.core.blocks`) instead.
     """
 
     dtype: torch.dtype = torch.uint8
@@ -44,10 +48,21 @@ class QSpec:
     axis: int = 0
     min_scale: float = MIN_SCALE
     uneven: bool = False
+    block: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.dtype not in INTEGER_RANGE:
-            raise InvalidArgument(f"QSpec: dtype must be torch.uint8 or torch.int8, got {self.dtype}")
+            raise InvalidArgument(
+                f"QSpec: dtype must be torch.uint8 or torch.int8 (torch.int32 for more than 8 bits), got {self.dtype}"
+            )
+        if self.block is not None:
+            object.__setattr__(self, "block", tuple(self.block))
+            sizes = self.block[:-1] if self.block[-1:] == (0,) else self.block
+            if not self.per_channel or self.axis or not all(n == -1 or n > 0 for n in sizes):
+                raise InvalidArgument(
+                    "QSpec: a block needs per_channel=True, axis=0 and sizes that are positive or -1 (0 at the end), "
+                    f"got {self.block}"
+                )
         low, high = INTEGER_RANGE[self.dtype]
         if not low <= self.qmin < self.qmax <= high:
             raise InvalidArgument(
@@ -57,21 +72,30 @@ class QSpec:
             raise InvalidArgument(f"QSpec: min_scale must be in [2**-50, 2**50], got {self.min_scale}")
 
     @property
+    def simulated(self) -> str:
+        """Why no integer layer computes on such a grid; empty if one does."""
+        if self.block is not None:
+            return f"there is no integer layer for a grid for each block of {list(self.block)}"
+        if self.dtype is torch.int32:
+            return f"there is no integer layer for grids of {self.qmax - self.qmin + 1} codes, only for 8 bits"
+        return ""
+
+    @property
     def middle(self) -> int:
         """The zero point of a symmetric grid."""
         return (self.qmin + self.qmax + 1) // 2
 
     @classmethod
     def activation(cls, bits: int = 8, dtype: torch.dtype = torch.uint8, symmetric: bool = False) -> "QSpec":
-        """One affine grid for the whole tensor; 8 bit uint8 unless told otherwise."""
+        """One affine grid for the whole tensor; 8 bit uint8 unless told otherwise. More than 8 bits are int32."""
         qmin, qmax = _bit_range(bits, dtype)
-        return cls(dtype, qmin, qmax, symmetric)
+        return cls(_holding(bits, dtype), qmin, qmax, symmetric)
 
     @classmethod
     def weight(cls, bits: int = 8, per_channel: bool = True) -> "QSpec":
         """Symmetric int8 in [-127, 127] (narrow, so that w and -w have the same code), one grid a channel."""
         _, qmax = _bit_range(bits, torch.int8)
-        return cls(torch.int8, -qmax, qmax, symmetric=True, per_channel=per_channel)
+        return cls(_holding(bits, torch.int8), -qmax, qmax, symmetric=True, per_channel=per_channel)
 
     @classmethod
     def even(cls, bits: int = 8, signed: bool = True, is_weight: bool = False, **kind: Any) -> "QSpec":
@@ -81,11 +105,12 @@ class QSpec:
         """
         half = 2 ** (bits - 1)
         if signed or is_weight:
-            return cls(torch.int8, 1 - half if signed else -half, half - 1, **kind)
-        return cls(torch.uint8, 0, 2 * half - 1, **kind)
+            return cls(_holding(bits, torch.int8), 1 - half if signed else -half, half - 1, **kind)
+        return cls(_holding(bits, torch.uint8), 0, 2 * half - 1, **kind)
 
     def to_config(self) -> dict:
-        return asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}
+        config = asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}
+        return config if self.block is None else config | {"block": list(self.block)}
 
     @classmethod
     def from_config(cls, config: dict) -> "QSpec":
@@ -93,11 +118,15 @@ class QSpec:
 
 
 def _bit_range(bits: int, dtype: torch.dtype) -> tuple[int, int]:
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise InvalidArgument(f"QSpec: bits must be an integer from 2 to 8, got {bits}")
+    if not isinstance(bits, int) or not 2 <= bits <= MAX_BITS:
+        raise InvalidArgument(f"QSpec: bits must be an integer from 2 to {MAX_BITS}, got {bits}")
     if dtype == torch.uint8:
         return 0, 2**bits - 1
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _holding(bits: int, dtype: torch.dtype) -> torch.dtype:
+    return dtype if bits <= 8 else torch.int32
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -121,8 +150,11 @@ class QParams:
     qmin: int = 0
     qmax: int = 255
     dtype: torch.dtype = torch.uint8
+    block: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        if self.block is not None:
+            object.__setattr__(self, "block", tuple(self.block))
         scale = self.scale.detach().to(torch.float32).reshape(-1)
         zero_point = self.zero_point.detach().to(torch.int32).reshape(-1)
         object.__setattr__(self, "scale", scale)
@@ -149,11 +181,23 @@ class QParams:
 
     def quantize(self, x: Tensor) -> Tensor:
         """`clamp(RNE(x / scale) + zero_point, qmin, qmax)` as codes of `dtype`."""
+        self._check_integers("quantize")
         return ops.quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax, self.dtype)
 
     def dequantize(self, q: Tensor) -> Tensor:
         """`(q - zero_point) * scale` in float32."""
+        self._check_integers("dequantize")
         return ops.dequantize(q, self.scale, self.zero_point, self.axis, torch.float32)
+
+    def _check_integers(self, verb: str) -> None:
+        if self.block is not None or self.dtype is torch.int32:
+            raise Unsupported(f"QParams.{verb}: {self.qmax - self.qmin + 1} codes, block {self.block}: only simulated")
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The floating-point numbers that the codes stand for, in one pass."""
+        rows = x if self.block is None else to_rows(x, self.block)
+        y = ops.fake_quant(rows, self.scale, self.zero_point, self.axis, self.qmin, self.qmax)
+        return y if self.block is None else from_rows(y, x.shape, self.block)
 
     def item(self) -> tuple[float, int]:
         """(scale, zero_point) of a per-tensor grid as numbers."""
@@ -163,13 +207,15 @@ class QParams:
 
     def narrowed(self, qmin: int, qmax: int) -> "QParams":
         """The same grid with fewer codes, as a fused clamp leaves it; the zero point must stay inside."""
-        return QParams(self.scale, self.zero_point, self.axis, qmin, qmax, self.dtype)
+        return QParams(self.scale, self.zero_point, self.axis, qmin, qmax, self.dtype, self.block)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, QParams) and self.to_config() == other.to_config()
 
     def __hash__(self) -> int:
-        return hash((self.axis, self.qmin, self.qmax, self.dtype, *self.scale.tolist(), *self.zero_point.tolist()))
+        return hash(
+            (self.axis, self.block, self.qmin, self.qmax, self.dtype, *self.scale.tolist(), *self.zero_point.tolist())
+        )
 
     def to_config(self) -> dict:
         """A json-able form that keeps every bit (a float32 is exact as a Python float)."""
@@ -180,6 +226,7 @@ class QParams:
             "qmin": self.qmin,
             "qmax": self.qmax,
             "dtype": DTYPE_NAMES[self.dtype],
+            **({} if self.block is None else {"block": list(self.block)}),
         }
 
     @classmethod
@@ -191,6 +238,7 @@ class QParams:
             config["qmin"],
             config["qmax"],
             dtype_named(config["dtype"]),
+            config.get("block"),
         )
 
 
@@ -205,7 +253,7 @@ def choose_qparams(spec: QSpec, low: Tensor, high: Tensor) -> QParams:
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise InvalidArgument(f"choose_qparams: need finite low <= high, got {low.tolist()} and {high.tolist()}")
     axis = spec.axis if spec.per_channel else None
-    return QParams(*grid_values(spec, low, high), axis, spec.qmin, spec.qmax, spec.dtype)
+    return QParams(*grid_values(spec, low, high), axis, spec.qmin, spec.qmax, spec.dtype, spec.block)
 
 
 def grid_values(spec: QSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import ops
+from qkernels.core.blocks import counts, from_rows, to_rows
 from qkernels.core.norm import Norm
 from qkernels.core.observers import is_distributed, make_observer, mean_over_ranks
 from qkernels.core.qspec import QParams, grid_values
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.rules import make_rule
 from qkernels.core.rules.lsq import LearnedStep
-from qkernels.errors import InvalidState, InvalidType
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType
 
 Limits = tuple[float, float] | None
 
@@ -41,7 +42,8 @@ class Quantizer(nn.Module):
     Args:
         recipe: the kind of grid, the observer that chooses it, and the rule that trains it.
         source: the path of the module whose output (or weight) passes here; for messages.
-        channels: the number of channels if the grid is per channel.
+        channels: the number of channels if the grid is per channel; of a grid for each block of an activation the
+            first tensor says it.
         trained: whether it takes part in training, by the rule of the recipe.
         is_weight: a weight is seen anew at every training step, unless the recipe asks for a moving average; an
             activation adds to what was seen.
@@ -67,26 +69,34 @@ class Quantizer(nn.Module):
         self.source = source
         self.is_weight = is_weight
         self.forgets = is_weight and recipe.observer != "moving_average"
-        self.observer = make_observer(recipe.observer, recipe.spec, channels, **dict(recipe.options))
-        self.observer.source = source or "a tensor"
-        if recipe.non_finite == "ignore":
-            self.observer.ignore_non_finite()
-        self.rule = None
-        if trained:
-            self.rule = make_rule(recipe.rule, recipe.spec, channels, is_weight, **dict(recipe.rule_options))
+        self.trained = trained
         self.state = State.OFF
         self.delay = 0  # training steps that TRAIN still only watches
         self.gives_codes = False  # whether a layer that runs on integers reads the output
         self._ready: tuple[weakref.ref, Tensor] | None = None  # the last output and its codes, until they are asked for
         self._done: weakref.ref | None = None  # what `normalized` gave, until it arrives
-        size = self.observer.low.numel()
-        # An empty grid is told from a chosen one by its scale: 0 is never a valid scale.
-        self.register_buffer("scale", torch.zeros(size))
-        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
+        self._counts: tuple[int, ...] | None = None
+        self._sized = channels is not None or recipe.spec.block is None
+        self._make(channels if self._sized else 1)
         self._chosen = False
         # The op does what these two do together, in one pass.
         plain = recipe.observer in ("minmax", "moving_average") and not recipe.spec.uneven
         self._fused = trained and recipe.rule == "ste" and plain
+
+    def _make(self, channels: int | None) -> None:
+        """Observer, rule and an empty grid."""
+        recipe = self.recipe
+        self.observer = make_observer(recipe.observer, recipe.spec, channels, **dict(recipe.options))
+        self.observer.source = self.source or "a tensor"
+        if recipe.non_finite == "ignore":
+            self.observer.ignore_non_finite()
+        self.rule = None
+        if self.trained:
+            self.rule = make_rule(recipe.rule, recipe.spec, channels, self.is_weight, **dict(recipe.rule_options))
+        size = self.observer.low.numel()
+        # An empty grid is told from a chosen one by its scale: 0 is never a valid scale.
+        self.register_buffer("scale", torch.zeros(size))
+        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
 
     @property
     def spec(self):
@@ -110,6 +120,37 @@ class Quantizer(nn.Module):
                 return x
         if exact is not None:
             return Substitute.apply(self.on_grid(x, clamp), exact) if torch.is_grad_enabled() else exact
+        block = self.spec.block
+        if block is None or x.numel() == 0:
+            return self._as_state_says(x, clamp)
+        return from_rows(self._as_state_says(self._rows(x), clamp), x.shape, block)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """A row for each block."""
+        source = self.source or "a tensor"
+        rows = to_rows(x, self.spec.block, source)
+        self._counts = counts(x.shape, self.spec.block, source)
+        if not self._sized:
+            self._make(len(rows))
+            self.to(x.device).train(self.training)
+            self._sized = True
+        if len(rows) != self.scale.numel():
+            raise InvalidArgument(
+                f"{self.source}: {len(rows)} blocks of {list(self.spec.block)} in shape {list(x.shape)}, "
+                f"{self.scale.numel()} before; a block must span the dimensions whose size varies (-1)"
+            )
+        return rows
+
+    @property
+    def blocks(self) -> tuple[int, ...] | None:
+        """How many blocks there are along each dimension, once a tensor has passed; None without blocks."""
+        return None if self.spec.block is None else self._counts
+
+    def watch(self, x: Tensor) -> None:
+        """Lets the observer see `x`, whatever the state."""
+        self.observer.observe(x if self.spec.block is None else self._rows(x))
+
+    def _as_state_says(self, x: Tensor, clamp: Limits) -> Tensor:
         state = self.state
         if state is State.OFF:
             return limited(x, clamp)
@@ -310,7 +351,7 @@ class Quantizer(nn.Module):
             raise InvalidState(f"{self.source} has no grid yet; run batches inside `with qkernels.calibrating(model):`")
         spec = self.spec
         scale, zero_point = self.grid()
-        return QParams(scale.clone(), zero_point.clone(), self.axis, spec.qmin, spec.qmax, spec.dtype)
+        return QParams(scale.clone(), zero_point.clone(), self.axis, spec.qmin, spec.qmax, spec.dtype, spec.block)
 
     @property
     def rounds(self) -> bool:
@@ -346,18 +387,27 @@ class Quantizer(nn.Module):
 
     def set_qparams(self, grid: QParams) -> None:
         """Takes the grid `grid`; the state stays."""
-        if (grid.qmin, grid.qmax, grid.dtype, grid.axis) != (
-            self.spec.qmin,
-            self.spec.qmax,
-            self.spec.dtype,
-            self.axis,
-        ):
+        spec = self.spec
+        wanted = (spec.qmin, spec.qmax, spec.dtype, self.axis, spec.block)
+        if (grid.qmin, grid.qmax, grid.dtype, grid.axis, grid.block) != wanted:
             raise InvalidState(f"{self.source}: {grid} is not a grid of kind {self.spec}")
+        if not self._sized:
+            self._make(grid.scale.numel())
+            self._sized = True
         with torch.no_grad():
             self.scale.copy_(grid.scale)
             self.zero_point.copy_(grid.zero_point)
         self._chosen = False
         self._take_over()
+
+    def take_range(self, low: Tensor, high: Tensor) -> None:
+        """Takes the grid for the range from `low` to `high`, as if the observer had seen it."""
+        if not self._sized:
+            self._make(low.numel())
+            self._sized = True
+        self.observer.low.copy_(low.reshape(-1))
+        self.observer.high.copy_(high.reshape(-1))
+        self.choose()
 
     def choose(self) -> None:
         """Takes the grid that the observer proposes."""

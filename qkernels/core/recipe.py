@@ -167,9 +167,9 @@ class Recipe:
     def __post_init__(self):
         object.__setattr__(self, "overrides", tuple(self.overrides))
         object.__setattr__(self, "corrections", correction_values(self.corrections))
-        if self.activation.spec.per_channel:
+        if self.activation.spec.per_channel and self.activation.spec.block is None:
             raise InvalidArgument("Recipe: activations take one grid for the whole tensor, got per_channel=True")
-        if self.weight.spec.dtype != torch.int8:
+        if self.weight.spec.dtype not in (torch.int8, torch.int32):
             raise InvalidArgument(f"Recipe: weights must be int8, got {self.weight.spec.dtype}")
         activations = [self.activation, *(rule.activation for rule in self.overrides if rule.activation is not None)]
         if self.corrections and any(activation.dynamic for activation in activations):
@@ -268,7 +268,8 @@ def make_recipe(
         observer, observer_options: how activation ranges are chosen.
         weight_observer: how weight ranges are chosen ("minmax" or "mse").
         weight_granularity: "per_channel" or "per_tensor".
-        bits: of weights and activations, 2 to 8; weight_bits and activation_bits set one of them.
+        bits: of weights and activations, 2 to 8; weight_bits and activation_bits set one of them. Weights of more bits
+            are only simulated, in float.
         symmetric_activations: the zero point is the middle code.
         corrections: what is done against rounding errors at the end of calibration: names ("bias", "adaround") or
             values of `qkernels.core.corrections`; () for nothing.

@@ -20,7 +20,7 @@ from qkernels.core.attached import Attached, Holder
 from qkernels.core.files import write_atomically
 from qkernels.core.fusion import norms_behind
 from qkernels.core.grids import Grid
-from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.qspec import MAX_BITS, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported, close_matches
@@ -107,8 +107,8 @@ def _entry(entry: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> _Ent
         bits = said("quant_bits", kind, None if "quant_bits" in entry else 8)
         if not isinstance(bits, int) or not 0 < bits < 32:
             raise InvalidArgument(f"{where}.quant_bits.{kind}: must be an integer from 1 to 31, got {bits!r}")
-        if bits > 8:
-            raise Unsupported(f"{where}.quant_bits.{kind}: {bits}: there are kernels for at most 8 bits")
+        if bits > MAX_BITS:
+            raise Unsupported(f"{where}.quant_bits.{kind}: {bits}: there are grids of at most {MAX_BITS} bits")
         tensors[kind] = _Tensor(bits, scheme, dtype)
     return _Entry(tensors, start)
 
@@ -165,7 +165,7 @@ class _Quantizer(Holder):
             raise Unsupported("quant_bits: 1: use BNNQuantizer")
         wanted = {"symmetric": scheme.endswith("symmetric"), "per_channel": scheme.startswith("per_channel")}
         if wanted["per_channel"] and not is_weight:
-            raise Unsupported(f"quant_scheme: {scheme} for {kind}s: no integer layer computes with it; use per_tensor")
+            wanted["block"] = (-1, 1, 0)
         return QSpec.even(tensor.bits, tensor.dtype == "int", is_weight, **wanted)
 
     def compress(self) -> nn.Module:
@@ -246,19 +246,17 @@ class _Folding(_Quantizer):
             bits = self.entries[path].tensors[kind].bits
             check_one_of(entry.get(f"{kind}_bits"), [bits], f"calibration_config.{path}.{kind}_bits")
             if kind != "weight":
-                self._load(quantizer, float(entry[f"tracked_min_{kind}"]), float(entry[f"tracked_max_{kind}"]))
+                self._load(quantizer, *(torch.as_tensor(entry[f"tracked_{end}_{kind}"]) for end in ("min", "max")))
 
-    def _load(self, quantizer: Quantizer, low: float, high: float) -> None:
+    def _load(self, quantizer: Quantizer, low: torch.Tensor, high: torch.Tensor) -> None:
         raise NotImplementedError
 
 
 class QAT_Quantizer(_Folding):
     """Straight-through training; weights on the range of now, activations on moving averages. Jacob et al. 2018."""
 
-    def _load(self, quantizer: Quantizer, low: float, high: float) -> None:
-        quantizer.observer.low.fill_(low)
-        quantizer.observer.high.fill_(high)
-        quantizer.choose()
+    def _load(self, quantizer: Quantizer, low: torch.Tensor, high: torch.Tensor) -> None:
+        quantizer.take_range(low, high)
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         if kind == "weight":
@@ -267,8 +265,13 @@ class QAT_Quantizer(_Folding):
             shape = (-1, *[1] * (rank - 1)) if grid.per_channel else (1,)
             zero_point = (grid.lowest - torch.tensor(grid.offset)).float().reshape(shape)
             return {"weight_scale": torch.tensor(grid.scale).reshape(shape), "weight_zero_point": zero_point}
-        low, high = quantizer.observer.low.item(), quantizer.observer.high.item()
-        return {f"tracked_min_{kind}": low, f"tracked_max_{kind}": high}
+        low, high = quantizer.observer.low, quantizer.observer.high
+        if quantizer.blocks is not None:
+            return {
+                f"tracked_min_{kind}": low.reshape(quantizer.blocks),
+                f"tracked_max_{kind}": high.reshape(quantizer.blocks),
+            }
+        return {f"tracked_min_{kind}": low.item(), f"tracked_max_{kind}": high.item()}
 
 
 class LsqQuantizer(_Folding):
@@ -277,13 +280,12 @@ class LsqQuantizer(_Folding):
     rule = "lsq"
     rule_options = (("plain", True),)
 
-    def _load(self, quantizer: Quantizer, low: float, high: float) -> None:
+    def _load(self, quantizer: Quantizer, low: torch.Tensor, high: torch.Tensor) -> None:
         spec = quantizer.spec
-        quantizer.set_qparams(QParams.per_tensor(high / spec.qmax, 0, spec.qmin, spec.qmax, spec.dtype))
+        quantizer.set_qparams(QParams.per_tensor(float(high) / spec.qmax, 0, spec.qmin, spec.qmax, spec.dtype))
 
     def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
-        half = 2 ** (tensor.bits - 1)
-        return QSpec(torch.int8, -half, half - 1, symmetric=True)
+        return QSpec.activation(tensor.bits, torch.int8, symmetric=True)
 
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         if kind == "weight":

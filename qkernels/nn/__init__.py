@@ -5,12 +5,13 @@ from qkernels.nn.conv import QConv
 from qkernels.nn.dynamic import QDynamicLinear
 from qkernels.nn.elementwise import QAdd, QCat, QLookup, QMul
 from qkernels.nn.embedding import QEmbedding
-from qkernels.nn.io import Dequantize, Quantize
+from qkernels.nn.io import Dequantize, FakeQuantize, Quantize
 from qkernels.nn.linear import QLinear
 from qkernels.nn.pool import QAdaptiveAvgPool, QAvgPool, QInterpolate, QMaxPool
 
 __all__ = [
     "Dequantize",
+    "FakeQuantize",
     "QAdaptiveAvgPool",
     "QAdd",
     "QAvgPool",

@@ -56,6 +56,8 @@ class QLayer(nn.Module):
         self.register_buffer(f"{role}_scale", grid.scale.detach().to(torch.float32).reshape(-1).clone())
         self.register_buffer(f"{role}_zero_point", grid.zero_point.detach().to(torch.int32).reshape(-1).clone())
         self._grids[role] = {"axis": grid.axis, "qmin": grid.qmin, "qmax": grid.qmax, "dtype": grid.dtype}
+        if grid.block is not None:
+            self._grids[role]["block"] = list(grid.block)
 
     def _grid(self, role: str) -> QParams:
         scale, zero_point = self._buffers[f"{role}_scale"], self._buffers[f"{role}_zero_point"]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels import ops, reference
+from qkernels.core.blocks import from_rows, to_rows
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer
 from qkernels.errors import InvalidType
@@ -32,6 +33,23 @@ class Quantize(QLayer):
         meta = self._grids["output"]
         scale, zero_point = self._buffers["output_scale"], self._buffers["output_zero_point"]
         return quantize(x, scale, zero_point, meta["axis"], meta["qmin"], meta["qmax"], meta["dtype"])
+
+
+@layer("fake_quantize")
+class FakeQuantize(QLayer):
+    """Float tensor -> the numbers of the grid `output`, for which there are no integer layers."""
+
+    def __init__(self, output: QParams):
+        super().__init__([], output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._grid("output").fake_quantize(x)
+
+    def reference_forward(self, x: Tensor) -> Tensor:
+        grid = self._grid("output")
+        rows = x if grid.block is None else to_rows(x, grid.block)
+        y = reference.fake_quant(rows, grid.scale, grid.zero_point, grid.axis, grid.qmin, grid.qmax)
+        return y if grid.block is None else from_rows(y, x.shape, grid.block)
 
 
 @layer("dequantize")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qkernels.core.qspec import QParams, QSpec, choose_qparams
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, Unsupported
 
 
 def choose(spec, low, high):
@@ -60,7 +60,20 @@ def test_fewer_bits_narrow_the_codes():
     assert (QSpec.activation(4).qmin, QSpec.activation(4).qmax) == (0, 15)
     assert (QSpec.weight(4).qmin, QSpec.weight(4).qmax) == (-7, 7)
     with pytest.raises(InvalidArgument, match="bits"):
-        QSpec.weight(9)
+        QSpec.weight(22)
+
+
+def test_more_bits_are_int32_and_only_simulated():
+    assert QSpec.weight(16) == QSpec(torch.int32, -32767, 32767, symmetric=True, per_channel=True)
+    assert (QSpec.activation(16).dtype, QSpec.activation(16).qmax) == (torch.int32, 65535)
+    assert "65536 codes" in QSpec.activation(16).simulated
+    assert not QSpec.activation(8).simulated
+    grid = choose_qparams(QSpec.activation(16), torch.tensor([-1.0]), torch.tensor([2.0]))
+    x = torch.linspace(-2.0, 3.0, 10_001)
+    expected = torch.fake_quantize_per_tensor_affine(x, float(grid.scale), int(grid.zero_point), 0, 65535)
+    assert torch.equal(grid.fake_quantize(x), expected)
+    with pytest.raises(Unsupported, match="only simulated"):
+        grid.quantize(x)
 
 
 def test_values_round_trip_through_json_and_compare():

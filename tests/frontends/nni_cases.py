@@ -50,6 +50,20 @@ BY_TYPE = [
 ]
 FOLD = [entry(fuse_names=[("conv1", "bn1", "relu1")])]
 FOLD_PER_CHANNEL = [entry(fuse_names=[("conv1", "bn1", "relu1")], target_settings=PER_CHANNEL)]
+
+
+def weights(granularity, **changed):
+    """Conv2d and Linear alike take it, or only one of the two: the sizes of blocks are those of one weight."""
+    kind = {"quant_dtype": "int8", "quant_scheme": "symmetric", "granularity": granularity} | changed
+    return {"target_settings": {"weight": kind}}
+
+
+CHANNELS = {"_input_": {"quant_dtype": "int8", "quant_scheme": "affine", "granularity": "per_channel"}}
+BLOCKS_OF_LINES = {"_output_": {"quant_dtype": "int8", "quant_scheme": "affine", "granularity": [-1, 2, -1, -1]}}
+BACK = entry(op_names=["fc"], **weights([[2], "back", -1], quant_scheme="affine"))
+BIAS = ["_input_", "weight", "bias", "_output_"]
+BIAS_ROWS = {"bias": {"quant_dtype": "int8", "quant_scheme": "affine", "granularity": "out_channel"}}
+WIDE_BIAS = {"bias": {"quant_dtype": "int16", "quant_scheme": "symmetric"}}
 UINT8 = entry(quant_dtype="uint8", target_settings={"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric"}})
 
 # name: (class, config_list, options of the class)
@@ -66,14 +80,34 @@ CASES = {
     "qat by type": ("QATQuantizer", BY_TYPE, {}),
     "qat bn fold": ("QATQuantizer", FOLD, {}),
     "qat bn fold out_channel": ("QATQuantizer", FOLD_PER_CHANNEL, {}),
+    "qat blocks": ("QATQuantizer", [entry(op_names=["conv2"], **weights([2, 2, -1, -1])), BACK], {}),
+    "qat short blocks": ("QATQuantizer", [entry(op_names=["conv2"], **weights([3, 3])), BACK], {}),
+    "qat elements": ("QATQuantizer", [entry(op_names=["conv1"], **weights([[1], "back"]))], {}),
+    "qat in_channel": ("QATQuantizer", [entry(op_names=["conv2"], **weights("in_channel"))], {}),
+    "qat per_channel inputs": ("QATQuantizer", [entry(op_names=["conv2"], target_settings=CHANNELS), RELU], {}),
+    "qat output blocks": ("QATQuantizer", [entry(op_names=["conv2"], target_settings=BLOCKS_OF_LINES)], {}),
+    "qat bias": ("QATQuantizer", [entry(target_names=BIAS)], {}),
+    "qat bias rows": ("QATQuantizer", [entry(target_names=BIAS, target_settings=BIAS_ROWS)], {}),
+    "qat only bias": ("QATQuantizer", [entry(target_names=["bias"])], {}),
+    "qat wide bias": ("QATQuantizer", [entry(target_names=BIAS, target_settings=WIDE_BIAS)], {}),
+    "qat bias bn fold": ("QATQuantizer", [entry(target_names=BIAS, fuse_names=[("conv1", "bn1", "relu1")])], {}),
+    "qat all targets": ("QATQuantizer", [entry(target_names=None)], {}),
+    "qat bn parameters": ("QATQuantizer", [entry(op_names=["bn1"], target_names=None), entry()], {}),
+    "qat int16": ("QATQuantizer", [entry(quant_dtype="int16"), RELU], {}),
+    "qat uint12 weights": ("QATQuantizer", [entry(target_settings={"weight": {"quant_dtype": "uint12"}})], {}),
     "lsq": ("LsqQuantizer", [entry(quant_scheme="symmetric")], {}),
     "lsq out_channel": ("LsqQuantizer", [entry(target_settings=PER_CHANNEL)], {}),
+    "lsq blocks": ("LsqQuantizer", [entry(op_names=["conv2"], **weights([2, 2, -1, -1]))], {}),
+    "lsq bias": ("LsqQuantizer", [entry(target_names=BIAS, quant_scheme="symmetric")], {}),
+    "lsq int16": ("LsqQuantizer", [entry(quant_dtype="int16", quant_scheme="symmetric")], {}),
     "lsq plus": ("LsqPlusQuantizer", [entry()], {}),
     "dorefa": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4")], {}),
     "dorefa outputs": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4"), RELU], {}),
     "bnn": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"])], {}),
     "bnn outputs": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"]), RELU], {}),
     "ptq": ("PtqQuantizer", [entry()], {}),
+    "ptq blocks and bias": ("PtqQuantizer", [entry(op_names=["fc"], target_names=BIAS, **weights([5, 9]))], {}),
+    "ptq int16": ("PtqQuantizer", [entry(quant_dtype="int16")], {}),
     "ptq out_channel": ("PtqQuantizer", [entry(target_settings=PER_CHANNEL)], {}),
 }
 

@@ -1,5 +1,7 @@
 """What NNI 3.0 lets a config_list say: which targets of which modules get which settings, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nni_cases import Net, entry
@@ -9,7 +11,10 @@ from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.nni.config import Setting, parse
 
 INT8, INT4, UINT8 = Setting(8, True, "affine"), Setting(4, True, "affine"), Setting(8, False, "affine")
-ROWS = Setting(8, True, "symmetric", per_channel=True)
+WHOLE, ROWS = Setting(8, True, "symmetric"), Setting(8, True, "symmetric", per_channel=True)
+EACH, COLUMNS = replace(ROWS, block=(1, 1, 1, 1)), replace(ROWS, block=(-1, 1, 0))
+CHANNELS = Setting(8, True, "affine", True, (-1, 1, 0))
+LINES = replace(CHANNELS, block=(1, 2, -1, -1))
 
 
 def targets(*config_list):
@@ -48,14 +53,21 @@ def test_modules_are_selected_by_names_patterns_and_types_without_what_is_exclud
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"target_names": None}, {"_input_0": INT8, "weight": INT8, "_output_0": INT8}),
+        ({"target_names": None}, {"_input_0": INT8, "weight": INT8, "bias": INT8, "_output_0": INT8}),
         ({"target_names": ["_output_0"]}, {"_output_0": INT8}),
         ({"target_names": ["_input_input"]}, {"_input_0": INT8}),
         ({"target_names": ["weight"], "quant_dtype": "uint8"}, {"weight": UINT8}),
         ({"target_names": ["weight"], "target_settings": weight(granularity="out_channel")}, {"weight": ROWS}),
         ({"target_names": ["weight"], "target_settings": weight(granularity=[1, -1, -1, -1])}, {"weight": ROWS}),
         ({"target_names": ["weight"], "target_settings": weight(granularity=[1, 1, 3, 3])}, {"weight": ROWS}),
-        ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back"))}, {"weight": ROWS}),
+        ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back", -1))}, {"weight": ROWS}),
+        ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back"))}, {"weight": EACH}),
+        ({"target_names": ["weight"], "target_settings": weight(granularity="in_channel")}, {"weight": WHOLE}),
+        ({"op_names": ["conv2"], "target_names": ["weight"], "target_settings": weight(granularity="in_channel")},
+         {"weight": COLUMNS}),
+        ({"target_names": ["_input_"], "granularity": "per_channel"}, {"_input_0": CHANNELS}),
+        ({"target_names": ["_input_"], "granularity": [2, -1, -1]}, {"_input_0": LINES}),
+        ({"target_names": ["bias"], "granularity": "out_channel"}, {"bias": replace(INT8, per_channel=True)}),
         ({"target_names": ["weight"], "granularity": [-1, -1, -1, -1]}, {"weight": INT8}),
         ({"target_names": ["weight"], "target_settings": weight(quant_scheme="affine")}, {"weight": INT8}),
         ({"target_names": ["weight"], "apply_method": "qat_clamp_round"}, {"weight": INT8}),
@@ -64,7 +76,7 @@ def test_modules_are_selected_by_names_patterns_and_types_without_what_is_exclud
     ],
 )  # fmt: skip
 def test_targets_get_the_settings_of_the_entry_and_their_own_over_them(change, found):
-    assert one(**change) == found
+    assert list(targets(entry(**{"op_names": ["conv1"], **change})).values()) == [found]
 
 
 def test_without_a_dtype_it_is_int8_and_without_a_scheme_symmetric():
@@ -93,9 +105,11 @@ def test_keys_of_2_are_taken():
         ({"target_names": ["_input_mask"]}, InvalidArgument, "conv1 has no argument 'mask'; there are"),
         ({"target_names": ["_input_3"]}, InvalidArgument, "conv1 has no argument '3'"),
         ({"target_names": ["_output_1"]}, Unsupported, "use _output_0"),
-        ({"target_names": ["_input_"], "granularity": "per_channel"}, Unsupported, "granularity: 'per_channel'"),
-        ({"target_settings": weight(granularity="in_channel")}, Unsupported, "weight.granularity: 'in_channel'"),
-        ({"target_settings": weight(granularity=[4, 4])}, Unsupported, r"weight.granularity: \[4, 4\]"),
+        ({"target_names": ["_input_"], "granularity": "out_channel"}, InvalidArgument, "is for parameters"),
+        ({"target_settings": weight(granularity="per_channel")}, InvalidArgument, "'per_channel' is for inputs"),
+        ({"target_settings": weight(granularity=[4, 4])}, InvalidArgument, r"granularity of shape .* \[1, 1, 4, 4\]"),
+        ({"target_settings": weight(granularity=[[2], "middle"])}, InvalidArgument, r"granularity\[1\]: must be one"),
+        ({"target_settings": weight(granularity=[1, 1, 1, 1, 1])}, InvalidArgument, "granularity of shape"),
         ({"target_settings": weight(granularty="default")}, InvalidArgument, "granularty: unknown key; did you mean"),
         ({"apply_method": "truncate"}, InvalidArgument, "apply_method: must be one of"),
         ({"quant_dtype": "int0"}, InvalidArgument, "quant_dtype: must be None, int"),

@@ -98,6 +98,26 @@ def test_a_calibration_config_goes_back_in(kind, tmp_path):
         other.load_calibration_config({"conv9": {}})
 
 
+def test_channels_of_activations_have_grids_of_their_own(tmp_path):
+    """Simulated; the original trains so too, and then fails in export_model."""
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(8, 1, 16, 16)
+    config = [{"quant_types": ["weight", "input"], "op_names": ["conv2"], "quant_scheme": "per_channel_affine"}]
+    quantizer = nni_v2.QAT_Quantizer(model, config, torch.optim.SGD(model.parameters(), lr=0.1))
+    quantizer.compress()
+    model(x).sum().backward()
+    model.eval()
+    prepared, converted = quantizer.prepared(x), quantizer.convert(x)
+    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+    torch.testing.assert_close(converted(x), model(x), rtol=0, atol=1e-5)
+    exported = quantizer.export_model(tmp_path / "net.pth", tmp_path / "calibration.pth")
+    assert exported["conv2"]["tracked_max_input"].shape == (1, 4, 1, 1)
+    other = nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(model.parameters(), lr=0.1))
+    other.load_calibration_config(exported)
+    loaded = {key: q.qparams() for _, key, q in other.attached if key == "input0"}
+    assert torch.allclose(loaded["input0"].scale, (exported["conv2"]["tracked_max_input"] / 255).flatten())
+
+
 def test_naive_needs_nothing_but_a_model():
     model = Net()
     nni_v2.NaiveQuantizer(model).compress()
@@ -147,7 +167,7 @@ def test_set_quant_scheme_dtype_changes_what_entries_leave_open():
     [
         ({"quant_type": ["weight"]}, InvalidArgument, r"config_list\[0\]\.quant_type: unknown key; did you mean"),
         ({"quant_bits": 40}, InvalidArgument, r"config_list\[0\]\.quant_bits\.weight: must be an integer from 1 to 31"),
-        ({"quant_bits": 16}, Unsupported, "at most 8 bits"),
+        ({"quant_bits": 24}, Unsupported, "at most 21 bits"),
         ({"quant_types": ["bias"]}, InvalidArgument, "must be one of"),
         ({"quant_start_step": -1}, InvalidArgument, "quant_start_step"),
         ({"op_names": ["conv9"]}, InvalidArgument, "did you mean"),

@@ -13,22 +13,28 @@ from qkernels.core.grids import Grid, Grids
 from qkernels.errors import InvalidArgument
 
 
-def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Grids:
-    """The grids of a calibration config."""
+def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]], model: nn.Module | None = None) -> Grids:
+    """The grids of a calibration config. `model` tells blocks of rows from rows, whose scales look alike."""
     found: Grids = {}
     for path, targets in calibration_config.items():
         for target, entry in targets.items():
             where = f"calibration_config.{path}.{target}"
             dtype = re.fullmatch(r"(u?)int(\d+)", str(entry.get("quant_dtype")))
-            slot = re.fullmatch(r"(weight)|_output_0|_input_(\d+)", target)
+            slot = re.fullmatch(r"(weight|bias)|_output_0|_input_(\d+)", target)
             if dtype is None or slot is None:
-                raise InvalidArgument(f"{where}: must be weight, _input_N or _output_0, of dtype intN or uintN")
+                raise InvalidArgument(f"{where}: must be weight, bias, _input_N or _output_0, of dtype intN or uintN")
             bits, scale = int(dtype[2]), torch.as_tensor(entry["scale"])
             lowest = 0 if dtype[1] else 1 - 2 ** (bits - 1)
             offset = (lowest - torch.as_tensor(entry["zero_point"]).float()).round().int()
-            key = WEIGHT if slot[1] else f"input{slot[2]}" if slot[2] else OUTPUT
+            key = slot[1] or (f"input{slot[2]}" if slot[2] else OUTPUT)
             codes, symmetric = 2**bits - (not dtype[1]), entry["quant_scheme"] != "affine"
-            grid = Grid(scale.reshape(-1).tolist(), offset.reshape(-1).tolist(), codes, symmetric, scale.numel() > 1)
+            parameter = None if model is None else model.get_submodule(path)._parameters.get(key)
+            rows = scale.numel() if parameter is None else len(parameter)
+            blocks = (
+                tuple(scale.shape) if scale.numel() > 1 and (scale.numel(), *scale.shape[:1]) != (rows, rows) else None
+            )
+            how = codes, symmetric, scale.numel() > 1, blocks
+            grid = Grid(scale.reshape(-1).tolist(), offset.reshape(-1).tolist(), *how)
             found.setdefault(path, {})[key] = grid
     return found
 
@@ -43,7 +49,9 @@ def write(grids: Grids, model: nn.Module) -> dict[str, dict[str, dict[str, Any]]
     config: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for path, table in grids.items():
         for key, grid in table.items():
-            shape = (-1, *[1] * (model.get_submodule(path).weight.dim() - 1)) if grid.per_channel else ()
+            shape = grid.shape
+            if len(shape) == 1 and key == WEIGHT:
+                shape = (-1, *[1] * (model.get_submodule(path).weight.dim() - 1))
             low, high = (torch.tensor(end).reshape(shape) for end in grid.ends())
             config[path][target(key)] = {
                 "scale": torch.tensor(grid.scale).reshape(shape),

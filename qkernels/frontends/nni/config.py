@@ -1,16 +1,18 @@
 """NNI's `config_list` (API of 3.0): which targets of which modules get which grid. The first entry of a target wins."""
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qkernels.core.attach import Site
-from qkernels.core.qspec import QSpec
+from qkernels.core.attach import PARAMETERS, Site
+from qkernels.core.blocks import counts
+from qkernels.core.qspec import MAX_BITS, QSpec
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, Unsupported
 from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, with_names, with_types
@@ -35,10 +37,11 @@ class Setting:
     signed: bool = True
     scheme: str | None = None
     per_channel: bool = False
+    block: tuple[int, ...] | None = None
 
-    def spec(self, is_weight: bool) -> QSpec:
+    def spec(self, is_parameter: bool) -> QSpec:
         kind = {"symmetric": self.scheme != "affine", "per_channel": self.per_channel, "min_scale": EPS}
-        return QSpec.even(self.bits, self.signed, is_weight, **kind)
+        return QSpec.even(self.bits, self.signed, is_parameter, block=self.block, **kind)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Settings:
             if clamp is not None and output is not None:
                 found[clamp] = Site(output=output, start_step=start_step)
                 output = None
-            found[path] = Site(inputs, output, recipes.get("weight"), norm, folds=True, start_step=start_step)
+            how = {"folds": True, "start_step": start_step, "bias": recipes.get("bias")}
+            found[path] = Site(inputs, output, recipes.get("weight"), norm, **how)
         return found
 
     def layer(self, path: str) -> str:
@@ -148,7 +152,8 @@ def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str)
     if not isinstance(module, TYPES):
         kinds = [cls.__name__ for cls in TYPES]
         raise InvalidArgument(f"{where}: {path} is a {type(module).__name__}; targets are known for {kinds}")
-    names = entry.get("target_names", ["_input_", *["weight"] * isinstance(module, WEIGHTED), "_output_"])
+    parameters = [name for name in PARAMETERS if module._parameters.get(name) is not None]
+    names = entry.get("target_names", ["_input_", *parameters, "_output_"])
     own = entry.get("target_settings", {})
     check_keys(own, own, f"{where}.target_settings")
     common = {key: entry[key] for key in SETTINGS if key in entry}
@@ -157,7 +162,7 @@ def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str)
         here = f"{where}.target_settings.{name}" if name in own else where
         check_keys(own.get(name, {}), SETTINGS, here)
         target = _canonical(name, path, module, f"{where}.target_names")
-        if target != "weight" or isinstance(module, WEIGHTED):
+        if target not in PARAMETERS or target in parameters:
             setting = _setting({**common, **own.get(name, {})}, target, module, here)
             if found.setdefault(target, setting) != setting:
                 raise InvalidArgument(f"{here}: {target} of {path} has two settings, {found[target]} and {setting}")
@@ -167,11 +172,11 @@ def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str)
 
 
 def _canonical(name: str, path: str, module: nn.Module, where: str) -> str:
-    """`weight`, `_input_0`, ... or `_output_0`."""
+    """`weight`, `bias`, `_input_0`, ... or `_output_0`."""
     arguments = list(inspect.signature(type(module).forward).parameters)[1:]
     kind, _, which = name.removeprefix("_").partition("_")
-    if name == "weight" or name in ("_output_", "_output_0"):
-        return "weight" if name == "weight" else "_output_0"
+    if name in PARAMETERS or name in ("_output_", "_output_0"):
+        return name if name in PARAMETERS else "_output_0"
     if kind == "input" and which in ("", *arguments):
         return f"_input_{arguments.index(which) if which else 0}"
     if kind == "input" and which.isdigit() and int(which) < len(arguments):
@@ -180,9 +185,8 @@ def _canonical(name: str, path: str, module: nn.Module, where: str) -> str:
         raise InvalidArgument(f"{where}: {path} has no argument {which!r}; there are {arguments}")
     if kind == "output":
         raise Unsupported(f"{where}: {name}: modules with several outputs cannot be split; use _output_0")
-    if name == "bias":
-        raise Unsupported(f"{where}: bias: a bias needs no grid of its own: it is added in 32 bits; leave it")
-    raise InvalidArgument(f"{where}: unknown target {name!r}; there are weight, _input_, _input_0, _output_, _output_0")
+    known = "weight, bias, _input_, _input_0, _output_, _output_0"
+    raise InvalidArgument(f"{where}: unknown target {name!r}; there are {known}")
 
 
 def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, where: str) -> Setting:
@@ -191,36 +195,59 @@ def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, where: st
     if match is None:
         raise InvalidArgument(f"{where}.quant_dtype: must be None, int{{N}} or uint{{N}}, got {dtype!r}")
     bits = int(match[2])
-    if not 2 <= bits <= 8:
-        raise Unsupported(f"{where}.quant_dtype: {dtype}: there are kernels for 2 to 8 bits; leave the target out")
+    if not 2 <= bits <= MAX_BITS:
+        raise Unsupported(
+            f"{where}.quant_dtype: {dtype}: there are grids of 2 to {MAX_BITS} bits; leave the target out"
+        )
     check_one_of(scheme, ("affine", "symmetric", None), f"{where}.quant_scheme")
     check_one_of(entry.get("apply_method"), METHODS, f"{where}.apply_method")
     given = entry.get("granularity") or "default"
-    shape = module.weight.shape if target == "weight" else None
-    granularity = _named(given, shape, where)
-    if granularity != "default" and (shape is None or granularity != "out_channel"):
-        raise Unsupported(
-            f"{where}.granularity: {given!r}: no integer layer computes with it; weights take 'default' or "
-            "'out_channel', inputs and outputs 'default'"
-        )
-    return Setting(bits, not match[1], scheme, granularity == "out_channel")
+    shape = module._parameters[target].shape if target in PARAMETERS else None
+    block = _block(given, shape, _rank(module) if shape is None else len(shape), f"{where}.granularity")
+    if block is None or block == (1, 0):
+        return Setting(bits, not match[1], scheme, block is not None)
+    return Setting(bits, not match[1], scheme, True, block)
 
 
-def _named(granularity: Any, shape: Any, where: str) -> str:
-    """The name of a granularity; a block list has one where its blocks are rows or the whole tensor."""
-    if not isinstance(granularity, (list, tuple)) or not granularity:
-        check_one_of(granularity, GRANULARITIES, f"{where}.granularity")
-        return granularity
-    said = granularity if isinstance(granularity[0], (list, tuple)) else [granularity]
-    block, place, fill = (*said, *("front", None)[len(said) - 1 :])
-    if shape is None or not all(isinstance(size, int) for size in block) or len(block) > len(shape):
-        return "blocks"
-    padding = [(1 if place == "front" else -1) if fill is None else fill] * (len(shape) - len(block))
-    block = [*padding, *block] if place == "front" else [*block, *padding]
-    whole = [size in (-1, extent) for size, extent in zip(block, shape, strict=True)]
-    if all(whole):
-        return "default"
-    return "out_channel" if all(whole[1:]) and block[0] == 1 else "blocks"
+def _block(given: Any, shape: Sequence[int] | None, rank: int | None, where: str) -> tuple[int, ...] | None:
+    """The block of a granularity, as in `qkernels.core.blocks`: None is the whole tensor, (1, 0) a grid a channel.
+
+    `shape` is that of a parameter; inputs and outputs have None, and a number of dimensions only for some modules.
+    """
+    if not isinstance(given, (list, tuple)):
+        check_one_of(given, GRANULARITIES, where)
+        if given != "default" and (given == "per_channel") != (shape is None):
+            kind = "inputs and outputs" if given == "per_channel" else "parameters"
+            raise InvalidArgument(f"{where}: {given!r} is for {kind}")
+        named = {"default": None, "out_channel": (1, 0), "in_channel": (-1, 1, 0), "per_channel": (-1, 1, 0)}
+        return _checked(named[given], shape, where)
+    said = given if given and isinstance(given[0], (list, tuple)) else [given]
+    sizes, place, fill = (*said, *("front", 1)[len(said) - 1 :])
+    if not sizes or not all(isinstance(n, int) and (n > 0 or n == -1) for n in sizes):
+        raise InvalidArgument(f"{where}: must be sizes that are positive or -1, got {sizes!r}")
+    check_one_of(place, ("front", "back"), f"{where}[1]")
+    if rank is None:
+        if (place, fill) != ("back", -1):
+            raise Unsupported(f"{where}: {given!r} depends on the dimensions of the tensor; say [{sizes}, 'back', -1]")
+        return _checked((*sizes, 0), shape, where)
+    padding = [fill or 1] * (rank - len(sizes))
+    return _checked(tuple([*padding, *sizes] if place == "front" else [*sizes, *padding]), shape, where)
+
+
+def _checked(block: tuple[int, ...] | None, shape: Sequence[int] | None, where: str) -> tuple[int, ...] | None:
+    """In its shortest form, after a look whether a parameter of `shape` has such blocks."""
+    if block is None:
+        return None
+    grids = None if shape is None else counts(shape, block, where)
+    if set(block) <= {-1, 0} or (grids is not None and math.prod(grids) == 1):
+        return None
+    return (1, 0) if grids is not None and grids[0] == shape[0] and math.prod(grids) == shape[0] else block
+
+
+def _rank(module: nn.Module) -> int | None:
+    """How many dimensions inputs and outputs have, where the class says so."""
+    dims = re.search("([123])d$", type(module).__name__)
+    return None if dims is None or isinstance(module, nn.BatchNorm1d) else int(dims[1]) + 2
 
 
 def _fused(

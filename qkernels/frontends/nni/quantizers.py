@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qkernels.core.attach import Site
+from qkernels.core.attach import PARAMETERS, Site
 from qkernels.core.attached import Attached, Holder, recipe_of
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.quantizer import Quantizer, State
@@ -59,7 +59,7 @@ class _Quantizer(Holder):
         return self.settings.sites(self._recipe_of, start_step)
 
     def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
-        spec = setting.spec(target == "weight")
+        spec = setting.spec(target in PARAMETERS)
         return TensorRecipe(spec, self.observer, rule=self.rule, rule_options=tuple(self.rule_options.items()))
 
     def track_forward(self, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class _Quantizer(Holder):
                     close = close_matches(name, known)
                     raise InvalidArgument(f"calibration_config: nothing is quantized at {name}{close}")
                 quantizer = places[path, key]
-                quantizer.set_qparams(grid.qparams(quantizer.is_weight, quantizer.spec.dtype))
+                quantizer.set_qparams(grid.qparams(quantizer.is_weight, quantizer.spec))
                 quantizer.state = State.FROZEN
 
     def unwrap_model(self) -> nn.Module:
@@ -161,8 +161,8 @@ class LsqQuantizer(_Learned):
 
     def _recipe_of(self, target: str, setting: Setting) -> TensorRecipe:
         # Zero points do not move: 0 for signed and unsigned codes.
-        scheme = "symmetric" if setting.signed or target == "weight" else "affine"
-        return super()._recipe_of(target, Setting(setting.bits, setting.signed, scheme, setting.per_channel))
+        scheme = "symmetric" if setting.signed or target in PARAMETERS else "affine"
+        return super()._recipe_of(target, replace(setting, scheme=scheme))
 
 
 class LsqPlusQuantizer(_Learned):
