@@ -213,7 +213,7 @@ class Quantizer(nn.Module):
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
         if isinstance(self.rule, LearnedStep):
-            return clamp is None or clamp[0] == 0.0 or math.inf not in map(abs, clamp)
+            return not self.rule.plain and (clamp is None or clamp[0] == 0.0 or math.inf not in map(abs, clamp))
         return self._fused
 
     def normalized(self, x: Tensor, norm: Norm, clamp: Limits) -> Tensor:

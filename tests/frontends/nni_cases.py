@@ -101,6 +101,8 @@ CASES = {
     "lsq bias": ("LsqQuantizer", [entry(target_names=BIAS, quant_scheme="symmetric")], {}),
     "lsq int16": ("LsqQuantizer", [entry(quant_dtype="int16", quant_scheme="symmetric")], {}),
     "lsq plus": ("LsqPlusQuantizer", [entry()], {}),
+    "lsq plus uint8": ("LsqPlusQuantizer", [entry(op_names=["conv1", "fc"], quant_dtype="uint8")], {}),
+    "lsq plus int4": ("LsqPlusQuantizer", [entry(quant_dtype="int4"), RELU], {}),
     "dorefa": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4")], {}),
     "dorefa outputs": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4"), RELU], {}),
     "bnn": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"])], {}),
@@ -152,7 +154,7 @@ def run(api, name):
 def corrected():
     """Changes of the original that make up for where it differs (docs/frontends.md), by name."""
     from nni.compression.base import apply_method, compressor
-    from nni.compression.quantization import dorefa_quantizer
+    from nni.compression.quantization import dorefa_quantizer, lsqplus_quantizer
 
     def grid(space):
         scaler, shape = space._scaler, space.shape
@@ -188,6 +190,40 @@ def corrected():
             slope = slope / (qmax * codes.numel()) ** 0.5
             return gradient * inside, (gradient * slope).sum_to_size(ctx.shape), None
 
+    class LearnedPlus(torch.autograd.Function):
+        # the same again, and the zero point is a whole number of the grid
+        @staticmethod
+        def forward(ctx, x, scale, zero_point, space):
+            zero_point = torch.round(zero_point).clamp(space.qmin, space.qmax)
+            codes = x * (1.0 / scale)
+            ctx.save_for_backward(codes, scale, zero_point)
+            ctx.space = space
+            return ((torch.round(codes) + zero_point).clamp(space.qmin, space.qmax) - zero_point) * scale
+
+        @staticmethod
+        def backward(ctx, gradient):
+            codes, scale, zero_point = ctx.saved_tensors
+            lowest, highest = ctx.space.qmin - zero_point, ctx.space.qmax - zero_point
+            inside = (torch.round(codes) >= lowest) & (torch.round(codes) <= highest)
+            slope = torch.where(inside, torch.round(codes) - codes, torch.round(codes).clamp(lowest, highest))
+            slope = slope / (ctx.space.qmax * codes.numel()) ** 0.5
+            by_scale, by_zero_point = gradient * slope, -scale * gradient * ~inside
+            return gradient * inside, by_scale.sum_to_size(scale.shape), by_zero_point.sum_to_size(scale.shape), None
+
+    def begin(self, wrapper, name, target):
+        # the first zero point is the one that the first batch wants
+        if self.is_init or not self.check_target(wrapper, name):
+            return
+        space = wrapper.quantization_target_spaces[name]
+        low, high = target.detach().amin().clamp(max=0.0), target.detach().amax().clamp(min=0.0)
+        scale = ((high - low) / float(space.qmax - space.qmin)).clamp(min=torch.finfo(torch.float32).eps)
+        space.scale.data = torch.tensor([0.01])
+        space.zero_point.data = (space.qmin - torch.round(low / scale)).clamp(space.qmin, space.qmax).reshape(1)
+
+    lsqplus_quantizer.LsqPlusQuantizer.init_scale_zp = begin
+    apply_method.quant_apply_methods["lsq_plus_clamp_round"] = lambda x, space: LearnedPlus.apply(
+        x, space.scale, space.zero_point, space
+    )
     apply_method.quant_apply_methods["lsq_clamp_round"] = lambda x, space: Learned.apply(x, grid(space)[0], space)
     apply_method.quant_apply_methods["dorefa_clamp_round_output"] = apply_method.QATClampRound.apply
     apply_method.QATClampRound.forward = staticmethod(forward)

@@ -75,6 +75,8 @@ class LearnedStep(Rule):
         """What the gradients of the grid of a tensor with so many elements are multiplied by."""
         spec = self.spec
         positive = spec.qmax - (spec.middle if spec.symmetric else spec.qmin)
+        if self.plain and spec.qmin == -spec.qmax:
+            positive = spec.qmax
         count = elements if self.plain else elements // self.size
         return 1.0 / math.sqrt(max(count, 1) * positive)
 
