@@ -8,8 +8,10 @@ namespace qk {
 namespace {
 
 // Output pixels of a block: a multiple of the rows of a register tile, large enough that the
-// weights are read from L2 rarely, small enough that pointers and input stay in L1.
-constexpr int64_t kMaxBlock = 192, kMinBlock = 24;
+// weights are read from L2 rarely, small enough that pointers and input stay in L1. Whole output
+// rows where they fit: 224 is divided by the widths of most networks, and holds an image of 14
+// x 14.
+constexpr int64_t kMaxBlock = 224, kMinBlock = 24;
 // AMX reads the weights for every 32 rows anyway; every block costs a tile configuration and an
 // epilogue that nothing hides.
 constexpr int64_t kEvenBlock = 1024, kTileRows = 16;
@@ -212,6 +214,7 @@ PhaseRun phase_run(const ConvArgs& args, int64_t index, int64_t threads) {
   const int64_t window_bytes = run.plan.runs ? run.plan.taps * run.plan.depth : 1;
   const int64_t limit = clamp(kTableBytes / pointer_bytes, 0, kWindowBytes / window_bytes);
   run.block = clamp(limit / kMinBlock * kMinBlock, kMinBlock, kMaxBlock);
+  if (run.count[2] > 0 && run.count[2] <= run.block) run.block -= run.block % run.count[2];
   if (run.plan.padded_image) {
     run.image = padded_image(args, run.phase, run.plan.depth, run.count,
                              joins_rows(args, run.phase, run.plan, run.count));

@@ -179,6 +179,8 @@ QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&
   }
 }
 
+constexpr int64_t kFillColumns = 16;
+
 // What becomes of the accumulators: stored as they are, uint8 over its whole range, or any 8 bits.
 enum class Finish { kAccumulators, kPlain, kClamped };
 
@@ -231,9 +233,10 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
   }
 }
 
-// The scratch is filled just ahead of its use: the shuffles of the next columns then run beside the
-// dot products of these. A function of its own for each variant, on its own copy of the strip: in
-// one large function gcc keeps the addresses on the stack.
+// The scratch is filled kFillColumns ahead of its use at most: the shuffles of the next columns
+// then run beside the dot products of these, and the loop over columns starts rarely. A function of
+// its own for each variant, on its own copy of the strip: in one large function gcc keeps the
+// addresses on the stack.
 template <typename Kernel, Finish F, int V, int P>
 static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
   const DepthwiseStrip s = strip;
@@ -241,8 +244,12 @@ static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
   int64_t filled = 0, x = 0;
   for (; x + Kernel::kColumns <= s.outputs; x += Kernel::kColumns) {
     const int64_t needed = (x + Kernel::kColumns - 1) * s.column_step + reach;
-    fill_scratch<Kernel, V>(strip, filled, needed);
-    filled = needed;
+    if (needed > filled) {
+      const int64_t more = filled + kFillColumns > needed ? filled + kFillColumns : needed;
+      const int64_t end = more < s.strip_columns ? more : s.strip_columns;
+      fill_scratch<Kernel, V>(strip, filled, end);
+      filled = end;
+    }
     columns<Kernel, F, V, Kernel::kColumns, P>(s, x);
   }
   if (x < s.outputs) fill_scratch<Kernel, V>(strip, filled, s.strip_columns);

@@ -4,8 +4,9 @@
 //   out[r, n] = epilogue(acc[r, n])                                                  see epilogue.h
 //
 // Layout: the weights are packed in panels of `nr` columns, [N/nr][taps][depth/4][nr][4] (depth
-//   padded with zero weights to a multiple of 4, see overlaps_tail(); the last panel only as wide as
-//   whole vectors need), so that one dot-product instruction reads one vector of B and four broadcast bytes of A.
+//   padded with zero weights to a multiple of 4, see overlaps_tail(); the last panel only as wide
+//   as whole vectors need), so that one dot-product instruction reads one vector of B and four
+//   broadcast bytes of A.
 //   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
 //   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes. No byte past `depth` is
 //   read and no byte past column n is written.

@@ -36,21 +36,51 @@ constexpr int kLeastPrefetchRows = 3;
 
 constexpr int sums_in_flight(int tile) { return tile >= 10 ? 1 : tile >= 5 ? 2 : 4; }
 
+// What the tiles of a panel share, in locals: a store of bytes may alias the header, and every
+// scalar instruction of a tile takes a place from its dot products.
+struct Panel {
+  explicit Panel(const IgemmTile& tile)
+      : taps(tile.matrix->header->taps),
+        quads(tile.matrix->header->depth / 4),
+        depth(tile.matrix->header->depth),
+        overlaps(overlaps_tail(tile.matrix->header->isa, depth)),
+        tail(static_cast<__mmask16>((1u << (depth % 4)) - 1u)),
+        weights(tile.panel),
+        init(tile.matrix->init + tile.first_column),
+        addend(tile.matrix->addend + tile.first_column),
+        mult(tile.matrix->mult + tile.first_column),
+        columns(tile.columns),
+        constants(requantize64_constants(tile.matrix->header->epilogue)),
+        bytes(tile.matrix->header->stores_plain_bytes() &&
+              !tile.matrix->header->epilogue.has_residual),
+        shifts(tile.matrix->header->epilogue.zero_point != 0 ||
+               tile.matrix->header->epilogue.is_signed()),
+        clamps(tile.matrix->header->epilogue.clamps()) {}
+
+  int64_t taps, quads, depth;
+  bool overlaps;
+  __mmask16 tail;  // of the bytes behind the last quad
+  const int8_t* weights;
+  const int32_t* init;
+  const float *addend, *mult;
+  int64_t columns;
+  Requantize64 constants;
+  bool bytes;           // 8-bit outputs, straight from the accumulators
+  bool shifts, clamps;  // whether those have a zero point, and a clamp
+};
+
 // acc[i][j] = init[j] + sum over tap, k. `Flip`: A is int8.
 template <int R, int V, bool Flip>
-QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
+QK_INLINE void multiply(const Panel& panel, const uint8_t* const* rows, int64_t ahead,
+                        __m512i (&acc)[R][V]) {
   constexpr int S = sums_in_flight(R * V);
-  const PackedHeader& header = *tile.matrix->header;
-  const int64_t taps = header.taps, quads = header.depth / 4;
-  const bool overlaps = overlaps_tail(header.isa, header.depth);
-  const __mmask16 tail = static_cast<__mmask16>((1u << (header.depth % 4)) - 1u);
+  const int64_t taps = panel.taps, quads = panel.quads;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  const int8_t* b = tile.panel;
-  const int64_t ahead = tile.ahead;
+  const int8_t* b = panel.weights;
   __m512i sum[S][R][V];
 #pragma GCC unroll 8
   for (int j = 0; j < V; ++j) {
-    const __m512i init = _mm512_load_si512(tile.matrix->init + tile.first_column + 16 * j);
+    const __m512i init = _mm512_load_si512(panel.init + 16 * j);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
@@ -60,7 +90,7 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   for (int64_t tap = 0; tap < taps; ++tap) {
     const uint8_t* p[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) p[i] = tile.rows[i * taps + tap];
+    for (int i = 0; i < R; ++i) p[i] = rows[i * taps + tap];
     int64_t k = 0;
     for (; k + S <= quads; k += S) {
       if (R >= kLeastPrefetchRows) _mm_prefetch(b + ahead, _MM_HINT_T1);
@@ -88,12 +118,13 @@ QK_INLINE void multiply(const IgemmTile& tile, __m512i (&acc)[R][V]) {
         for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
       }
     }
-    if (tail != 0) {
+    if (panel.tail != 0) {
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        __m512i av = overlaps
-                         ? broadcast4(p[i] + header.depth - 4)
-                         : _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(tail, p[i] + 4 * quads));
+        __m512i av =
+            panel.overlaps
+                ? broadcast4(p[i] + panel.depth - 4)
+                : _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(panel.tail, p[i] + 4 * quads));
         if (Flip) av = _mm512_xor_si512(av, flip);
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
@@ -141,8 +172,7 @@ QK_INLINE void store_parts(uint8_t* const* out, int rows, int64_t n, __m512i byt
 // of the tile before the next: one vector's stages wait for each other. Narrow tiles pack several
 // rows into a vector of bytes.
 template <int R, int V>
-QK_INLINE void store_bytes(const IgemmTile& tile, __m512i (&acc)[R][V]) {
-  const PackedMatrix& m = *tile.matrix;
+QK_INLINE void store_bytes(const Panel& panel, uint8_t* const* out, __m512i (&acc)[R][V]) {
   __m512 v[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -151,13 +181,13 @@ QK_INLINE void store_bytes(const IgemmTile& tile, __m512i (&acc)[R][V]) {
   }
 #pragma GCC unroll 4
   for (int j = 0; j < V; ++j) {
-    const __m512 addend = _mm512_load_ps(m.addend + tile.first_column + 16 * j);
+    const __m512 addend = _mm512_load_ps(panel.addend + 16 * j);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) in_order(v[i][j] = _mm512_add_ps(v[i][j], addend));
   }
 #pragma GCC unroll 4
   for (int j = 0; j < V; ++j) {
-    const __m512 mult = _mm512_load_ps(m.mult + tile.first_column + 16 * j);
+    const __m512 mult = _mm512_load_ps(panel.mult + 16 * j);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) in_order(v[i][j] = _mm512_mul_ps(v[i][j], mult));
   }
@@ -166,9 +196,7 @@ QK_INLINE void store_bytes(const IgemmTile& tile, __m512i (&acc)[R][V]) {
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) in_order(acc[i][j] = _mm512_cvtps_epi32(v[i][j]));
   }
-  const Requantize64 constants = requantize64_constants(m.header->epilogue);
-  const bool shifts = m.header->epilogue.zero_point != 0 || m.header->epilogue.is_signed();
-  const bool clamps = m.header->epilogue.clamps();
+  const Requantize64& constants = panel.constants;
   constexpr int kRows = V == 1 ? 4 : V == 2 ? 2 : 1;  // of a vector of bytes
 #pragma GCC unroll 8
   for (int i = 0; i < R; i += kRows) {
@@ -179,45 +207,52 @@ QK_INLINE void store_bytes(const IgemmTile& tile, __m512i (&acc)[R][V]) {
       q[j] = j < kRows * V && row < R ? acc[row < R ? row : 0][vector] : acc[i][0];
     }
     __m512i low = _mm512_packs_epi32(q[0], q[1]), high = _mm512_packs_epi32(q[2], q[3]);
-    if (shifts) {
+    if (panel.shifts) {
       low = _mm512_adds_epi16(low, constants.zero_point);
       high = _mm512_adds_epi16(high, constants.zero_point);
     }
     __m512i bytes = _mm512_permutexvar_epi32(constants.order, _mm512_packus_epi16(low, high));
-    if (clamps) {
+    if (panel.clamps) {
       bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, constants.low), constants.high);
       bytes = _mm512_xor_si512(bytes, constants.flip);
     }
-    store_parts<kRows>(tile.out + i, R - i < kRows ? R - i : kRows, tile.columns, bytes);
+    store_parts<kRows>(out + i, R - i < kRows ? R - i : kRows, panel.columns, bytes);
   }
 }
 
+// Every other output, by way of memory.
 template <int R, int V>
-QK_INLINE void store_tile(const IgemmTile& tile, __m512i (&acc)[R][V]) {
-  const PackedHeader& header = *tile.matrix->header;
-  if (header.stores_plain_bytes() && !header.epilogue.has_residual) {
-    store_bytes<R, V>(tile, acc);
-    return;
-  }
+QK_INLINE void store_any(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
   alignas(64) int32_t memory[R][64];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) _mm512_store_si512(&memory[i][16 * j], acc[i][j]);
   }
-  select_store(header, V, tile.residual_signed)(tile, memory[0], 0, R);
+  select_store(*tile.matrix->header, V, tile.residual_signed)(tile, memory[0], 0, R);
 }
 
 // `tiles` tiles of R rows, one below the other.
 template <int R, int V, bool Flip>
 __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) {
-  for (; tiles > 0; --tiles) {
+  const Panel panel(tile);
+  const uint8_t* const* rows = tile.rows;
+  uint8_t* const* out = tile.out;
+  const int64_t row_pointers = R * panel.taps;
+  for (int64_t left = tiles; left > 0; --left) {
     __m512i acc[R][V];
-    multiply<R, V, Flip>(tile, acc);
-    store_tile<R, V>(tile, acc);
-    tile.advance(R);
+    multiply<R, V, Flip>(panel, rows, tile.ahead, acc);
+    if (panel.bytes) {
+      store_bytes<R, V>(panel, out, acc);
+    } else {
+      store_any<R, V>(tile, acc);
+      tile.advance(R);
+    }
+    rows += row_pointers;
+    out += R;
     tile.fetch_next_lines();
   }
+  if (panel.bytes) tile.advance(R * tiles);
 }
 
 template <int V, bool Flip>
