@@ -174,12 +174,9 @@ class MovingAverageMinMax(Observer):
         self.momentum = momentum
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        if not self.has_data():
-            self.low.copy_(low)
-            self.high.copy_(high)
-            return
-        self.low.copy_(self.low + self.momentum * (low - self.low))
-        self.high.copy_(self.high + self.momentum * (high - self.high))
+        first = self.low > self.high
+        self.low.copy_(torch.where(first, low, self.low + self.momentum * (low - self.low)))
+        self.high.copy_(torch.where(first, high, self.high + self.momentum * (high - self.high)))
 
 
 @observer("histogram")

@@ -251,7 +251,7 @@ class Quantizer(nn.Module):
 
     def _follow(self, x: Tensor, clamp: Limits) -> Tensor:
         """Lets the grid follow `x`, or start from it, and rounds `x` to it."""
-        if self._fused and self._chosen:
+        if self._fused:
             if self.forgets:
                 return self._fresh(x, None)[0]
             if self.is_weight or not is_distributed():
@@ -289,13 +289,14 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
+        self._chosen = True
         return y, codes[0] if codes else None
 
     @property
     def passes_gradients(self) -> bool:
         """Whether a weight that comes now gets the gradient of its rounded form as it is: its extremes are the ends."""
         spec = self.spec
-        fresh = self._fused and self._chosen and self.forgets and self.follows and self.delay == 0
+        fresh = self._fused and self.forgets and self.follows and self.delay == 0
         return fresh and spec.symmetric and spec.qmin == -spec.qmax
 
     def with_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,10 +311,12 @@ class Quantizer(nn.Module):
         """The grid follows within one op."""
         if self.is_weight:
             try:
-                return ops.observe_fake_quant(x, *self._observed_state())
+                y = ops.observe_fake_quant(x, *self._observed_state())
             except RuntimeError:
                 self.observer.check_finite(x)
                 raise
+            self._chosen = True
+            return y
         self._observe(x.detach(), clamp)
         if not torch.compiler.is_compiling():  # the bits that are kept do not depend on the buffers
             return self._round(x, self.scale, self.zero_point, clamp)
@@ -334,6 +337,7 @@ class Quantizer(nn.Module):
             for tensor in (*of, x):
                 self.observer.check_finite(tensor)
             raise
+        self._chosen = True
 
     def _take_over(self, x: Tensor | None = None) -> None:
         if not self._chosen and self.rule is not None:

@@ -101,11 +101,13 @@ def test_the_state_of_another_model_is_refused_by_name():
         model.load_state_dict(state)
 
 
+@pytest.mark.parametrize("start", ["new", "grids chosen"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_compiled_model_agrees_with_the_eager_one(rule):
+def test_a_compiled_model_agrees_with_the_eager_one(rule, start):
     """To the last bit, forward and backward, where a clamp is fused into a Quantizer too."""
-    model = made(rule=rule, forward="float")
-    run(model, optimizer_of(model), range(2))  # grids are chosen
+    model = made(rule=rule, forward="float").train()
+    if start == "grids chosen":
+        run(model, optimizer_of(model), range(2))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for step in range(2, 4):

@@ -71,9 +71,11 @@ class Rule(nn.Module):
         """`x` on the grid that `grid` gave, with the gradients of this rule."""
         raise NotImplementedError
 
-    def signed(self, zero_point: Tensor) -> bool:
-        """Whether the observed grid reaches below zero."""
-        return self.spec.symmetric or bool((zero_point > self.spec.qmin).any())
+    def end_or_middle(self, zero_point: Tensor) -> Tensor:
+        """The middle of the codes where the observed grid reaches below zero in any channel, else the first code."""
+        spec = self.spec
+        below = (zero_point > spec.qmin).any() | spec.symmetric
+        return torch.where(below, spec.middle, spec.qmin).to(zero_point.dtype).expand_as(zero_point)
 
 
 class _Grown(torch.autograd.Function):

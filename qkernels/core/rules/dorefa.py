@@ -38,7 +38,7 @@ class DoReFa(Rule):
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
         spec = self.spec
-        zero_point.fill_(spec.middle if self.is_weight or self.signed(zero_point) else spec.qmin)
+        zero_point.copy_(torch.full_like(zero_point, spec.middle) if self.is_weight else self.end_or_middle(zero_point))
         scale.copy_(1.0 / (spec.qmax - zero_point).clamp(min=1))
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

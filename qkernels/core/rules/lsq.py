@@ -54,8 +54,7 @@ class LearnedStep(Rule):
         if self.init == "mse":
             scale.copy_(self.least_error(x)[0])
             return
-        if not self.spec.symmetric and self.signed(zero_point):
-            zero_point.fill_(self.spec.middle)
+        zero_point.copy_(self.end_or_middle(zero_point))
         x = x.float()
         rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
         mean = rows.abs().mean(1)
