@@ -160,7 +160,7 @@ class AmxRows {
   void run() {
     configure();
     const int64_t tiles = rows_ / stretches_.length * stretches_.tiles;
-    plan_ahead((tiles + 1) / 2);
+    plan_ahead(tiles);
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const int64_t halves = tiles - tile < 2 ? 1 : 2;
       for (int64_t half = 0; half < halves; ++half) {
@@ -175,14 +175,17 @@ class AmxRows {
   }
 
  private:
-  // Spreads the panels behind the last one over the steps of `pairs` passes over all panels.
-  void plan_ahead(int64_t pairs) {
+  // Spreads the panels behind the last one over the steps of the passes of `tiles` over all panels.
+  // A single tile waits for L2 at each step, and fetching a line that is there already takes the
+  // place of a load: it fetches some, and the hardware those in between.
+  void plan_ahead(int64_t tiles) {
     const int64_t panels = block_.panel_end - block_.panel_begin;
     const int64_t next = args_.panel_end - block_.panel_end;
     const int64_t bytes = (next < panels ? next : panels) * header_.panel_bytes;
-    const int64_t products = pairs * panels * segments_ * steps_ * 2;
+    const int64_t products = (tiles + 1) / 2 * panels * segments_ * steps_ * 2;
     ahead_ = args_.matrix.panels + block_.panel_end * header_.panel_bytes;
-    ahead_step_ = round_up((bytes + products - 1) / products, 64);
+    ahead_line_ = tiles == 1 ? 512 : 64;
+    ahead_step_ = round_up((bytes + products - 1) / products, ahead_line_);
   }
 
   // The rows of one tile: `skip` of them are already stored.
@@ -332,7 +335,7 @@ class AmxRows {
 
   // A step's share of the weights that the next call reads, on their way to L2.
   inline __attribute__((always_inline)) void fetch_ahead() {
-    for (const int8_t* end = ahead_ + ahead_step_; ahead_ < end; ahead_ += 64) {
+    for (const int8_t* end = ahead_ + ahead_step_; ahead_ < end; ahead_ += ahead_line_) {
       _mm_prefetch(ahead_, _MM_HINT_T1);
     }
   }
@@ -414,7 +417,7 @@ class AmxRows {
   int64_t a_stride_ = 0, slice_ = 0;
   int64_t stored_ = 0;
   const int8_t* ahead_ = nullptr;
-  int64_t ahead_step_ = 0;
+  int64_t ahead_step_ = 0, ahead_line_ = 64;
   int next_ = 0;
   Pending pending_[2];
   alignas(64) int32_t sums_[2][kPairRows * 64];
