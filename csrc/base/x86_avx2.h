@@ -157,6 +157,17 @@ struct Vec {
     __m128i* target = reinterpret_cast<__m128i*>(out);
     kStream ? _mm_stream_si128(target, v) : _mm_storeu_si128(target, v);
   }
+  // The first n lanes only.
+  QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m, int64_t n) {
+    const __m256i lanes = first(n);
+    const __m256i v = _mm256_maskload_epi32(reinterpret_cast<const int*>(in), lanes);
+    _mm256_maskstore_epi32(reinterpret_cast<int*>(out), lanes,
+                           _mm256_and_si256(_mm256_castps_si256(m), v));
+  }
+  QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m, int64_t n) {
+    const uint32_t set = bits(m);
+    for (int64_t i = 0; i < n && i < kLanes; ++i) out[i] = set >> i & 1 ? in[i] : uint16_t{0};
+  }
   // Integers of the grid as floats.
   QK_INLINE F get(const int32_t* x) { return _mm256_cvtepi32_ps(load256(x)); }
   QK_INLINE F get(const int32_t* x, int64_t n) {
@@ -204,7 +215,8 @@ struct Vec {
   QK_INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
   QK_INLINE M either(M a, M b) { return _mm256_or_ps(a, b); }
   QK_INLINE F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
-  QK_INLINE F keep(M m, F a) { return _mm256_and_ps(m, a); }  // else +0
+  QK_INLINE F keep(M m, F a) { return _mm256_and_ps(m, a); }     // else +0
+  QK_INLINE F drop(M m, F a) { return _mm256_andnot_ps(m, a); }  // +0 where m is set
   QK_INLINE uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
   QK_INLINE M from_bits(uint32_t b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

@@ -183,6 +183,12 @@ struct Vec {
     __m256i* target = reinterpret_cast<__m256i*>(out);
     kStream ? _mm256_stream_si256(target, v) : _mm256_storeu_si256(target, v);
   }
+  QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m, int64_t n) {
+    _mm512_mask_storeu_epi32(out, lanes(n), _mm512_maskz_loadu_epi32(m & lanes(n), in));
+  }
+  QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m, int64_t n) {
+    _mm256_mask_storeu_epi16(out, lanes(n), _mm256_maskz_loadu_epi16(m & lanes(n), in));
+  }
   QK_INLINE F get(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
   QK_INLINE F get(const int32_t* x, int64_t n) {
     return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(lanes(n), x));
@@ -219,6 +225,7 @@ struct Vec {
   QK_INLINE M either(M a, M b) { return _kor_mask16(a, b); }
   QK_INLINE F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
   QK_INLINE F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
+  QK_INLINE F drop(M m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
   QK_INLINE uint32_t bits(M m) { return _cvtmask16_u32(m); }
   QK_INLINE M from_bits(uint32_t b) { return _cvtu32_mask16(b); }
 };

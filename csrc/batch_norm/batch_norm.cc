@@ -64,7 +64,7 @@ struct Walk {
 
 // Values of the channels, one a column.
 struct Columns {
-  float values[kGridBlock];
+  alignas(64) float values[kGridBlock];
 
   void fill(const Walk& walk, int64_t task, const float* channels) {
     const int64_t first = walk.first_channel(task), period = walk.channels(task);
@@ -146,7 +146,7 @@ Extremes batch_statistics(const BatchStatisticsArgs& args, const Parallel& paral
   const int64_t kept = kept_values(walk), width = walk.width;
   parallel.for_each_range(walk.plan.tasks(), walk.elements() / 8, [&](int64_t begin, int64_t end) {
     ColumnSet<1> origin(walk, {args.x});
-    float sums[kKept][kGridBlock];
+    alignas(64) float sums[kKept][kGridBlock];
     for (int64_t task = begin; task < end; ++task) {
       origin.prepare(task);
       for (int64_t j = 0; j < kGridBlock; ++j) {
@@ -264,7 +264,7 @@ void norm_backward(const NormBackwardArgs& args, const Parallel& parallel) {
                       .sums = nullptr};
   parallel.for_each_range(tasks, walk.elements() / 5, [&](int64_t begin, int64_t end) {
     ColumnSet<3> columns(walk, {args.factor, args.shift, args.mean});
-    float totals[kNormSums * kGridBlock];
+    alignas(64) float totals[kNormSums * kGridBlock];
     for (int64_t task = begin; task < end; ++task) {
       columns.prepare(task);
       for (float& total : totals) total = 0;

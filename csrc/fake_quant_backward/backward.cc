@@ -43,11 +43,11 @@ float finished(double sum) {
   return sum != sum ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(sum);
 }
 
-void store_sums(const FakeQuantBackwardArgs& args, const LsqSums& sums, int64_t c,
-                const TreeSum (&sum)[2]) {
+void store_sums(const FakeQuantBackwardArgs& args, const LsqSums& sums, int64_t c, double scale_sum,
+                double zero_sum) {
   const double scale = static_cast<double>(args.grid.scale[c]);
-  sums.scale[c] = finished(sum[0].total() * sums.factor);
-  sums.zero_point[c] = finished(-(sum[1].total() * scale) * sums.factor);
+  sums.scale[c] = finished(scale_sum * sums.factor);
+  sums.zero_point[c] = finished(-(zero_sum * scale) * sums.factor);
 }
 
 // Channel innermost. Workspace: [task][2][width].
@@ -56,12 +56,31 @@ void lsq_channel_rows(const FakeQuantBackwardArgs& args, const LsqSums& sums,
   const RunMaker make_run{args};
   const detail::ChannelRows plan(args.grid, kSumTask);
   const auto task = [&](int64_t index, const GridSpan& span) {
-    float columns[2 * kGridBlock] = {};
-    plan.for_each_row(index, [&](int64_t out_offset, int64_t x_offset, int64_t n) {
-      FakeQuantBackwardRun run = make_run(out_offset, x_offset, n, span);
+    alignas(64) float columns[2 * kGridBlock] = {};
+    int64_t waiting[3];  // the row before: offsets and length
+    bool waits = false;
+    const auto run_rows = [&](int64_t out_offset, int64_t x_offset, int64_t n) {
+      FakeQuantBackwardRun run = make_run(waiting[0], waiting[1], waiting[2], span);
       run.columns = columns;
+      if (n == waiting[2]) {
+        run.rows = 2;
+        run.out_step = out_offset - waiting[0];
+        run.x_step = x_offset - waiting[1];
+      }
       kernel(run);
+      return run.rows == 2;
+    };
+    plan.for_each_row(index, [&](int64_t out_offset, int64_t x_offset, int64_t n) {
+      if (waits && run_rows(out_offset, x_offset, n)) {
+        waits = false;
+        return;
+      }
+      waiting[0] = out_offset;
+      waiting[1] = x_offset;
+      waiting[2] = n;
+      waits = true;
     });
+    if (waits) run_rows(0, 0, -1);
     double* partial = sums.workspace + index * 2 * plan.width;
     for (int64_t i = 0; i < plan.width; ++i) {
       partial[i] = static_cast<double>(columns[i]);
@@ -69,17 +88,20 @@ void lsq_channel_rows(const FakeQuantBackwardArgs& args, const LsqSums& sums,
     }
   };
   detail::for_each_channel_task(plan, parallel, elements(args.grid) / 6, task, stream_fence);
-  for (int64_t c = 0; c < sums.channels; ++c) {
+  for (int64_t c = 0; c < sums.channels; c += TreeSums::kCount) {
     const int64_t first_task = c / kGridBlock * plan.chunks, column = c % kGridBlock;
-    TreeSum sum[2];
+    const int64_t left = sums.channels - c, n = left < TreeSums::kCount ? left : TreeSums::kCount;
+    TreeSums sum[2];
     for (int64_t t = first_task; t < first_task + plan.chunks; ++t) {
       const double* partial = sums.workspace + t * 2 * plan.width + column;
       for (int64_t k = 0; k < plan.fold; ++k, partial += plan.channels) {
-        sum[0].add(partial[0]);
-        sum[1].add(partial[plan.width]);
+        sum[0].add(partial, n);
+        sum[1].add(partial + plan.width, n);
       }
     }
-    store_sums(args, sums, c, sum);
+    for (int64_t i = 0; i < n; ++i) {
+      store_sums(args, sums, c + i, sum[0].total(i), sum[1].total(i));
+    }
   }
 }
 
@@ -112,7 +134,7 @@ void lsq_runs(const FakeQuantBackwardArgs& args, const LsqSums& sums, const Para
         sum[1].add(partial[2 * k + 1]);
       }
     }
-    store_sums(args, sums, c, sum);
+    store_sums(args, sums, c, sum[0].total(), sum[1].total());
   }
 }
 

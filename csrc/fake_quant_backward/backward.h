@@ -21,6 +21,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/base/cpu.h"
 #include "csrc/base/dtype.h"
@@ -63,9 +64,10 @@ inline constexpr int64_t kSumRun = 4096;
 // Elements of one task with the channel innermost: the sums of a task are a few percent of them.
 inline constexpr int64_t kSumTask = 65536;
 
-// One contiguous run. Its terms are added to `columns` (one float an element, the terms of the
-// scale, then kGridBlock floats further those of the zero point) or written to `partial` (the sums
-// of the run). Both null: no sums.
+// One contiguous run, or with a grid of one channel an element also two at once (the grids and sums
+// are then loaded once for both). Its terms are added to `columns` (one float an element, the terms
+// of the scale, then kGridBlock floats further those of the zero point) or written to `partial`
+// (the sums of the run). Both null: no sums.
 struct FakeQuantBackwardRun {
   const void* grad;
   const void* x;
@@ -78,7 +80,18 @@ struct FakeQuantBackwardRun {
   bool clips;       // PACT; with sums only
   double* partial;  // [2], with a grid that holds for the whole run
   float* columns;   // [2][kGridBlock], with a grid of one channel an element
+  int rows = 1;     // 2: the same for the elements at `out_step` and `x_step`
+  int64_t out_step = 0;
+  int64_t x_step = 0;
 };
+
+// An element's bits, to be copied as they are.
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+template <typename T>
+inline __attribute__((always_inline)) const Bits<T>* bits_of(const T* x) {
+  return reinterpret_cast<const Bits<T>*>(x);
+}
 
 // The sum of the lanes by halves.
 inline double sum_lanes(const float lanes[kSumLanes]) {

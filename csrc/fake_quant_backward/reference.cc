@@ -5,7 +5,7 @@ namespace qk {
 namespace {
 
 template <typename T>
-void backward_scalar(const FakeQuantBackwardRun& run) {
+void backward_row(const FakeQuantBackwardRun& run) {
   float lanes[2][kSumLanes] = {};
   for (int64_t i = 0; i < run.n; ++i) {
     if (run.columns != nullptr) {
@@ -18,6 +18,17 @@ void backward_scalar(const FakeQuantBackwardRun& run) {
   }
   if (run.partial == nullptr) return;
   for (int k = 0; k < 2; ++k) run.partial[k] = sum_lanes(lanes[k]);
+}
+
+template <typename T>
+void backward_scalar(const FakeQuantBackwardRun& run) {
+  backward_row<T>(run);
+  if (run.rows == 1) return;
+  FakeQuantBackwardRun second = run;
+  second.grad = static_cast<const T*>(run.grad) + run.out_step;
+  second.x = static_cast<const T*>(run.x) + run.x_step;
+  second.out = static_cast<T*>(run.out) + run.out_step;
+  backward_row<T>(second);
 }
 
 }  // namespace

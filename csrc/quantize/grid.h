@@ -51,9 +51,9 @@ inline constexpr int64_t kGridBlock = 512;
 namespace detail {
 
 struct GridBlock {
-  float scale[kGridBlock];
-  float inv_scale[kGridBlock];
-  int32_t zero_point[kGridBlock];
+  alignas(64) float scale[kGridBlock];
+  alignas(64) float inv_scale[kGridBlock];
+  alignas(64) int32_t zero_point[kGridBlock];
 
   // Entry i is channel first + i % period.
   void fill(const GridLayout& grid, int64_t first, int64_t period, int64_t n) {

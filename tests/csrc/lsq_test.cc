@@ -41,7 +41,9 @@ void run_equals_scalar(int64_t n, Touches touches, Sums sums, Rng& rng) {
   CONTEXT("n=", n, " sums=", sums);
   const bool per_element = sums == Sums::kColumns || (sums == Sums::kNone && rng.chance(0.5));
   Grid grid(per_element ? n : 1, rng);
-  Guarded<float> grad(n, touches), x(n, touches), out(n, touches), expected(n, touches);
+  const int rows = per_element && rng.chance(0.5) ? 2 : 1;
+  const int64_t size = rows * n;
+  Guarded<float> grad(size, touches), x(size, touches), out(size, touches), expected(size, touches);
   fill_hostile(x, rng);
   rng.fill(grad);
   double partial[2][2] = {};
@@ -58,14 +60,17 @@ void run_equals_scalar(int64_t n, Touches touches, Sums sums, Rng& rng) {
       .stream = false,
       .clips = sums != Sums::kNone && rng.chance(0.5),
       .partial = sums == Sums::kRun ? partial[0] : nullptr,
-      .columns = sums == Sums::kColumns ? columns[0].data() : nullptr};
+      .columns = sums == Sums::kColumns ? columns[0].data() : nullptr,
+      .rows = rows,
+      .out_step = n,
+      .x_step = n};
   fake_quant_backward_f32_scalar(run);
   run.out = out.data();
   run.stream = rng.chance(0.5);
   if (sums == Sums::kRun) run.partial = partial[1];
   if (sums == Sums::kColumns) run.columns = columns[1].data();
   select_fake_quant_backward_kernel(FloatType::kFloat32)(run);
-  CHECK(same_bytes(out.data(), expected.data(), n));
+  CHECK(same_bytes(out.data(), expected.data(), size));
   CHECK(same_bytes(partial[0], partial[1], 2));
   CHECK(same_bytes(columns[0].data(), columns[1].data(), 2 * kGridBlock));
 }
