@@ -1,22 +1,12 @@
 #include "csrc/binary/binary.h"
 
+#include "csrc/base/float_types.h"
+
 namespace qk {
 namespace {
 
 // Elements of a task.
 constexpr int64_t kTask = 16384;
-template <typename F>
-void for_each_type(FloatType type, const F& f) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return f(float{});
-    case FloatType::kBFloat16:
-      return f(BFloat16{});
-    case FloatType::kFloat16:
-      return f(Float16{});
-  }
-}
-
 // Calls f(begin, end) for tasks of kTask elements.
 template <typename F>
 void for_each_task(int64_t n, const Parallel& parallel, const F& f) {
@@ -85,7 +75,7 @@ SignProductKernel select_sign_product_kernel(CpuFeatures features) {
 }
 
 void binary_sign(const SignArgs& args, const Parallel& parallel) {
-  for_each_type(args.type, [&](auto zero) {
+  with_float_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     const T* x = static_cast<const T*>(args.x);
     T* y = static_cast<T*>(args.y);
@@ -99,7 +89,7 @@ void binary_sign(const SignArgs& args, const Parallel& parallel) {
 }
 
 void binary_sign_backward(const SignBackwardArgs& args, const Parallel& parallel) {
-  for_each_type(args.type, [&](auto zero) {
+  with_float_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     for_each_task(args.n, parallel, [&](int64_t begin, int64_t end) {
       args.is_weight ? pass_gradient<T, true>(args, begin, end)
@@ -110,7 +100,7 @@ void binary_sign_backward(const SignBackwardArgs& args, const Parallel& parallel
 
 void binary_pack(const BinaryPackArgs& args, const Parallel& parallel) {
   const int64_t words = binary_words(args.n);
-  for_each_type(args.type, [&](auto zero) {
+  with_float_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     parallel.for_each_range(args.rows, args.rows * args.n, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

@@ -1,6 +1,7 @@
 #include "csrc/binary/cuda.h"
 
 #include "csrc/base/cuda_elementwise.cuh"
+#include "csrc/base/float_types.h"
 
 namespace qk {
 namespace {
@@ -67,15 +68,13 @@ cudaError_t backward_of_sign(const SignBackwardArgs& args, cudaStream_t stream) 
 }  // namespace
 
 cudaError_t binary_sign_cuda(const SignArgs& args, cudaStream_t stream) {
-  return args.type == FloatType::kFloat32    ? sign_of<float>(args, stream)
-         : args.type == FloatType::kBFloat16 ? sign_of<BFloat16>(args, stream)
-                                             : sign_of<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return sign_of<decltype(zero)>(args, stream); });
 }
 
 cudaError_t binary_sign_backward_cuda(const SignBackwardArgs& args, cudaStream_t stream) {
-  return args.type == FloatType::kFloat32    ? backward_of_sign<float>(args, stream)
-         : args.type == FloatType::kBFloat16 ? backward_of_sign<BFloat16>(args, stream)
-                                             : backward_of_sign<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return backward_of_sign<decltype(zero)>(args, stream); });
 }
 
 }  // namespace qk

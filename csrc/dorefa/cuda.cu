@@ -1,6 +1,7 @@
 #include "csrc/dorefa/cuda.h"
 
 #include "csrc/base/cuda_elementwise.cuh"
+#include "csrc/base/float_types.h"
 #include "csrc/fake_quant_backward/cuda_sums.cuh"
 #include "csrc/observe/cuda.h"
 #include "csrc/observe/cuda_extremes.cuh"
@@ -246,30 +247,22 @@ cudaError_t dorefa_weight_cuda(const DorefaWeightCudaArgs& args, cudaStream_t st
   if (const cudaError_t error = find_extremes(args, scratch, stream); error != cudaSuccess) {
     return error;
   }
-  switch (args.type) {
-    case FloatType::kFloat32:
-      return cuda::launch_elementwise(DorefaForward<float>{args, scratch}, args.n, stream);
-    case FloatType::kBFloat16:
-      return cuda::launch_elementwise(DorefaForward<BFloat16>{args, scratch}, args.n, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return cuda::launch_elementwise(DorefaForward<Float16>{args, scratch}, args.n, stream);
+  return with_float_type(args.type, [&](auto zero) {
+    return cuda::launch_elementwise(DorefaForward<decltype(zero)>{args, scratch}, args.n, stream);
+  });
 }
 
 cudaError_t dorefa_weight_backward_cuda(const DorefaWeightCudaArgs& args, cudaStream_t stream) {
   if (args.n == 0) return cudaSuccess;
-  return args.type == FloatType::kFloat32    ? backward_of<float>(args, stream)
-         : args.type == FloatType::kBFloat16 ? backward_of<BFloat16>(args, stream)
-                                             : backward_of<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return backward_of<decltype(zero)>(args, stream); });
 }
 
 cudaError_t dorefa_gradient_cuda(const DorefaGradientCudaArgs& args, cudaStream_t stream) {
   if (args.rows == 0 || args.inner == 0) return cudaSuccess;
   if (args.rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return args.type == FloatType::kFloat32    ? gradient_of<float>(args, stream)
-         : args.type == FloatType::kBFloat16 ? gradient_of<BFloat16>(args, stream)
-                                             : gradient_of<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return gradient_of<decltype(zero)>(args, stream); });
 }
 
 }  // namespace qk

@@ -1,5 +1,6 @@
 #include "csrc/fake_quant/cuda.h"
 
+#include "csrc/base/float_types.h"
 #include "csrc/quantize/cuda_grid.cuh"
 
 namespace qk {
@@ -73,27 +74,13 @@ cudaError_t backward(const FakeQuantBackwardCudaArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t fake_quant_cuda(const FakeQuantCudaArgs& args, cudaStream_t stream) {
-  switch (args.type) {
-    case FloatType::kFloat32:
-      return forward<float>(args, stream);
-    case FloatType::kBFloat16:
-      return forward<BFloat16>(args, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return forward<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return forward<decltype(zero)>(args, stream); });
 }
 
 cudaError_t fake_quant_backward_cuda(const FakeQuantBackwardCudaArgs& args, cudaStream_t stream) {
-  switch (args.type) {
-    case FloatType::kFloat32:
-      return backward<float>(args, stream);
-    case FloatType::kBFloat16:
-      return backward<BFloat16>(args, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return backward<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return backward<decltype(zero)>(args, stream); });
 }
 
 }  // namespace qk

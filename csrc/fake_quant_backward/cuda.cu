@@ -1,5 +1,6 @@
 #include "csrc/fake_quant_backward/cuda.h"
 
+#include "csrc/base/float_types.h"
 #include "csrc/fake_quant_backward/cuda_sums.cuh"
 #include "csrc/quantize/cuda_grid.cuh"
 
@@ -253,10 +254,8 @@ cudaError_t lsq_backward_cuda(const LsqBackwardCudaArgs& given, cudaStream_t str
     const cudaError_t error = cudaMemsetAsync(args.scale_grad, 0, bytes, stream);
     return error != cudaSuccess ? error : cudaMemsetAsync(args.zero_point_grad, 0, bytes, stream);
   }
-  const cudaError_t error = args.type == FloatType::kFloat32 ? launch_sums<float>(args, stream)
-                            : args.type == FloatType::kBFloat16
-                                ? launch_sums<BFloat16>(args, stream)
-                                : launch_sums<Float16>(args, stream);
+  const cudaError_t error = with_float_type(
+      args.type, [&](auto zero) { return launch_sums<decltype(zero)>(args, stream); });
   if (error != cudaSuccess) return error;
   return cuda::launch(lsq_finish_kernel, static_cast<unsigned>(args.grid.channels), kFinishThreads,
                       0, stream, args, partials_of(args.grid),

@@ -1,5 +1,6 @@
 #include "csrc/fake_quant_mask/cuda.h"
 
+#include "csrc/base/float_types.h"
 #include "csrc/quantize/cuda_grid.cuh"
 
 namespace qk {
@@ -148,15 +149,8 @@ cudaError_t backward(const MaskBackwardCudaArgs& a, cudaStream_t stream) {
 cudaError_t fake_quant_mask_cuda(const FakeQuantMaskCudaArgs& args, cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(args.clipped, 0, sizeof(bool), stream);
   if (error != cudaSuccess || args.grid.size == 0) return error;
-  switch (args.type) {
-    case FloatType::kFloat32:
-      return forward<float>(args, stream);
-    case FloatType::kBFloat16:
-      return forward<BFloat16>(args, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return forward<Float16>(args, stream);
+  return with_float_type(args.type,
+                         [&](auto zero) { return forward<decltype(zero)>(args, stream); });
 }
 
 cudaError_t mask_backward_cuda(const MaskBackwardCudaArgs& args, cudaStream_t stream) {

@@ -1,5 +1,6 @@
 #include "csrc/observe/cuda.h"
 
+#include "csrc/base/float_types.h"
 #include "csrc/observe/cuda_extremes.cuh"
 
 namespace qk {
@@ -144,9 +145,8 @@ cudaError_t minmax_cuda(const MinMaxCudaArgs& given, cudaStream_t stream) {
   const Left left = left_of(args.grid);
   cudaError_t error = cudaMemsetAsync(args.non_finite, 0, 2 * sizeof(int64_t), stream);
   if (error == cudaSuccess && left.count > 0) {
-    error = args.type == FloatType::kFloat32    ? launch_extremes<float>(args, left, stream)
-            : args.type == FloatType::kBFloat16 ? launch_extremes<BFloat16>(args, left, stream)
-                                                : launch_extremes<Float16>(args, left, stream);
+    error = with_float_type(
+        args.type, [&](auto zero) { return launch_extremes<decltype(zero)>(args, left, stream); });
   }
   if (error != cudaSuccess || args.grid.channels == 0) return error;
   return cuda::launch(extremes_join_kernel, static_cast<unsigned>(args.grid.channels), kJoinThreads,

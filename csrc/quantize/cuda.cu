@@ -1,5 +1,6 @@
 #include "csrc/quantize/cuda.h"
 
+#include "csrc/base/float_types.h"
 #include "csrc/quantize/cuda_grid.cuh"
 
 namespace qk {
@@ -83,27 +84,13 @@ cudaError_t dequantize_to(const DequantizeCudaArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t quantize_cuda(const QuantizeCudaArgs& args, cudaStream_t stream) {
-  switch (args.x_type) {
-    case FloatType::kFloat32:
-      return quantize_from<float>(args, stream);
-    case FloatType::kBFloat16:
-      return quantize_from<BFloat16>(args, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return quantize_from<Float16>(args, stream);
+  return with_float_type(args.x_type,
+                         [&](auto zero) { return quantize_from<decltype(zero)>(args, stream); });
 }
 
 cudaError_t dequantize_cuda(const DequantizeCudaArgs& args, cudaStream_t stream) {
-  switch (args.x_type) {
-    case FloatType::kFloat32:
-      return dequantize_to<float>(args, stream);
-    case FloatType::kBFloat16:
-      return dequantize_to<BFloat16>(args, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return dequantize_to<Float16>(args, stream);
+  return with_float_type(args.x_type,
+                         [&](auto zero) { return dequantize_to<decltype(zero)>(args, stream); });
 }
 
 }  // namespace qk

@@ -1,5 +1,6 @@
 #include "csrc/quantize_rows/cuda.h"
 
+#include "csrc/base/float_types.h"
 #include "csrc/observe/cuda_extremes.cuh"
 
 namespace qk {
@@ -65,15 +66,8 @@ cudaError_t launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stre
 cudaError_t quantize_rows_cuda(const QuantizeRowsArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
   if (args.rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  switch (args.type) {
-    case FloatType::kFloat32:
-      return launch_quantize_rows<float>(args, stream);
-    case FloatType::kBFloat16:
-      return launch_quantize_rows<BFloat16>(args, stream);
-    case FloatType::kFloat16:
-      break;
-  }
-  return launch_quantize_rows<Float16>(args, stream);
+  return with_float_type(
+      args.type, [&](auto zero) { return launch_quantize_rows<decltype(zero)>(args, stream); });
 }
 
 }  // namespace qk
