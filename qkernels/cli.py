@@ -4,11 +4,12 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from qkernels.errors import QKernelsError
 from qkernels.ops.machine import info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 1 if a check failed."""
+    """Runs one command; returns the exit status: 0, or 1 if a check failed. Bad arguments exit with 2."""
     parser = argparse.ArgumentParser(prog="python -m qkernels", description="A quantization runtime for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help="train a small network in float, convert it, compare")
     command.add_argument("--data", help="digits, fashion-mnist or mnist-5k (default: the richest one that is here)")
     command.add_argument("--root", help="where the fashion-mnist files are")
-    command.add_argument("--epochs", type=int, help="training epochs (default: enough for the data set)")
+    command.add_argument("--epochs", type=_positive, help="training epochs (default: enough for the data set)")
     command.add_argument("--out", default="qkernels_demo.png", help="the picture (default: %(default)s)")
     command.add_argument("--json", help="also write the numbers there")
     command.set_defaults(run=_demo)
@@ -33,11 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="mobilenet_v2,resnet18,resnet50,efficientnet_lite0",
         help="separated by commas; names other than the default ones are torchvision's (default: %(default)s)",
     )
-    command.add_argument("--batch", default="1", help="batch sizes, separated by commas (default: %(default)s)")
-    command.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
+    command.add_argument(
+        "--batch", type=_several_positive, default=[1], help="batch sizes, separated by commas (default: 1)"
+    )
+    command.add_argument(
+        "--size", type=_positive, default=224, help="height and width of the images (default: %(default)s)"
+    )
     command.add_argument("--peers", default="torch,ort,openvino", help="'' for none (default: %(default)s)")
-    command.add_argument("--threads", type=int, default=1, help="of every engine (default: %(default)s)")
-    command.add_argument("--rounds", type=int, default=9, help="blocks of each engine (default: %(default)s)")
+    command.add_argument("--threads", type=_positive, default=1, help="of every engine (default: %(default)s)")
+    command.add_argument("--rounds", type=_positive, default=9, help="blocks of each engine (default: %(default)s)")
     command.add_argument(
         "--isa",
         default="",
@@ -49,7 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_bench)
 
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except QKernelsError as error:
+        parser.exit(2, f"{parser.prog} {options.command}: error: {error}\n")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _several_positive(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -83,7 +102,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     return run(
         models=options.model.split(","),
-        batches=[int(batch) for batch in options.batch.split(",")],
+        batches=options.batch,
         size=options.size,
         peers=[peer for peer in options.peers.split(",") if peer],
         threads=options.threads,

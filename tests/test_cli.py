@@ -42,6 +42,24 @@ def test_an_unknown_command_is_an_error(capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--threads", "0"], "--threads: must be at least 1"),
+        (["bench", "--batch", "1,x"], "--batch: invalid"),
+        (["bench", "--batch", "4,0"], "--batch: must be at least 1"),
+        (["bench", "--model", "resnet19"], "bench: error: bench: 'resnet19' is n"),
+        (["bench", "--peers", "tf"], "bench: error: bench: unknown peers ['tf']"),
+        (["demo", "--data", "cats"], "demo: error: data: unknown data set 'cats'"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_nothing_is_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_selftest_checks_every_operation_under_every_isa(capsys):
     assert main(["selftest"]) == 0
     lines = capsys.readouterr().out.splitlines()

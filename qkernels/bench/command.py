@@ -10,6 +10,7 @@ from typing import Any
 import qkernels
 from qkernels.bench.engines import ENGINES, PEERS
 from qkernels.bench.harness import Worker, isa_environment, measure, write_json
+from qkernels.bench.networks import constructor
 from qkernels.bench.table import table
 from qkernels.errors import InvalidArgument
 
@@ -29,6 +30,8 @@ def run(
     plot_path: str | None = None,
 ) -> int:
     """Measures and reports; the exit status is 1 if an engine of ours failed."""
+    for model in models:
+        constructor(model)
     engines = _chosen(peers, isa)
     environment = isa_environment(isa)
     workers = [Worker(WORKER, name, threads, environment) for name in engines]

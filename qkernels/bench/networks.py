@@ -3,6 +3,8 @@
 The usual ones are written out here, so that the command needs no torchvision; any other name is torchvision's.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -122,16 +124,15 @@ NETWORKS = {
 }
 
 
-def float_network(name: str) -> nn.Module:
-    """The network in eval mode, always with the same weights.
+def constructor(name: str) -> Callable[[], nn.Module]:
+    """What makes the network `name`.
 
     Raises:
         Unsupported: the name is torchvision's, which is not installed.
         InvalidArgument: nobody knows the name.
     """
-    torch.manual_seed(0)
     if name in NETWORKS:
-        return NETWORKS[name]().eval()
+        return NETWORKS[name]
     try:
         import torchvision.models
     except ImportError as error:
@@ -141,7 +142,14 @@ def float_network(name: str) -> nn.Module:
     if name not in torchvision.models.list_models(torchvision.models):
         raise InvalidArgument(f"bench: {name!r} is neither one of {sorted(NETWORKS)} nor in torchvision.models")
     extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **extra).eval()
+    return lambda: torchvision.models.get_model(name, weights=None, **extra)
+
+
+def float_network(name: str) -> nn.Module:
+    """The network `name` in eval mode, always with the same weights; raises as `constructor` does."""
+    make = constructor(name)
+    torch.manual_seed(0)
+    return make().eval()
 
 
 def images(batch: int, size: int, seed: int = 1) -> Tensor:
