@@ -9,6 +9,7 @@
 #include "csrc/gemm/cuda_u8.cu"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
+#include "tests/simt/layers.h"
 
 using namespace qk;
 using namespace qk::test;
@@ -57,32 +58,19 @@ class Problem {
         residual_(outputs(c), Touches::kStart),
         weight_(static_cast<size_t>(c.shape.out_channels * c.shape.in_per_group() *
                                     c.shape.kernel_size())),
-        scales_(static_cast<size_t>(c.shape.out_channels)),
-        bias_(scales_.size()),
-        zero_points_(scales_.size()) {
+        grids_(c.shape.out_channels, rng) {
     rng.fill(input_), rng.fill(weight_), rng.fill(residual_);
-    for (float& v : scales_) v = rng.real(0.001f, 0.01f);
-    for (float& v : bias_) v = rng.real(-3, 3);
-    for (int32_t& v : zero_points_) v = static_cast<int32_t>(rng.integer(-20, 20));
-    const int32_t low = c.output == OutputType::kS8 ? -128 : 0;
     source_ = {.shape = c.shape,
                .weight = weight_.data(),
-               .weight_scale = scales_.data(),
-               .weight_zero_point = c.weight_zero_points ? zero_points_.data() : nullptr,
+               .weight_scale = grids_.scales.data(),
+               .weight_zero_point = c.weight_zero_points ? grids_.zero_points.data() : nullptr,
                .per_tensor = c.per_tensor,
-               .bias = bias_.data(),
+               .bias = grids_.bias.data(),
                .input_scale = 0.02f,
                .input_zero_point = c.input_signed ? -7 : 113,
                .input_signed = c.input_signed,
                .output_scale = 0.03f,
-               .epilogue = {}};
-    Epilogue& e = source_.epilogue;
-    e.output = c.output;
-    e.zero_point = low + 120, e.qmin = low + 1, e.qmax = low + 255;
-    e.has_table = c.table, e.has_residual = c.residual;
-    for (uint8_t& v : e.table) v = static_cast<uint8_t>(rng.bits());
-    e.residual = {0.02f,         -0.02f * 7, 0.03f,   -0.03f * 9,
-                  1.0f / 0.031f, low + 77,   low + 3, low + 250};
+               .epilogue = some_epilogue(c.output, c.table, c.residual, rng)};
     const CudaPackedFacts facts = conv_cuda_facts(source_);
     packed_ =
         std::make_unique<Guarded<uint8_t>>(packed_conv_cuda_bytes(c.shape, facts), Touches::kStart);
@@ -130,8 +118,7 @@ class Problem {
   Case c_;
   Guarded<uint8_t> input_, residual_;
   std::vector<int8_t> weight_;
-  std::vector<float> scales_, bias_;
-  std::vector<int32_t> zero_points_;
+  LayerGrids grids_;
   ConvSource source_;
   std::unique_ptr<Guarded<uint8_t>> packed_;
   ConvCudaArgs args_;
@@ -224,8 +211,9 @@ void broken_instructions_are_noticed() {
     });
   };
   broken([] { simt::sabotage.wait_for_fewer_groups = 1; });
-  broken([] { simt::sabotage.skip_barrier = 2; });
+  for (const int barrier : {0, 2}) broken([=] { simt::sabotage.skip_barrier = barrier; });
   broken([] { simt::sabotage.skip_warp_barriers = true; });
+  broken([] { simt::sabotage.copy_all_bytes = true; });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "csrc/gemm/linear.h"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
+#include "tests/simt/layers.h"
 
 using namespace qk;
 using namespace qk::test;
@@ -35,19 +36,13 @@ class Problem {
         stride_(c.slack < 0 ? (c.k + 15) / 16 * 16 : c.k + c.slack),
         input_(c.misalign + c.m * stride_, Touches::kStart),
         weight_(static_cast<size_t>(c.n * c.k)),
-        scales_(static_cast<size_t>(c.n)),
-        zero_points_(static_cast<size_t>(c.n)),
-        bias_(static_cast<size_t>(c.n)),
+        grids_(c.n, rng),
         residual_(c.m * c.n, Touches::kStart) {
     rng.fill(input_), rng.fill(weight_), rng.fill(residual_);
     if (c.extremes) {
       for (uint8_t& v : input_) v = c.input_signed ? 0x80 : 0xff;
       for (int8_t& v : weight_) v = -128;
     }
-    for (float& v : scales_) v = rng.real(0.001f, 0.01f);
-    for (int32_t& v : zero_points_) v = static_cast<int32_t>(rng.integer(-20, 20));
-    for (float& v : bias_) v = rng.real(-3, 3);
-    const int32_t low = c.output == OutputType::kS8 ? -128 : 0;
     source_ = {.weight = weight_.data(),
                .n = c.n,
                .taps = 1,
@@ -55,22 +50,15 @@ class Problem {
                .stride_n = c.k,
                .stride_tap = 0,
                .stride_k = 1,
-               .weight_scale = scales_.data(),
-               .weight_zero_point = c.weight_zero_points ? zero_points_.data() : nullptr,
+               .weight_scale = grids_.scales.data(),
+               .weight_zero_point = c.weight_zero_points ? grids_.zero_points.data() : nullptr,
                .per_tensor = c.per_tensor,
-               .bias = bias_.data(),
+               .bias = grids_.bias.data(),
                .input_scale = 0.02f,
                .input_zero_point = c.input_signed ? -7 : 113,
                .input_signed = c.input_signed,
                .output_scale = 0.07f,
-               .epilogue = {}};
-    Epilogue& e = source_.epilogue;
-    e.output = c.output;
-    e.zero_point = low + 120, e.qmin = low + 1, e.qmax = low + 255;
-    e.has_table = c.table, e.has_residual = c.residual;
-    for (uint8_t& v : e.table) v = static_cast<uint8_t>(rng.bits());
-    e.residual = {0.02f,         -0.02f * 7, 0.03f,   -0.03f * 9,
-                  1.0f / 0.031f, low + 77,   low + 3, low + 250};
+               .epilogue = some_epilogue(c.output, c.table, c.residual, rng)};
     const CudaPackedFacts facts = cuda_packed_facts(source_);
     packed_ =
         std::make_unique<Guarded<uint8_t>>(packed_cuda_bytes(c.n, 1, c.k, facts), Touches::kStart);
@@ -129,9 +117,7 @@ class Problem {
   int64_t stride_;
   Guarded<uint8_t> input_;
   std::vector<int8_t> weight_;
-  std::vector<float> scales_;
-  std::vector<int32_t> zero_points_;
-  std::vector<float> bias_;
+  LayerGrids grids_;
   Guarded<uint8_t> residual_;
   PackSource source_;
   std::unique_ptr<Guarded<uint8_t>> packed_;
