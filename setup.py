@@ -167,11 +167,36 @@ class BuildQKernels(BuildExtension):
     cuda: Cuda | None = None
 
     def build_extensions(self) -> None:
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         if self.cuda is not None:
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             [extension] = self.extensions
             extension.extra_objects = compile_cuda(self.cuda, Path(self.build_temp).resolve(), jobs)
+        if not self.use_ninja:
+            self.compiler.compile = parallel_compile(self.compiler, jobs)
         super().build_extensions()
+
+
+def parallel_compile(compiler, jobs: int):
+    """The `compile` of a setuptools compiler, several files at a time: without ninja it takes one after the other."""
+
+    def compile_all(
+        sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None, extra_postargs=None,
+        depends=None,
+    ):  # fmt: skip
+        _, objects, postargs, pp_opts, sources_of = compiler._setup_compile(
+            output_dir, macros, include_dirs, sources, depends, extra_postargs
+        )
+        cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
+
+        def compile_one(target: str) -> None:
+            source, ending = sources_of[target]
+            compiler._compile(target, source, ending, cc_args, postargs, pp_opts)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(compile_one, [target for target in objects if target in sources_of]))
+        return objects
+
+    return compile_all
 
 
 def make_extension(cuda: Cuda | None) -> Extension:

@@ -119,6 +119,9 @@ ELEMENTWISE = [
     ("6BinaryI", 2, 1),
     ("6CatOne", 1, 1),
     ("7MaxPool", 1, 1),
+    ("13DorefaForwardI", 1, 1),
+    ("4SignI", 1, 1),
+    ("12SignBackwardI", 2, 1),
 ]
 
 
@@ -138,6 +141,8 @@ TRAINING = [
     ("extremes_run_kernel", 1, 1),
     ("foreach_quant_kernel", 2, 1),
     ("foreach_backward_kernel", 2, 1),
+    ("dorefa_run_kernel", 2, 1),
+    ("quantize_rows_kernel", 2, 0),
 ]
 
 

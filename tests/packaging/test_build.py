@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,30 @@ def test_a_cuda_object_is_made_again_when_a_file_that_it_read_changes(build, tmp
     assert not build.is_current(target, "nvcc -O3")
     header.unlink()
     assert not build.is_current(target, "nvcc -O3")
+
+
+def test_without_ninja_files_are_compiled_side_by_side(build, tmp_path, monkeypatch):
+    from setuptools._distutils import ccompiler, sysconfig
+
+    monkeypatch.chdir(tmp_path)
+    sources = [f"file{i}.c" for i in range(5)]
+    for source in sources:
+        Path(source).write_text(f"int {source[:-2]}(void) {{ return VALUE; }}\n")
+    compiler = ccompiler.new_compiler()
+    sysconfig.customize_compiler(compiler)
+    one, threads = compiler._compile, set()
+
+    def compile_one(*arguments):
+        threads.add(threading.get_ident())
+        time.sleep(0.1)
+        one(*arguments)
+
+    compiler._compile = compile_one
+    compile_all = build.parallel_compile(compiler, 3)
+    objects = compile_all(sources, output_dir="out", macros=[("VALUE", "7")], extra_postargs=["-O0"])
+    assert sorted(objects) == [f"out/{source[:-2]}.o" for source in sources]
+    assert all(Path(name).exists() for name in objects)
+    assert len(threads) > 1
+    Path(sources[2]).write_text("int broken(")
+    with pytest.raises(Exception, match="exit"):
+        compile_all(sources, output_dir="out", macros=[("VALUE", "7")])
