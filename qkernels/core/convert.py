@@ -30,7 +30,7 @@ from qkernels.core.placement import unit_of
 from qkernels.core.prepare import PreparedModel, quantizers
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer
-from qkernels.core.registry import layer_class
+from qkernels.core.registry import is_layer, layer_class
 from qkernels.core.report import PrepareReport
 from qkernels.errors import InvalidArgument, InvalidState
 
@@ -103,6 +103,8 @@ class _Converter:
         converted.meta["report"] = self._report()
         converted.adopt(self.prepared.meta.get("attributes", {}))
         for path, module in converted.named_modules():
+            if is_layer(module):
+                module.pack_numbers()
             if hasattr(module, "reference_forward"):
                 module.name = ".".join(p for p in (self.prefix, path) if p)
         return converted

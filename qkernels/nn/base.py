@@ -59,6 +59,15 @@ class QLayer(nn.Module):
         if grid.block is not None:
             self._grids[role]["block"] = list(grid.block)
 
+    def pack_numbers(self) -> None:
+        """Buffers of one number become parts of one tensor: `torch.save` writes a record for each storage."""
+        for dtype in (torch.float32, torch.int32):
+            names = [n for n, b in self._buffers.items() if b is not None and b.dtype is dtype and b.shape == (1,)]
+            if len(names) > 1:
+                together = torch.cat([self._buffers[name] for name in names])
+                self._buffers.update(zip(names, together.split(1), strict=True))
+        self._derived = None
+
     def _grid(self, role: str) -> QParams:
         scale, zero_point = self._buffers[f"{role}_scale"], self._buffers[f"{role}_zero_point"]
         return QParams(scale=scale, zero_point=zero_point, **self._grids[role])

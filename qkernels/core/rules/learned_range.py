@@ -12,6 +12,8 @@ from qkernels.core.rules.base import Rule, rule
 class LearnedRange(Rule):
     """`scale = (high - low) / (qmax - qmin)`; affine: `zero_point = qmin - low / scale`, rounded once.
 
+    A zero point at an end of the codes stays there, as in AIMET: the ends of the range then only learn their distance.
+
     The ends are float64: those of a float32 grid fit exactly, and give the very same grid back.
     """
 
@@ -32,7 +34,10 @@ class LearnedRange(Rule):
         scale = ((self.high - self.low) / steps).clamp(self.spec.min_scale, MAX_SCALE).to(torch.float32)
         if self.spec.symmetric:
             return scale, zero_point.to(torch.float32)
-        return scale, (self.spec.qmin - self.low / scale).to(torch.float32)
+        zero_point = (self.spec.qmin - self.low / scale).to(torch.float32)
+        codes = torch.round(zero_point.detach())
+        inside = (codes > self.spec.qmin) & (codes < self.spec.qmax)
+        return scale, torch.where(inside, zero_point, zero_point.detach())
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return ops.lsq(x, scale, zero_point, self.axis, self.spec.qmin, self.spec.qmax, 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qkernels.core import operations as o
-from qkernels.errors import InvalidArgument, Unsupported, close_matches
+from qkernels.errors import InvalidArgument, close_matches
 from qkernels.frontends.aimet import model_preparer as functions
 
 DEFAULT: dict[str, Any] = {
@@ -80,6 +80,8 @@ class Tensors:
     params_quantized: bool = False
     params_symmetric: bool = False
     per_channel: bool = False
+    bias_quantized: bool = False
+    bias_symmetric: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,14 @@ def _parse(config: Mapping[str, Any]) -> Config:
         "config.defaults",
     )
     base = _tensors(Tensors(), defaults, "config.defaults")
+    base = replace(base, bias_quantized=base.params_quantized, bias_symmetric=base.params_symmetric)
     for name, values in config.get("params", {}).items():
         where = f"config.params.{name}"
         _known(values, "is_quantized is_symmetric", where)
-        if name == "bias" and _bool(values, "is_quantized", False, where):
-            raise Unsupported(f"{where}.is_quantized: integer layers add a float bias; set it to False")
+        quantized = _bool(values, "is_quantized", base.bias_quantized, where)
+        symmetric = _bool(values, "is_symmetric", base.params_symmetric, where)
+        if name == "bias":
+            base = replace(base, bias_quantized=quantized, bias_symmetric=symmetric)
     by_type = {}
     for name, values in config.get("op_type", {}).items():
         where = f"config.op_type.{name}"

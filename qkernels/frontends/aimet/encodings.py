@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from qkernels.core.attach import OUTPUT, WEIGHT
+from qkernels.core.attach import OUTPUT, PARAMETERS
 from qkernels.core.grids import Grid, Grids
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.common import check_one_of
@@ -40,7 +40,7 @@ def write(grids: Grids, version: str, name_of: Callable[[str, str], str]) -> dic
     check_one_of(version, VERSIONS, "encoding_version")
     tables: list[Any] = []
     for weights in (False, True):
-        places = [(p, k, g) for p, table in grids.items() for k, g in table.items() if (k == WEIGHT) is weights]
+        places = [(p, k, g) for p, table in grids.items() for k, g in table.items() if (k in PARAMETERS) is weights]
         named = [(f"{p}.{k}" if weights else name_of(p, k), g) for p, k, g in places]
         new = version == "1.0.0"
         tables.append([entry_of(*pair) for pair in named] if new else {name: rows_of(g) for name, g in named})
@@ -52,10 +52,10 @@ def write_by_module(grids: Grids) -> dict[str, Any]:
     activations: dict[str, Any] = {}
     for path, table in grids.items():
         for key, grid in table.items():
-            if key != WEIGHT:
+            if key not in PARAMETERS:
                 side, index = (OUTPUT, "0") if key == OUTPUT else ("input", key.removeprefix("input"))
                 activations.setdefault(path, {}).setdefault(side, {})[index] = rows_of(grid)[0]
-    weights = {f"{p}.{WEIGHT}": rows_of(table[WEIGHT]) for p, table in grids.items() if WEIGHT in table}
+    weights = {f"{p}.{k}": rows_of(g) for p, table in grids.items() for k, g in table.items() if k in PARAMETERS}
     return dict(zip(TABLES, (activations, weights), strict=True))
 
 
@@ -72,8 +72,8 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
         if path in paths:
             found.setdefault(path, {})[key] = grid_of(rows, where)
         elif strict:
-            known = [f"{p}.{key}" if key == WEIGHT else p for p in paths]
-            named = f"{path}.{key}" if key == WEIGHT else path
+            known = [f"{p}.{key}" if key in PARAMETERS else p for p in paths]
+            named = f"{path}.{key}" if key in PARAMETERS else path
             raise InvalidArgument(f"{where}: the model has no such tensor{close_matches(named, known)}")
     return found
 
@@ -81,8 +81,8 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
 def _parameters(table: Any) -> Iterator[tuple[str, str, str, list]]:
     for name, rows in _by_name(table, TABLES[1]).items():
         path, _, key = name.rpartition(".")
-        if key != WEIGHT:
-            raise Unsupported(f"{TABLES[1]}.{name}: integer layers have a grid for their weight alone; leave it out")
+        if key not in PARAMETERS:
+            raise Unsupported(f"{TABLES[1]}.{name}: only weights and biases have grids; leave it out")
         yield f"{TABLES[1]}.{name}", path, key, rows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.core.grids import Grid
-from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.qspec import MAX_BITS, QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, Unsupported
@@ -28,8 +28,8 @@ def tensor_recipe(
     options: tuple = (),
 ) -> TensorRecipe:
     """AIMET's kind of grid. `signed`: int8, for weights; else uint8. `strict`: as many codes on both sides."""
-    if not 2 <= bitwidth <= 8:
-        raise Unsupported(f"bitwidth must be from 2 to 8, which the integer layers have, got {bitwidth}")
+    if not 2 <= bitwidth <= MAX_BITS:
+        raise Unsupported(f"bitwidth must be from 2 to {MAX_BITS}, got {bitwidth}; more than 8 are only simulated")
     spec = QSpec.weight(bitwidth) if signed else QSpec.activation(bitwidth)
     lowest = -(2 ** (bitwidth - 1)) if signed else 0
     qmin = lowest + 1 if strict else lowest
@@ -73,6 +73,15 @@ class QuantizeDequantize(Quantizer):
             with torch.no_grad():
                 self.min.copy_(low.clamp(max=0.0))
                 self.max.copy_(torch.where(high > low, high.clamp(min=0.0), self.max))
+
+    def choose_for(self, parameter: Tensor) -> None:
+        """Takes the grid of a parameter. With a symmetric grid for each of its numbers it keeps them, as codes of 1."""
+        if self.symmetric and self.axis is not None and parameter.numel() == self.shape[self.axis]:
+            step = parameter.detach().abs().clamp(min=MIN_SCALE)
+            self.take_range(self.spec.qmin * step, self.spec.qmax * step)
+        else:
+            self.watch(parameter)
+            self.choose()
 
     def is_initialized(self) -> bool:
         return self.has_grid()
@@ -182,8 +191,7 @@ def compute_encodings(model: nn.Module) -> Iterator[None]:
     for module in filter(is_quantized, model.modules()):
         for name, quantizer in module.param_quantizers.items():
             if quantizer in found:
-                quantizer.observer.observe(getattr(module, name))
-                quantizer.choose()
+                quantizer.choose_for(getattr(module, name))
                 weights.add(quantizer)
     try:
         for quantizer in found - weights:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import fx, nn
 
 from qkernels import __version__
 from qkernels.core import operations as o
-from qkernels.core.attach import OUTPUT, WEIGHT
+from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT
 from qkernels.core.convert import convert
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
 from qkernels.core.grids import Grid, Grids
@@ -48,7 +49,7 @@ class QuantizationSimModel:
         model: an instance whose operations are modules; see `model_preparer.prepare_model`.
         dummy_input: a tensor, a tuple of arguments or a dict of them.
         quant_scheme: "min_max" (default), "tf_enhanced" (least squared error) or "percentile"; also as enum.
-        default_output_bw, default_param_bw: bits, 2 to 8.
+        default_output_bw, default_param_bw: bits, 2 to 8; more, to 21, are simulated and stay float in `convert`.
         in_place: puts the quantizers into `model` itself.
         config_file: a JSON file, a dict, or None for AIMET's default: symmetric weight grids a channel, affine outputs.
 
@@ -121,6 +122,11 @@ class QuantizationSimModel:
                 shape = tuple(n if i == axis else 1 for i, n in enumerate(shape))
                 quantizer = self._quantizer(shape, wanted, f"{node.target}.weight", axis)
                 module.param_quantizers["weight"] = quantizer.to(module.weight.device)
+            if axis is not None and wanted.bias_quantized and module.bias is not None:
+                shape = module.bias.shape if wanted.per_channel else ()
+                named = replace(wanted, params_symmetric=wanted.bias_symmetric)
+                quantizer = self._quantizer(shape, named, f"{node.target}.bias", 0)
+                module.param_quantizers["bias"] = quantizer.to(module.weight.device)
 
         for node in calls:
             if isinstance(modules[node.target], Concat):
@@ -216,9 +222,12 @@ class QuantizationSimModel:
                 inputs[path] = list(module.input_quantizers)
             if module.output_quantizers[0] is not None:
                 outputs[path] = module.output_quantizers[0]
-            weight = dict(module.param_quantizers.items()).get("weight")
+            parameters = dict(module.param_quantizers.items())
+            weight, bias = parameters.get(WEIGHT), parameters.get(BIAS)
             if weight is not None:
                 weights[path] = Grid.of(weight).quantizer(f"{path}.weight", True).to(weight.scale.device)
+            if bias is not None:
+                module.bias = nn.Parameter(bias(module.bias).detach())  # integer layers add the rounded numbers
             qz.make_float(module)
         return prepare_placed(work, *self._dummy, Places(inputs, outputs, weights))
 
@@ -270,7 +279,8 @@ class QuantizationSimModel:
         found: Grids = {}
         for path, module in self.named_qmodules():
             keyed = {f"input{i}": q for i, q in enumerate(module.input_quantizers)}
-            keyed |= {OUTPUT: module.output_quantizers[0], WEIGHT: dict(module.param_quantizers.items()).get(WEIGHT)}
+            keyed |= {OUTPUT: module.output_quantizers[0]}
+            keyed |= {key: q for key, q in module.param_quantizers.items() if key in PARAMETERS}
             made = {key: Grid.of(q) for key, q in keyed.items() if q is not None and q.has_grid()}
             if made:
                 found[path] = made
@@ -348,7 +358,7 @@ class QuantizationSimModel:
 
     def _take(self, module: nn.Module, path: str, key: str, grid: Grid) -> QuantizeDequantize | None:
         """Puts a quantizer with this grid in its place; None for a weight that stays float."""
-        if key != WEIGHT:
+        if key not in PARAMETERS:
             side = "output" if key == OUTPUT else "input"
             index, table = int(key.removeprefix(side) or 0), getattr(module, f"{side}_quantizers")
             if index >= len(table):
@@ -358,10 +368,12 @@ class QuantizationSimModel:
         axis = CHANNEL_AXIS.get(type(module).float_type)
         if axis is None:
             return None
-        shape = module.weight.shape
+        if key == BIAS and module.bias is None:
+            raise InvalidArgument(f"param_encodings.{path}.bias: the layer has none")
+        shape, axis = (module.weight.shape, axis) if key == WEIGHT else (module.bias.shape, 0)
         if len(grid.scale) not in (1, shape[axis]):
             raise InvalidArgument(
-                f"param_encodings.{path}.weight: {len(grid.scale)} encodings for {shape[axis]} channels"
+                f"param_encodings.{path}.{key}: {len(grid.scale)} encodings for {shape[axis]} channels"
             )
         module.param_quantizers[key] = QuantizeDequantize.from_grid(grid, shape, axis)
         return module.param_quantizers[key]
@@ -378,11 +390,6 @@ class QuantizationSimModel:
 
     def __str__(self) -> str:
         return f"QuantizationSimModel({self.model})"
-
-
-def _last_names(path: str) -> str:
-    """ONNX exporters write /features/features.0/Conv for the module features.0."""
-    return path.rpartition("/")[2].replace(".", "/")
 
 
 def _inside_supergroups(traced: fx.GraphModule, modules: dict[str, nn.Module], config: Config) -> set[fx.Node]:
