@@ -1,6 +1,7 @@
 // The depthwise strip with 512-bit dot products: blocks of 64, 32 or 16 channels as 4, 2 or 1
-// vectors. Memory, numbers and the trick: depthwise.h. Rows are read and outputs written under a
-// mask, so nothing outside the block is touched.
+// vectors. Memory, numbers and the trick: depthwise.h; with stride 2 another,
+// x86_avx512_depthwise_by_two.h. Rows are read and outputs written under a mask, so nothing outside
+// the block is touched.
 #include <immintrin.h>
 
 #include "csrc/base/target.h"
@@ -23,18 +24,32 @@ struct Row512<4> {
   QK_INLINE Type fill(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
   template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    const Type v = _mm512_maskz_loadu_epi8(first_bytes(n), p);
+    return load_some<Flip>(p, first_bytes(n), flip);
+  }
+  template <bool Flip>
+  QK_INLINE Type load_some(const uint8_t* p, __mmask64 mask, Type flip) {
+    const Type v = _mm512_maskz_loadu_epi8(mask, p);
+    return Flip ? _mm512_xor_si512(v, flip) : v;
+  }
+  template <bool Flip>
+  QK_INLINE Type load_all(const uint8_t* p, Type flip) {
+    const Type v = _mm512_loadu_si512(p);
     return Flip ? _mm512_xor_si512(v, flip) : v;
   }
   QK_INLINE void store(uint8_t* p, Type v) { _mm512_store_si512(p, v); }
-  QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
+  QK_INLINE void interleave(const Type (&r)[4], __m512i (&q)[4]) {
     const Type ab0 = _mm512_unpacklo_epi8(r[0], r[1]), ab1 = _mm512_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm512_unpacklo_epi8(r[2], r[3]), cd1 = _mm512_unpackhi_epi8(r[2], r[3]);
-    auto* q = reinterpret_cast<__m512i*>(dst);
-    _mm512_store_si512(q, _mm512_unpacklo_epi16(ab0, cd0));
-    _mm512_store_si512(q + 1, _mm512_unpackhi_epi16(ab0, cd0));
-    _mm512_store_si512(q + 2, _mm512_unpacklo_epi16(ab1, cd1));
-    _mm512_store_si512(q + 3, _mm512_unpackhi_epi16(ab1, cd1));
+    q[0] = _mm512_unpacklo_epi16(ab0, cd0);
+    q[1] = _mm512_unpackhi_epi16(ab0, cd0);
+    q[2] = _mm512_unpacklo_epi16(ab1, cd1);
+    q[3] = _mm512_unpackhi_epi16(ab1, cd1);
+  }
+  QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
+    __m512i q[4];
+    interleave(r, q);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(dst + 64 * i, q[i]);
   }
 };
 
@@ -44,18 +59,33 @@ struct Row512<2> {
   QK_INLINE Type fill(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
   template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    const Type v = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(n)), p);
+    return load_some<Flip>(p, first_bytes(n), flip);
+  }
+  template <bool Flip>
+  QK_INLINE Type load_some(const uint8_t* p, __mmask64 mask, Type flip) {
+    const Type v = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), p);
+    return Flip ? _mm256_xor_si256(v, flip) : v;
+  }
+  template <bool Flip>
+  QK_INLINE Type load_all(const uint8_t* p, Type flip) {
+    const Type v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return Flip ? _mm256_xor_si256(v, flip) : v;
   }
   QK_INLINE void store(uint8_t* p, Type v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
-  QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
+  QK_INLINE void interleave(const Type (&r)[4], __m512i (&q)[2]) {
     const Type ab0 = _mm256_unpacklo_epi8(r[0], r[1]), ab1 = _mm256_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm256_unpacklo_epi8(r[2], r[3]), cd1 = _mm256_unpackhi_epi8(r[2], r[3]);
-    auto* q = reinterpret_cast<__m256i*>(dst);
-    _mm256_store_si256(q, _mm256_unpacklo_epi16(ab0, cd0));
-    _mm256_store_si256(q + 1, _mm256_unpackhi_epi16(ab0, cd0));
-    _mm256_store_si256(q + 2, _mm256_unpacklo_epi16(ab1, cd1));
-    _mm256_store_si256(q + 3, _mm256_unpackhi_epi16(ab1, cd1));
+    q[0] = join(_mm256_unpacklo_epi16(ab0, cd0), _mm256_unpackhi_epi16(ab0, cd0));
+    q[1] = join(_mm256_unpacklo_epi16(ab1, cd1), _mm256_unpackhi_epi16(ab1, cd1));
+  }
+  QK_INLINE __m512i join(Type low, Type high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
+    __m512i q[2];
+    interleave(r, q);
+    _mm512_store_si512(dst, q[0]);
+    _mm512_store_si512(dst + 64, q[1]);
   }
 };
 
@@ -133,13 +163,15 @@ struct Avx512 {
   }
 };
 
+#include "csrc/conv/x86_avx512_depthwise_by_two.h"
+
 }  // namespace
 
 void depthwise_avx512vnni(const DepthwiseStrip& s) {
   if (s.vectors == 4) {
-    block<Avx512, 4>(s);
+    depthwise_block<4>(s);
   } else if (s.vectors == 2) {
-    block<Avx512, 2>(s);
+    depthwise_block<2>(s);
   } else {
     block<Avx512, 1>(s);
   }
