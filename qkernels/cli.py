@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--batch", type=_several_positive, default=[1], help="batch sizes, separated by commas (default: 1)"
     )
     command.add_argument(
-        "--size", type=_positive, default=224, help="height and width of the images (default: %(default)s)"
+        "--size", type=_positive, default=224, help="height and width of images (default: %(default)s)"
     )
     command.add_argument("--peers", default="torch,ort,openvino", help="'' for none (default: %(default)s)")
     command.add_argument("--threads", type=_positive, default=1, help="of every engine (default: %(default)s)")

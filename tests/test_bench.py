@@ -9,7 +9,6 @@ from qkernels.bench.engines import ENGINES
 from qkernels.bench.networks import NETWORKS, float_network
 from qkernels.bench.table import against_best_int8_peer, table
 from qkernels.cli import main
-from qkernels.errors import InvalidArgument
 
 OURS = [name for name, engine in ENGINES.items() if not engine.peer]
 
@@ -30,10 +29,11 @@ def test_command_times_our_engines_and_writes_what_it_found(tmp_path, capfd):
     assert picture.stat().st_size > 5000
 
 
-def test_engine_that_fails_is_reported_and_the_command_fails(capfd):
-    arguments = ["bench", "--model", "no_such_network", "--size", "32", "--rounds", "1", "--peers", ""]
+def test_engine_that_fails_is_reported_and_the_command_fails(capfd, monkeypatch):
+    monkeypatch.setenv("QKERNELS_ISA", "sse2")  # the engines are processes of their own, which read it
+    arguments = ["bench", "--model", "mobilenet_v2", "--size", "32", "--rounds", "1", "--peers", ""]
     assert main(arguments) == 1
-    assert "'no_such_network'" in capfd.readouterr().out
+    assert "qkernels_plan: the worker ended with code 1: ImportError: QKERNELS_ISA must be" in capfd.readouterr().out
 
 
 def test_instruction_set_limits_every_engine_and_is_written_down(tmp_path, capfd):
@@ -46,11 +46,6 @@ def test_instruction_set_limits_every_engine_and_is_written_down(tmp_path, capfd
     assert written["environment"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert list(written["results"]["mobilenet_v2_b1"]) == OURS
     assert "nothing limits it to avx2" in capfd.readouterr().err
-
-
-def test_unknown_peer_is_refused():
-    with pytest.raises(InvalidArgument, match=r"unknown peers \['tvm'\]"):
-        main(["bench", "--peers", "tvm"])
 
 
 def test_ratio_is_against_the_fastest_int8_peer():

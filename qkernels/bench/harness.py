@@ -5,12 +5,14 @@ block at a time, round robin, so that a noisy moment of the machine hits all eng
 medians of the same run. bench/README.md in the repository has the protocol.
 """
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,32 +91,41 @@ class Worker:
 
     def __init__(self, program: Sequence[str], engine: str, threads: int, env: Mapping[str, str] | None = None):
         self.engine = engine
+        self.complaints = tempfile.TemporaryFile("w+", errors="replace")
         path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **(env or {})}
         self.process = subprocess.Popen(
             [sys.executable, *program, "--worker", engine, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.complaints,
             text=True,
             env=environment,
         )
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        if self.process.poll() is not None:
-            return {"error": f"{self.engine}: the worker ended with code {self.process.returncode}"}
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-        while True:
-            line = self.process.stdout.readline()
-            if not line:
-                return {"error": f"{self.engine}: worker ended with code {self.process.wait()}"}
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": self._end()}
+        while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
+        return {"error": self._end()}
+
+    def _end(self) -> str:
+        """How the worker ended, with the last thing it said."""
+        code = self.process.wait()
+        self.complaints.seek(0)
+        last = self.complaints.read().strip().rpartition("\n")[2]
+        return f"{self.engine}: the worker ended with code {code}" + (f": {last}" if last else "")
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and `ask` has said so
+            self.process.stdin.close()
         self.process.wait()
+        self.complaints.close()
 
 
 def serve(build: Callable[[dict], Callable[[], object]], too_slow: float = TOO_SLOW_SECONDS) -> None:
