@@ -3,9 +3,11 @@
     python bench/python/bench_ops.py gemm --json bench/results/gemm.json
     python bench/python/bench_ops.py conv --threads 2 --engines qkernels,torch_onednn
     python bench/python/bench_ops.py conv --isa avx2
+    python bench/python/bench_ops.py dynamic --filter bert
 
 Operands stay int8 and in each engine's own format and layout; weights are prepacked; outputs are requantized to uint8
-with per-channel scales and a bias.
+with per-channel scales and a bias. `dynamic` takes and returns float32, quantized on arrival: by rows here, as a whole
+in torch (per-channel weights in both).
 """
 
 import argparse
@@ -48,6 +50,23 @@ def qkernels_gemm(m: int, k: int, n: int) -> Callable[[], object]:
     epilogue = ops.Epilogue(dtype=torch.uint8, scale=0.7, zero_point=11)
     packed = ops.linear_pack(weight, scale, None, bias, 0.02, 7, torch.uint8, epilogue)
     return lambda: ops.linear(x, packed, n, torch.uint8)
+
+
+def qkernels_dynamic(m: int, k: int, n: int) -> Callable[[], object]:
+    import torch
+
+    from qkernels import ops
+
+    weight, scale, bias = random_weight([n, k])
+    x, sums = torch.randn(m, k), weight.sum(1, dtype=torch.int32)
+    epilogue = ops.Epilogue(dtype=torch.int32)
+    packed = ops.linear_pack(weight, torch.ones(1), None, None, 1.0, 0, torch.uint8, epilogue)
+
+    def run():
+        codes, row_scale, zero_point = ops.quantize_rows(x, 0, 255, False, torch.uint8)
+        return ops.linear_rows(codes, packed, row_scale, zero_point, scale, sums, bias, n)
+
+    return run
 
 
 def qkernels_conv(sizes: list[int]) -> Callable[[], object]:
@@ -101,6 +120,15 @@ def torch_gemm(engine: str, m: int, k: int, n: int) -> Callable[[], object]:
     x = torch._make_per_tensor_quantized_tensor(torch.randint(0, 256, (m, k), dtype=torch.uint8), 0.02, 7)
     packed = torch.ops.quantized.linear_prepack(weight, bias)
     return lambda: torch.ops.quantized.linear(x, packed, 0.7, 11)
+
+
+def torch_dynamic(engine: str, m: int, k: int, n: int) -> Callable[[], object]:
+    import torch
+
+    torch.backends.quantized.engine = engine
+    packed = torch.ops.quantized.linear_prepack(*torch_quantized_weight([n, k]))
+    x = torch.randn(m, k)
+    return lambda: torch.ops.quantized.linear_dynamic(x, packed, False)
 
 
 def torch_conv(engine: str, sizes: list[int]) -> Callable[[], object]:
@@ -184,6 +212,11 @@ def ort_conv(sizes: list[int], threads: int) -> Callable[[], object]:
 # ------------------------------------------------------------------------------------------------- driver
 def build_case(engine: str, threads: int, message: dict) -> Callable[[], object]:
     kind, sizes = message["kind"], message["sizes"]
+    if kind == "dynamic":
+        if engine == "ort":
+            raise ValueError("ONNX Runtime has no single operation for it")
+        own = engine == "qkernels"
+        return qkernels_dynamic(*sizes) if own else torch_dynamic(engine.removeprefix("torch_"), *sizes)
     if engine == "qkernels":
         return qkernels_gemm(*sizes) if kind == "gemm" else qkernels_conv(sizes)
     if engine == "ort":
@@ -193,7 +226,7 @@ def build_case(engine: str, threads: int, message: dict) -> Callable[[], object]
 
 
 def macs(kind: str, sizes: list[int]) -> int:
-    if kind == "gemm":
+    if kind != "conv":
         m, k, n = sizes
         return m * k * n
     s = conv_sizes(sizes)
@@ -223,7 +256,7 @@ def run_worker(engine: str, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", nargs="?", choices=("gemm", "conv"))
+    parser.add_argument("kind", nargs="?", choices=("gemm", "conv", "dynamic"))
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
@@ -244,7 +277,7 @@ def main() -> None:
     engines = [engine for engine in args.engines.split(",") if not (args.isa and engine == "ort")]
     env = isa_environment(args.isa)
     workers = [Worker([os.path.abspath(__file__)], engine, args.threads, env) for engine in engines]
-    shapes = read_shapes(BENCH / "shapes" / f"{args.kind}.txt")
+    shapes = read_shapes(BENCH / "shapes" / ("conv.txt" if args.kind == "conv" else "gemm.txt"))
     results, slower = {}, []
     peak = peak_gmacs(workers[engines.index("qkernels")], args.rounds) if "qkernels" in engines else float("nan")
     print(
