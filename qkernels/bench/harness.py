@@ -91,7 +91,7 @@ class Worker:
 
     def __init__(self, program: Sequence[str], engine: str, threads: int, env: Mapping[str, str] | None = None):
         self.engine = engine
-        self.complaints = tempfile.TemporaryFile("w+", errors="replace")
+        self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in close)
         path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **(env or {})}
         self.process = subprocess.Popen(
