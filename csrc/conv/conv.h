@@ -70,13 +70,20 @@ struct ConvArgs {
   ConvExtent extent;
   const uint8_t* input = nullptr;
   void* out = nullptr;
-  const uint8_t* residual = nullptr;  // dense, like the output; see conv_adds_in_place
+  // Elements from one output pixel to the next: the channels of a wider tensor, of which the output
+  // is a slice; 0: dense. Only where conv_writes_slices().
+  int64_t out_pixel_stride = 0;
+  const uint8_t* residual = nullptr;  // dense; see conv_adds_in_place
   bool residual_signed = false;
   void* workspace = nullptr;  // 64-byte aligned
 };
 
 // Whether `out` may be the residual itself: each of its bytes is read before the output is stored.
 bool conv_adds_in_place(const PackedConvHeader& packed);
+
+inline bool conv_writes_slices(const PackedConvHeader& packed) {
+  return packed.kind == ConvKind::kIgemm;
+}
 
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
 void conv(const ConvArgs& args, const Parallel& parallel);

@@ -32,6 +32,11 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 
+// Elements from one output pixel to the next.
+int64_t out_stride(const ConvArgs& args) {
+  return args.out_pixel_stride > 0 ? args.out_pixel_stride : args.packed->shape.out_channels;
+}
+
 // Rows of the image with `left` pixels of padding before them, in the workspace. Joined rows follow
 // each other without a gap, with `top` rows of padding before those of an image: then all pixels of
 // an image are evenly spaced.
@@ -385,7 +390,7 @@ class BlockRows {
             const int64_t ox = dim[2].out_first + x * dim[2].out_step;
             const int64_t pixel = ((n * e.out[0] + oz) * e.out[1] + oy) * e.out[2] + ox;
             scratch_.residual_offset[row + x - x0] = pixel * args_.packed->shape.out_channels;
-            scratch_.out_offset[row + x - x0] = pixel * args_.packed->shape.out_channels * element;
+            scratch_.out_offset[row + x - x0] = pixel * out_stride(args_) * element;
           }
         });
   }
@@ -515,15 +520,18 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
         gemm.row_end = images * gemm.run;
       }
     }
-    const int64_t first = dense ? begin * shape.out_channels : 0;
-    gemm.out = static_cast<uint8_t*>(args.out) + (first + set * out_set) * element;
-    gemm.out_row_stride = shape.out_channels * element;
+    const int64_t first = dense ? begin : 0;
+    gemm.out =
+        static_cast<uint8_t*>(args.out) + (first * out_stride(args) + set * out_set) * element;
+    gemm.out_row_stride = out_stride(args) * element;
     gemm.residual_row_stride = shape.out_channels;
     if (!dense) {
       gemm.out_row_offset = scratch.out_offset;
       gemm.residual_row_offset = scratch.residual_offset;
     }
-    if (packed.epilogue.has_residual) gemm.residual = args.residual + first + set * out_set;
+    if (packed.epilogue.has_residual) {
+      gemm.residual = args.residual + first * shape.out_channels + set * out_set;
+    }
     gemm.residual_signed = args.residual_signed;
     igemm(gemm);
   }
@@ -580,13 +588,13 @@ int64_t images_at_once(const ConvArgs& args) {
 // `count` images from image `first` on.
 ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
   const PackedConvHeader& packed = *args.packed;
-  const int64_t outputs = args.extent.out_pixels() * packed.shape.out_channels;
+  const int64_t pixels = args.extent.out_pixels();
   ConvArgs part = args;
   part.extent.batch = count;
   part.input += first * args.extent.in_pixels() * packed.shape.in_channels;
-  part.out =
-      static_cast<uint8_t*>(args.out) + first * outputs * output_bytes(packed.epilogue.output);
-  if (packed.epilogue.has_residual) part.residual += first * outputs;
+  part.out = static_cast<uint8_t*>(args.out) +
+             first * pixels * out_stride(args) * output_bytes(packed.epilogue.output);
+  if (packed.epilogue.has_residual) part.residual += first * pixels * packed.shape.out_channels;
   return part;
 }
 
@@ -615,7 +623,7 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
     gemm.row_begin = begin;
     gemm.row_end = end;
     gemm.out = args.out;
-    gemm.out_row_stride = channels * element;
+    gemm.out_row_stride = out_stride(args) * element;
     gemm.residual = args.residual;
     gemm.residual_row_stride = channels;
     gemm.residual_signed = args.residual_signed;

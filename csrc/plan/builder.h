@@ -48,6 +48,9 @@ class Builder {
   static Ref ref(const View& view);
   void touch(int buffer);
   void find_readers();
+  void find_parts_of_cats();
+  // The place of value `value` in the output of the cat that it is part of.
+  View part_of_cat(int value);
 
   // `view` itself, or a copy with the strides of `wanted`.
   View with_strides(const View& view, View wanted);
@@ -95,6 +98,7 @@ class Builder {
   Shapes shapes_;
   std::vector<View> views_;  // by value
   std::vector<bool> wants_channels_last_;
+  std::vector<int> cat_of_;  // by value: the step in whose output it is written, or -1
   Draft draft_;
   int step_index_ = 0;
 };

@@ -60,14 +60,20 @@ void Builder::lower_linear(const Step& step, View* out) {
 
 void Builder::lower_conv(const Step& step, View* out) {
   const auto& s = step.as<WeightedStep>();
-  set_channels_last(out);
-  allocate(out);
+  const int cat = cat_of_[step.output];
+  if (cat >= 0) {
+    *out = part_of_cat(step.output);
+  } else {
+    set_channels_last(out);
+    allocate(out);
+  }
   if (out->size.elements() == 0) return;
   const Block& packed = packed_[step_index_];
   const View x = as_channels_last(input(step, 0));
   ConvOp op;
   view_packed_conv(packed.data(), packed.bytes(), &op.args.packed);
   op.args.extent = extent_of(x, *out);
+  op.args.out_pixel_stride = out->stride[out->rank() - 1];
   Cost cost{out->size.elements() * s.conv.in_per_group() * s.conv.kernel_size(), packed.bytes(),
             conv_workspace_bytes(op.args, parallel_)};
   if (s.conv.transposed) {
@@ -80,17 +86,18 @@ void Builder::lower_conv(const Step& step, View* out) {
   const char* kernel = header.kind == ConvKind::kDepthwise ? depthwise_kernel_name(header.isa)
                                                            : igemm_kernel_name(header.isa);
   op.workspace = {new_buffer(Home::kArena, cost.workspace), 0};
-  if (!s.has_residual) {
+  if (s.has_residual) {
+    const View residual = as_channels_last(input(step, 1));
+    op.args.residual_signed = is_signed(residual);
+    op.residual = ref(residual);
+    if (residual.buffer != x.buffer && conv_adds_in_place(header)) {
+      may_overwrite(residual, *out, {&x}, cache_ / 4);
+    }
+    emit(op, "conv", kernel, {&x, &residual}, *out, cost);
+  } else {
     emit(op, "conv", kernel, {&x}, *out, cost);
-    return;
   }
-  const View residual = as_channels_last(input(step, 1));
-  op.args.residual_signed = is_signed(residual);
-  op.residual = ref(residual);
-  if (residual.buffer != x.buffer && conv_adds_in_place(header)) {
-    may_overwrite(residual, *out, {&x}, cache_ / 4);
-  }
-  emit(op, "conv", kernel, {&x, &residual}, *out, cost);
+  if (cat >= 0) program_.info.back().output += " in " + model_.steps[cat].name;
 }
 
 }  // namespace qk::plan

@@ -43,6 +43,7 @@ Error Builder::build(const std::vector<InputLayout>& inputs) {
   if (!error.ok()) return error;
   views_.resize(model_.values.size());
   find_readers();
+  find_parts_of_cats();
   for (size_t i = 0; i < inputs.size(); ++i) place_input(static_cast<int>(i), inputs[i]);
   for (step_index_ = 0; step_index_ < static_cast<int>(model_.steps.size()); ++step_index_) {
     lower(model_.steps[step_index_]);
@@ -189,7 +190,7 @@ void Builder::find_readers() {
 
 void Builder::lower(const Step& step) {
   View& out = views_[step.output];
-  out = output_view(step);
+  if (out.buffer < 0) out = output_view(step);  // a cat may have a place already
   switch (step.kind) {
     case StepKind::kConstant: {
       const int tensor = step.as<ConstantStep>().tensor;

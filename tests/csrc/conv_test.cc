@@ -189,6 +189,23 @@ void check_case(Rng& rng, const Case& c) {
     };
     conv(args, parallel);
     check();
+    if (conv_writes_slices(*args.packed) && outputs > 0) {
+      // Channels [first, first + out_channels) of a wider output: the others keep what they have.
+      const int64_t pixels = outputs / s.out_channels, more = rng.integer(1, 70);
+      const int64_t first = rng.integer(0, more), stride = s.out_channels + more;
+      Guarded<uint8_t> wide(((pixels - 1) * stride + first + s.out_channels) * element, touches);
+      std::fill(wide.begin(), wide.end(), uint8_t{0xa5});
+      ConvArgs slice = args;
+      slice.out = wide.data() + first * element;
+      slice.out_pixel_stride = stride;
+      conv(slice, parallel);
+      for (int64_t i = 0; i < wide.size(); ++i) {
+        const int64_t pixel = i / element / stride, channel = i / element % stride - first;
+        const bool inside = channel >= 0 && channel < s.out_channels;
+        const int64_t at = (pixel * s.out_channels + channel) * element + i % element;
+        CHECK_EQ(wide[i], inside ? expected[at] : 0xa5, "slice, at byte ", i);
+      }
+    }
     if (c.epilogue.has_residual && conv_adds_in_place(*args.packed)) {
       ConvArgs over = args;
       std::copy(residual.begin(), residual.end(), out.begin());
