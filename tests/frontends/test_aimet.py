@@ -451,6 +451,22 @@ def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits
             assert torch.allclose(other.convert()(x), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", [Network, Everything])
+def test_without_supergroups_a_relu_shares_its_grid_with_what_it_reads_as_in_aimet(original, tmp_path, model):
+    config = {key: value for key, value in DEFAULT.items() if key != "supergroups"} | {"supergroups": []}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config).replace("true", '"True"').replace("false", '"False"'))
+    theirs, mine = (calibrated(model, api, config_file=str(path)) for api in (original, aimet))
+    theirs.export(str(tmp_path), "net", dummy_input=images(model))
+    expected, got = json.loads((tmp_path / "net_torch.encodings").read_text()), mine.module_encodings()
+    for table in ("activation_encodings", "param_encodings"):
+        assert not list(differences(got[table], expected[table]))
+    with torch.no_grad():
+        x = images(model, seed=1)
+        assert torch.allclose(mine.model(x), theirs.model(x).as_subclass(torch.Tensor), atol=1e-4)
+    assert qkernels.verify(mine.prepared(), mine.convert(), [x]).total_mismatches == 0
+
+
 PARAMS = {
     "bias": {"params": {"bias": {"is_quantized": "True"}}},
     "affine bias": {"params": {"bias": {"is_quantized": "True", "is_symmetric": "False"}}},

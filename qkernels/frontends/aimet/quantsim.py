@@ -128,17 +128,23 @@ class QuantizationSimModel:
                 quantizer = self._quantizer(shape, named, f"{node.target}.bias", 0)
                 module.param_quantizers["bias"] = quantizer.to(module.weight.device)
 
-        for node in calls:
-            if isinstance(modules[node.target], Concat):
-                self._share_over_concat(node, modules)
+        for node in reversed(calls):
+            module = modules[node.target]
+            if isinstance(module, (Concat, nn.ReLU)) and is_quantized(module):
+                self._share_with_sources(node, module.output_quantizers[0], modules)
 
-    def _share_over_concat(self, node: fx.Node, modules: dict[str, nn.Module]) -> None:
-        """What is concatenated goes onto the grid of the result."""
-        quantizer = modules[node.target].output_quantizers[0]
-        for source in node.all_input_nodes if quantizer is not None else ():
+    def _share_with_sources(
+        self, node: fx.Node, quantizer: QuantizeDequantize | None, modules: dict[str, nn.Module]
+    ) -> None:
+        """What is concatenated, or goes through a ReLU, is on the grid of the result already."""
+        for i, source in enumerate(node.all_input_nodes if quantizer is not None else ()):
             module = modules.get(source.target) if source.op == "call_module" else None
-            if module is not None and is_quantized(module) and module.output_quantizers[0] is not None:
+            if source.op == "placeholder" and is_quantized(modules[node.target]):
+                modules[node.target].input_quantizers[i] = quantizer
+            elif module is not None and is_quantized(module) and module.output_quantizers[0] is not None:
                 module.output_quantizers[0] = quantizer
+            if type(module) is nn.Identity or op_type(module) in PASSING:
+                self._share_with_sources(source, quantizer, modules)
 
     def _reads_model_input(self, node: fx.Node) -> bool:
         return node.op == "placeholder" and self._config.input_quantized and node.meta["value"].is_float
