@@ -47,9 +47,10 @@ def refuse(reason: str) -> None:
 
 def require_gpu():
     try:
+        import numpy  # noqa: F401
         import torch
-    except ModuleNotFoundError:
-        refuse(f"{sys.executable} has no torch")
+    except ModuleNotFoundError as error:
+        refuse(f"{sys.executable} has no {error.name}")
     if torch.version.cuda is None:
         refuse(f"torch {torch.__version__} is a CPU build")
     if not torch.cuda.is_available():
@@ -60,14 +61,17 @@ def require_gpu():
     return torch
 
 
-def has_cuda_kernels() -> bool:
-    """Asked in a process of its own: a module that was imported cannot be replaced."""
-    probe = "from qkernels import _C; raise SystemExit(not _C.with_cuda)"
-    return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True).returncode == 0
+def why_no_cuda_kernels() -> str:
+    """Empty if qkernels is built with them. Asked in a process of its own: what was imported cannot be replaced."""
+    probe = (
+        "import sys; sys.path.insert(0, 'tests/gpu'); import stand_ins; from qkernels import _C; "
+        "sys.exit(None if _C.with_cuda else 'qkernels is built without CUDA kernels')"
+    )
+    return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stderr.strip()
 
 
 def build(torch) -> None:
-    if has_cuda_kernels():
+    if not why_no_cuda_kernels():
         return
     major, minor = torch.cuda.get_device_capability()
     environment = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", **os.environ}
@@ -75,9 +79,11 @@ def build(torch) -> None:
     print(f"gpu-check: building for {environment['TORCH_CUDA_ARCH_LIST']} ...", flush=True)
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0 or not has_cuda_kernels():
+    if done.returncode != 0:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
         refuse("the build failed")
+    if why := why_no_cuda_kernels():
+        refuse(f"it was built, but {why}")
     print(f"gpu-check: built in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -91,6 +97,7 @@ def say(**message: Any) -> None:
 def run_cases(part: str, first: int, small: bool) -> int:
     """Runs the cases of a part from number `first` on; what they give or raise goes to the parent line by line."""
     import cases
+    import stand_ins  # noqa: F401
     import torch
 
     for number, (name, run) in enumerate(cases.cases_of(part, small)):
@@ -215,6 +222,8 @@ def run_sanitizer(part: Part, deadline: float) -> Part:
 
 
 def facts(torch) -> dict[str, Any]:
+    import stand_ins  # noqa: F401
+
     from qkernels import _C
     from qkernels.bench.harness import commit
 

@@ -148,3 +148,30 @@ def test_what_was_found_is_written_after_every_part(gpu_check, tmp_path, monkeyp
     late = time.monotonic() - gpu_check.BUDGET_SECONDS
     assert gpu_check.run_all(["linear"], False, {}, path, late) == 0  # nothing was run: the time is up
     assert json.loads(path.read_text())["parts"]["linear"]["verdict"] == "skipped"
+
+
+def test_it_needs_torch_and_numpy_alone(tmp_path):
+    """A model is prepared, calibrated and converted where neither tqdm nor safetensors is installed."""
+    script = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tqdm", "safetensors"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in ("tqdm", "safetensors") else find(name, package)
+sys.path[:0] = sys.argv[1:]
+import stand_ins, torch, cases, qkernels
+prepared = qkernels.prepare(torch.nn.Linear(3, 2), torch.randn(2, 3))
+qkernels.calibrate(prepared, [torch.randn(2, 3)])
+model = qkernels.convert(prepared)
+try:
+    qkernels.save(model, "model.qk")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    folders = [str(HERE), str(HERE.parents[1])]
+    run = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert "cannot be saved" in run.stdout, run.stderr
