@@ -13,6 +13,7 @@ all passed, 1 something failed, 2 nothing could be checked.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -94,13 +95,14 @@ def say(**message: Any) -> None:
     print("@" + json.dumps(message), flush=True)
 
 
-def run_cases(part: str, first: int, small: bool) -> int:
-    """Runs the cases of a part from number `first` on; what they give or raise goes to the parent line by line."""
+def run_cases(parts: list[str], first: int, small: bool) -> int:
+    """Runs the cases of some parts from number `first` on; what they give or raise goes to the parent line by line."""
     import cases
     import stand_ins  # noqa: F401
     import torch
 
-    for number, (name, run) in enumerate(cases.cases_of(part, small)):
+    everything = itertools.chain.from_iterable(cases.cases_of(part, small) for part in parts)
+    for number, (name, run) in enumerate(everything):
         if number < first:
             continue
         say(start=number, name=name)
@@ -202,20 +204,20 @@ def run_sanitizer(part: Part, deadline: float) -> Part:
     if tool is None:
         part.note = "no compute-sanitizer in PATH or CUDA_HOME"
         return part
-    runs = [(kind, small) for kind in ("memcheck", "racecheck", "synccheck") for small in SMALL]
-    unfinished = []
-    for number, (kind, small) in enumerate(runs):
-        share = (deadline - time.monotonic()) / (len(runs) - number)
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--child", small, "--small"]
+    kinds, unfinished = ("memcheck", "racecheck", "synccheck"), []
+    for number, kind in enumerate(kinds):
+        share = (deadline - time.monotonic()) / (len(kinds) - number)
+        child = [sys.executable, __file__, "--child", *SMALL, "--small"]
+        command = [tool, "--tool", kind, "--error-exitcode", "9", *child]
         try:
             run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(share, 1))
         except subprocess.TimeoutExpired:
-            unfinished.append(f"{kind} {small}")
+            unfinished.append(f"{kind} ({share:.0f} s)")
             continue
         if run.returncode == 0:
             part.passed += 1
         else:
-            part.failures.append({"case": f"{kind} {small}", "error": (run.stdout[-3000:] + run.stderr[-500:]).strip()})
+            part.failures.append({"case": kind, "error": (run.stdout[-3000:] + run.stderr[-500:]).strip()})
     part.note = f"not finished in time: {', '.join(unfinished)}" if unfinished else ""
     part.seconds = time.monotonic() - began
     return part
@@ -270,7 +272,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--small", action="store_true", help="small shapes")
     parser.add_argument("--out", help="where what is found goes")
-    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--from", dest="first", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
