@@ -1,4 +1,4 @@
-// Batch normalization in training together with the fake-quantization behind it: three passes over
+// Batch normalization in training together with the fake-quantization behind it: two passes over
 // memory forward, two backward, where the steps one by one take twice as many.
 //
 //   statistics  mean[c], inv_std[c] = 1 / sqrt(var[c] + eps) (var biased)

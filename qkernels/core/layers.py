@@ -153,9 +153,8 @@ class Prepared:
         quantizer = self.quantizers["weight"]
         if not self.runs_on_integers(x):
             return self.compute(x, self.from_rows(quantizer(rows)), bias)
-        passes, (rounded, codes) = quantizer.passes_gradients, quantizer.with_codes(rows)
-        carrier = rows if passes else rounded
-        scale, zero_point = quantizer.grid()
+        passes, (rounded, codes, grid) = quantizer.passes_gradients, quantizer.with_codes(rows)
+        carrier, (scale, zero_point) = rows if passes else rounded, grid
         zero_point = None if quantizer.spec.symmetric and quantizer.spec.middle == 0 else zero_point
         arguments = (self.from_rows(rounded.detach()), self.from_rows(codes), scale, zero_point, bias)
         return IntegerForward.apply(x, self.from_rows(carrier), bias, self, self.source[0], *arguments)

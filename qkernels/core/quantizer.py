@@ -299,13 +299,14 @@ class Quantizer(nn.Module):
         fresh = self._fused and self.forgets and self.follows and self.delay == 0
         return fresh and spec.symmetric and spec.qmin == -spec.qmax
 
-    def with_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A weight as `forward` gives it, and its codes; without a graph if it `passes_gradients`."""
+    def with_codes(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """A weight as `forward` gives it, its codes and grid; without a graph if it `passes_gradients`."""
         if self.passes_gradients:
             with torch.no_grad():
-                return self._fresh(x, self.spec.dtype)
+                return *self._fresh(x, self.spec.dtype), self.grid()
         y = self(x)
-        return y, self.codes(y.detach())
+        grid = self.grid()
+        return y, self.codes(y.detach(), grid), grid
 
     def _observe_fake_quant(self, x: Tensor, clamp: Limits) -> Tensor:
         """The grid follows within one op."""
