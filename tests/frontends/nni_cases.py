@@ -105,6 +105,8 @@ CASES = {
     "lsq plus int4": ("LsqPlusQuantizer", [entry(quant_dtype="int4"), RELU], {}),
     "dorefa": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4")], {}),
     "dorefa outputs": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4"), RELU], {}),
+    "dorefa bias": ("DoReFaQuantizer", [entry(target_names=["weight", "bias"], quant_dtype="int4")], {}),
+    "bnn bias": ("BNNQuantizer", [entry(target_names=["weight", "bias"], op_names=["conv2"])], {}),
     "bnn": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"])], {}),
     "bnn outputs": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"]), RELU], {}),
     "ptq": ("PtqQuantizer", [entry()], {}),

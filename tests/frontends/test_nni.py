@@ -207,7 +207,7 @@ def test_the_wrong_order_is_refused():
 # Begins elsewhere: the original's first zero point is the end of the grid (docs/frontends.md).
 BEGINS_ELSEWHERE = {"lsq plus", "lsq plus uint8", "lsq plus int4"}
 # What `nni_cases.corrected` changes matters from the first step on.
-RANDOM_GRADIENTS = {"dorefa", "dorefa outputs"}
+RANDOM_GRADIENTS = {"dorefa", "dorefa outputs", "dorefa bias"}
 BIAS_TWICE = {"qat bn fold", "qat bn fold out_channel", "qat bias bn fold"}
 # The zero points are those of thousands of codes, or of biases that start next to zero.
 FINE = {"qat int16", "qat bias", "qat all targets", "qat bn parameters", "qat per_channel inputs"}

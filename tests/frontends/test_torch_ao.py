@@ -74,6 +74,10 @@ OBSERVERS = [
     ("PerChannelMinMaxObserver", {"ch_axis": 1}),
     ("MovingAveragePerChannelMinMaxObserver", {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}),
     ("FixedQParamsObserver", {"scale": 1 / 256, "zero_point": 0}),
+    ("MinMaxObserver", {"dtype": torch.int16, "qscheme": torch.per_tensor_symmetric}),
+    ("MinMaxObserver", {"dtype": torch.uint16}),
+    ("MovingAverageMinMaxObserver", {"dtype": torch.qint32, "quant_min": -2000, "quant_max": 2000}),
+    ("PerChannelMinMaxObserver", {"dtype": torch.int16, "qscheme": torch.per_channel_symmetric}),
 ]
 
 
@@ -86,6 +90,30 @@ def test_observers_choose_the_grids_of_torch(name, options):
     (scale, zero_point), (expected_scale, expected_zero_point) = mine.calculate_qparams(), theirs.calculate_qparams()
     assert torch.equal(scale, expected_scale.reshape(-1).float())
     assert torch.equal(zero_point, expected_zero_point.reshape(-1).int())
+
+
+def test_names_without_a_counterpart_say_so():
+    with pytest.raises(AttributeError, match="has no quantize_jit; it takes the place of"):
+        torch_ao.quantize_jit  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'prepar_qat'; did you mean 'prepare_qat'"):
+        torch_ao.prepar_qat  # noqa: B018
+
+
+def test_grids_of_more_than_eight_bits_are_simulated_and_listed():
+    """Which torch's own convert has no layers for."""
+    model = torch_ao.QuantWrapper(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))).eval()
+    model.qconfig = torch_ao.QConfig(
+        torch_ao.MinMaxObserver.with_args(dtype=torch.uint16), torch_ao.default_per_channel_weight_observer
+    )
+    exact, x = model(images()), images()
+    torch_ao.prepare(model, inplace=True)
+    model(x)
+    prepared, converted = torch_ao.prepared(model), torch_ao.convert(model)
+    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+    assert "65536 codes" in next(row.reason for row in prepared.report if row.name == "module.0")
+    assert (converted(x) - exact).abs().max() < 0.05
+    with pytest.raises(Unsupported, match="say quant_min and quant_max"):
+        torch_ao.MinMaxObserver(dtype=torch.qint32)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,6 +10,11 @@ in the place of `torch.ao.quantization`; or, for a script that writes the full n
 in the place of `import torch`: torch itself, except that `torch.ao.quantization` is this module. See docs/frontends.md.
 """
 
+from typing import Any
+
+import torch.ao.quantization as original
+
+from qkernels.errors import close_matches
 from qkernels.frontends.torch_ao import qparams
 from qkernels.frontends.torch_ao.eager import convert, prepare, prepared, propagate_qconfig, quantize, recipe
 from qkernels.frontends.torch_ao.fuse import fuse_modules, fuse_modules_qat
@@ -68,3 +73,13 @@ from qkernels.frontends.torch_ao.qat import (
     update_bn_stats,
 )
 from qkernels.frontends.torch_ao.stubs import DeQuantStub, FloatFunctional, QuantStub, QuantWrapper
+
+
+def __getattr__(name: str) -> Any:
+    """Says what to do about names of torch.ao.quantization that have no counterpart here."""
+    if name in dir(original):
+        raise AttributeError(
+            f"qkernels.frontends.torch_ao has no {name}; it takes the place of torch.ao's eager and FX quantization to "
+            "static grids, see docs/frontends.md"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{close_matches(name, globals())}")

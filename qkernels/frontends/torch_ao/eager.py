@@ -138,8 +138,9 @@ def prepared(module: nn.Module, example_inputs: Any = None) -> nn.Module:
             f"convert: the observers of {', '.join(blind)} saw no data; run batches through the model first"
         )
     floats = {row.name: row.reason for row in result.report.stayed_float}
+    simulated = any(q.spec.simulated for q in quantizers(result))  # then float layers are what was asked for
     for path in places.weights:
-        if path in floats:
+        if path in floats and not simulated:
             raise InvalidState(
                 f"convert: {path} has a qconfig but cannot be integer: {floats[path]}. Put a QuantStub before it, or "
                 f"set its qconfig to None before prepare"

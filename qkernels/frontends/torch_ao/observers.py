@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.core.observers import make_observer
-from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.qspec import MAX_BITS, QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, Unsupported
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = {torch.quint8: torch.uint8, torch.qint8: torch.int8, torch.uint8: torch.uint8, torch.int8: torch.int8}
-RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+DTYPES |= dict.fromkeys((torch.int16, torch.uint16, torch.int32, torch.qint32), torch.int32)  # simulated only
 QSCHEMES = {
     torch.per_tensor_affine: (False, False),
     torch.per_tensor_symmetric: (True, False),
@@ -87,8 +87,10 @@ class ObserverBase(nn.Module, _Factory):
             raise Unsupported(f"{where}: is_dynamic=True has no integer layers; calibrate static grids")
         if (quant_min is None) != (quant_max is None):
             raise InvalidArgument(f"{where}: quant_min and quant_max belong together, got {quant_min}, {quant_max}")
-        held = DTYPES[dtype]
-        ends = RANGES[held] if quant_min is None else (quant_min, quant_max)
+        held, whole = DTYPES[dtype], torch.iinfo(dtype)
+        ends = (whole.min, whole.max) if quant_min is None else (quant_min, quant_max)
+        if not -(2**MAX_BITS) <= ends[0] <= ends[1] <= 2**MAX_BITS:
+            raise Unsupported(f"{where}: {dtype}: say quant_min and quant_max, within 2**{MAX_BITS}; got {ends}")
         if reduce_range:
             ends = (ends[0] // 2, ends[1] // 2)
         symmetric, per_channel = QSCHEMES[qscheme]

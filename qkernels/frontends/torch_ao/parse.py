@@ -11,12 +11,12 @@ from torch import fx, nn
 from qkernels.core import operations as o
 from qkernels.core.fusion import folded
 from qkernels.core.placed import Leave, Places
-from qkernels.core.qspec import QParams, QSpec
+from qkernels.core.qspec import INTEGER_RANGE, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidState, Unsupported
 from qkernels.frontends.torch_ao.fuse import Fused
-from qkernels.frontends.torch_ao.observers import DTYPES, QSCHEMES, RANGES, histogram_codes
+from qkernels.frontends.torch_ao.observers import DTYPES, QSCHEMES, histogram_codes
 
 KINDS = {
     "MinMaxObserver": "minmax",
@@ -74,8 +74,8 @@ def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
     if isinstance(observer, Quantizer):
         return observer
     recipe = tensor_recipe(observer)
-    if not hasattr(observer, "fake_quant_enabled"):
-        qmin, qmax = RANGES[recipe.spec.dtype]
+    if not hasattr(observer, "fake_quant_enabled") and not recipe.spec.simulated:
+        qmin, qmax = INTEGER_RANGE[recipe.spec.dtype]
         recipe = replace(recipe, spec=replace(recipe.spec, qmin=qmin, qmax=qmax))
     low = getattr(getattr(observer, "activation_post_process", observer), "min_val", None)
     if low is not None and (low.numel() == 0 or bool(torch.isinf(low).any())):

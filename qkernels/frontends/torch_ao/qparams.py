@@ -12,7 +12,7 @@ from qkernels.core.quantizer import Quantizer
 from qkernels.frontends.torch_ao.observers import QSCHEMES
 from qkernels.frontends.torch_ao.parse import observed_copy, places_of
 
-TORCH_DTYPES = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
+TORCH_DTYPES = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.int32: torch.qint32}
 
 
 def of_model(model: nn.Module) -> Grids:
