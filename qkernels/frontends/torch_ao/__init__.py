@@ -16,6 +16,7 @@ import torch.ao.quantization as original
 
 from qkernels.errors import close_matches
 from qkernels.frontends.torch_ao import qparams
+from qkernels.frontends.torch_ao.dynamic import quantize_dynamic
 from qkernels.frontends.torch_ao.eager import convert, prepare, prepared, propagate_qconfig, quantize, recipe
 from qkernels.frontends.torch_ao.fuse import fuse_modules, fuse_modules_qat
 from qkernels.frontends.torch_ao.fx import (
@@ -79,7 +80,7 @@ def __getattr__(name: str) -> Any:
     """Says what to do about names of torch.ao.quantization that have no counterpart here."""
     if name in dir(original):
         raise AttributeError(
-            f"qkernels.frontends.torch_ao has no {name}; it takes the place of torch.ao's eager and FX quantization to "
-            "static grids, see docs/frontends.md"
+            f"qkernels.frontends.torch_ao has no {name}; it takes the place of torch.ao's eager and FX quantization, "
+            "see docs/frontends.md"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{close_matches(name, globals())}")
