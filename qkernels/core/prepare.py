@@ -91,7 +91,8 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
     for layer in prepared_layers(prepared):
         if isinstance(layer, PreparedDynamicLinear):
             layer.choose_grid()
-    _check_names(recipe, [*(name for name, _ in model.named_modules()), *(row.name for row in prepared.report)])
+    inputs = [q.source for q in quantizers(prepared)]  # a tensor that is an argument has a name too
+    _check_names(recipe, [*(name for name, _ in model.named_modules()), *(r.name for r in prepared.report), *inputs])
     if not prepared.report.integer:
         warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=3)
     return prepared
