@@ -76,11 +76,14 @@ struct ConvArgs {
   const uint8_t* residual = nullptr;  // dense; see conv_adds_in_place
   bool residual_signed = false;
   void* workspace = nullptr;  // 64-byte aligned
+  NextWeights next;
 };
 
 // Whether `out` may be the residual itself: each of its bytes is read before the output is stored.
 bool conv_adds_in_place(const PackedConvHeader& packed);
 
+// What a convolution reads first of its weights.
+NextWeights conv_first_weights(const PackedConvHeader& packed);
 inline bool conv_writes_slices(const PackedConvHeader& packed) {
   return packed.kind == ConvKind::kIgemm;
 }

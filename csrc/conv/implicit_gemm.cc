@@ -533,6 +533,7 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
       gemm.residual = args.residual + first * shape.out_channels + set * out_set;
     }
     gemm.residual_signed = args.residual_signed;
+    if (end == run.pixels && set + 1 == packed.sets && panel_begin == 0) gemm.next = args.next;
     igemm(gemm);
   }
 }
@@ -606,6 +607,11 @@ bool conv_adds_in_place(const PackedConvHeader& packed) {
     in_place = igemm_adds_in_place(*part(packed, i).header);
   }
   return in_place;
+}
+
+NextWeights conv_first_weights(const PackedConvHeader& packed) {
+  if (packed.kind != ConvKind::kIgemm) return {};
+  return first_weights(part(packed, 0));
 }
 
 void fill_outputs(const ConvArgs& args, const Parallel& parallel) {

@@ -28,6 +28,12 @@ bool igemm_adds_in_place(const PackedHeader& header) {
   return header.isa >= Isa::kAvx512Vnni && header.stores_plain_bytes();
 }
 
+NextWeights first_weights(const PackedMatrix& matrix) {
+  const PackedHeader& header = *matrix.header;
+  const int64_t panels = header.n / panel_shape(header.isa).columns, most = panels_in_block(header);
+  return {matrix.panels, (panels < most ? panels : most) * header.panel_bytes};
+}
+
 void igemm(const IgemmArgs& args) {
   const PackedHeader& header = *args.matrix.header;
   const IgemmKernel kernel = select_igemm_kernel(header.isa);

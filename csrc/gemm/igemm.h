@@ -142,6 +142,12 @@ Status fold_column(const PackSource& source, int64_t n, int64_t za, const Column
 // Checks magic, version, isa against the active one, alignment and sizes.
 Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix);
 
+// Weights that the next call reads, on their way to L2 meanwhile. A hint: only AMX takes it.
+struct NextWeights {
+  const int8_t* data = nullptr;
+  int64_t bytes = 0;
+};
+
 // Rows [row_begin, row_end) x panels [panel_begin, panel_end), on one thread.
 struct IgemmArgs {
   PackedMatrix matrix;
@@ -163,9 +169,12 @@ struct IgemmArgs {
   int64_t residual_row_stride = 0;
   const int64_t* residual_row_offset = nullptr;
   bool residual_signed = false;
+  NextWeights next;
 };
 
 void igemm(const IgemmArgs& args);
+// The block of weights that a call on all columns reads first.
+NextWeights first_weights(const PackedMatrix& matrix);
 
 struct IgemmBlock {
   const IgemmArgs& args;

@@ -69,6 +69,7 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
           IgemmArgs all = whole;
           all.row_end = args.rows;
           all.panel_end = panels;
+          all.next = args.next;
           igemm(all);
           return;
         }

@@ -20,6 +20,7 @@ struct LinearArgs {
   const uint8_t* residual;
   int64_t residual_row_stride;
   bool residual_signed;
+  NextWeights next = {};
 };
 
 void linear(const LinearArgs& args, const Parallel& parallel);

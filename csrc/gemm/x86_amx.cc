@@ -36,6 +36,8 @@ constexpr int64_t kBufferBytes = 256 * 1024;
 constexpr int64_t kMinStretch = 4;
 // The fewest rows of an epilogue that are worth its call.
 constexpr int64_t kMinSlice = 4;
+// The most bytes that are fetched between two steps: about what comes from L3 meanwhile.
+constexpr int64_t kMostAhead = 1024;
 // The weights of a panel that pay for copies of A.
 constexpr int64_t kMinCopiedWeights = 2048;
 
@@ -180,12 +182,19 @@ class AmxRows {
   // place of a load: it fetches some, and the hardware those in between.
   void plan_ahead(int64_t tiles) {
     const int64_t panels = block_.panel_end - block_.panel_begin;
-    const int64_t next = args_.panel_end - block_.panel_end;
-    const int64_t bytes = (next < panels ? next : panels) * header_.panel_bytes;
+    const int64_t left = args_.panel_end - block_.panel_end;
     const int64_t products = (tiles + 1) / 2 * panels * segments_ * steps_ * 2;
-    ahead_ = args_.matrix.panels + block_.panel_end * header_.panel_bytes;
     ahead_line_ = tiles == 1 ? 512 : 64;
-    ahead_step_ = round_up((bytes + products - 1) / products, ahead_line_);
+    if (left > 0) {
+      const int64_t bytes = (left < panels ? left : panels) * header_.panel_bytes;
+      ahead_ = args_.matrix.panels + block_.panel_end * header_.panel_bytes;
+      ahead_step_ = round_up((bytes + products - 1) / products, ahead_line_);
+    } else if (args_.next.bytes > 0) {
+      const int64_t step = round_up((args_.next.bytes + products - 1) / products, 64);
+      ahead_ = args_.next.data;
+      ahead_step_ = step < kMostAhead ? step : kMostAhead;
+      ahead_line_ = 64;
+    }
   }
 
   // The rows of one tile: `skip` of them are already stored.

@@ -23,6 +23,21 @@ View unplaced(DType dtype, const Sizes& size) {
   return view;
 }
 
+// Tells every product which weights the one after it reads first.
+void announce_weights(std::vector<Operation>* operations) {
+  NextWeights next;
+  for (auto op = operations->rbegin(); op != operations->rend(); ++op) {
+    if (auto* conv = std::get_if<ConvOp>(&*op)) {
+      conv->args.next = next;
+      const NextWeights first = conv_first_weights(*conv->args.packed);
+      if (first.bytes > 0) next = first;
+    } else if (auto* linear = std::get_if<LinearOp>(&*op)) {
+      linear->args.next = next;
+      next = first_weights(linear->args.matrix);
+    }
+  }
+}
+
 }  // namespace
 
 ConvExtent extent_of(const View& in, const View& out) {
@@ -54,6 +69,7 @@ Error Builder::build(const std::vector<InputLayout>& inputs) {
   for (const OperationInfo& info : program_.info) {
     program_.work_ns += info.macs / kMacsPerNs + info.bytes / kBytesPerNs;
   }
+  announce_weights(&program_.operations);
   place(parallel_, batch, cache_, static_cast<int>(inputs.size()), &draft_, &program_);
   return {};
 }
