@@ -72,6 +72,11 @@ class Grid:
         """Of scale and offset, where blocks keep all dimensions of the tensor."""
         return self.blocks or ((len(self.scale),) if self.per_channel else ())
 
+    def check_no_blocks(self, form: str) -> None:
+        """For forms that have no grids for blocks."""
+        if self.blocks is not None:
+            raise Unsupported(f"{form}: no form for a grid for each of {list(self.blocks)} blocks; use to_json")
+
     def qparams(self, is_weight: bool, spec: QSpec | None = None) -> QParams:
         """The grid with signed codes for a weight and unsigned ones for anything else, or as `spec` has them."""
         lowest = -(2 ** (self.bits - 1)) + int(self.is_even) if is_weight else 0

@@ -13,6 +13,7 @@ import qkernels.frontends.aimet as aimet
 import qkernels.frontends.nni as nni
 from qkernels.core.grids import Grid, from_json, prepare_grids, to_json
 from qkernels.core.recipe import Recipe, TensorRecipe, make_recipe
+from qkernels.errors import Unsupported
 from qkernels.frontends import torch_ao
 
 EPS = torch.finfo(torch.float32).eps
@@ -215,6 +216,16 @@ def test_every_kind_of_grid_goes_through_every_form(form, grid):
 
 def rest(grid):
     return grid.codes, grid.symmetric
+
+
+def test_forms_without_blocks_refuse_them():
+    grids = {"conv1": {"weight": Grid((0.5, 0.25), (0, 0), 15, True, True, (2, 1, 1, 1))}}
+    assert from_json(to_json(grids)) == grids
+    with pytest.raises(Unsupported, match=r"\[2, 1, 1, 1\] blocks; use to_json"):
+        torch_ao.qparams.write(grids)
+    for version in ("0.6.1", "1.0.0"):
+        with pytest.raises(Unsupported, match=r"encodings.*\[2, 1, 1, 1\] blocks; use to_json"):
+            aimet.encodings.write(grids, version, lambda path, key: path)
 
 
 def test_dialects_find_the_same_grids():

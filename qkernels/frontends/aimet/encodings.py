@@ -19,6 +19,7 @@ TABLES = ("activation_encodings", "param_encodings")
 
 def rows_of(grid: Grid) -> list[dict[str, Any]]:
     """A grid in the form of 0.6.1: an encoding a channel."""
+    grid.check_no_blocks("encodings")
     common = {"bitwidth": grid.bits, "dtype": "int", "is_symmetric": str(grid.symmetric)}
     numbers = zip(grid.scale, grid.offset, *grid.ends(), strict=True)
     return [{**common, "max": high, "min": low, "offset": o, "scale": s} for s, o, low, high in numbers]
@@ -26,6 +27,7 @@ def rows_of(grid: Grid) -> list[dict[str, Any]]:
 
 def entry_of(name: str, grid: Grid) -> dict[str, Any]:
     """A grid in the form of 1.0.0."""
+    grid.check_no_blocks(f"encodings: {name}")
     if grid.is_even and not grid.symmetric:
         raise Unsupported(f"{name}: encodings of 1.0.0 have no affine grid of {grid.codes} codes; those of 0.6.1 do")
     kind = "PER_CHANNEL" if grid.per_channel else "PER_TENSOR"

@@ -34,6 +34,7 @@ def write(grids: Grids) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _options(grid: Grid, is_weight: bool) -> dict[str, Any]:
+    grid.check_no_blocks("qparams")
     made = grid.qparams(is_weight)
     qscheme = next(scheme for scheme, kind in QSCHEMES.items() if kind == (grid.symmetric, grid.per_channel))
     return {
