@@ -95,6 +95,17 @@ QK_INLINE __m128i codes8(__m256i v, __m256i zp, const CodeRange& range) {
       _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4)));
 }
 
+// The two above by the names that avx512 has too; codes of one vector in the low bytes.
+template <bool kSigned>
+QK_INLINE __m256i four_codes(const __m256i v[4], __m256i zp01, __m256i zp23,
+                             const CodeRange& range) {
+  return codes32<kSigned>(v, zp01, zp23, range);
+}
+template <bool kSigned>
+QK_INLINE __m128i one_codes(__m256i v, __m256i zp, const CodeRange& range) {
+  return codes8<kSigned>(v, zp, range);
+}
+
 // What a kernel that is written once for every vector width is made of: kLanes floats and a mask.
 // The `n` of a partial access is in [1, kLanes); lanes beyond it read as 0.
 struct Vec {
@@ -142,6 +153,12 @@ struct Vec {
   QK_INLINE void stream(T* x, F v) {
     avx2::stream(x, v);
   }
+  // Two vectors side by side; streamed, x is aligned to one of them (avx512: to 64 bytes).
+  template <bool kStream, typename T>
+  QK_INLINE void put_two(T* x, F a, F b) {
+    kStream ? avx2::stream(x, a) : store(x, a);
+    kStream ? avx2::stream(x + kLanes, b) : store(x + kLanes, b);
+  }
   // out = in where m is set, else 0, bit by bit.
   template <bool kStream>
   QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m) {
@@ -167,6 +184,42 @@ struct Vec {
   QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m, int64_t n) {
     const uint32_t set = bits(m);
     for (int64_t i = 0; i < n && i < kLanes; ++i) out[i] = set >> i & 1 ? in[i] : uint16_t{0};
+  }
+  // Integers.
+  using I = __m256i;
+  QK_INLINE I set_int(int32_t v) { return _mm256_set1_epi32(v); }
+  QK_INLINE I get_int(const int32_t* x) { return load256(x); }
+  QK_INLINE I get_int(const int32_t* x, int64_t n) { return _mm256_maskload_epi32(x, first(n)); }
+  QK_INLINE void put_int(void* x, I v) { store256(x, v); }
+  QK_INLINE I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+  QK_INLINE I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
+  QK_INLINE I mul_int(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  QK_INLINE I xor_int(I a, I b) { return _mm256_xor_si256(a, b); }
+  template <int kBits>
+  QK_INLINE I shift_right(I a) {
+    return _mm256_srli_epi32(a, kBits);
+  }
+  QK_INLINE I counting() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  QK_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  QK_INLINE I get_codes(const uint8_t* q) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
+  }
+  QK_INLINE I get_codes(const int8_t* q) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
+  }
+  QK_INLINE I get_codes(const int32_t* q) { return load256(q); }
+  QK_INLINE I get_codes(const int32_t* q, int64_t n) { return get_int(q, n); }
+  template <typename Q>
+  QK_INLINE I get_codes(const Q* q, int64_t n) {
+    Q part[kLanes] = {};
+    for (int64_t i = 0; i < n && i < kLanes; ++i) part[i] = q[i];
+    return get_codes(part);
+  }
+  // The first n of one vector's codes.
+  QK_INLINE void put_codes(uint8_t* q, __m128i codes, int64_t n) {
+    if (n == kLanes) return _mm_storel_epi64(reinterpret_cast<__m128i*>(q), codes);
+    uint64_t bytes = static_cast<uint64_t>(_mm_cvtsi128_si64(codes));
+    for (int64_t i = 0; i < n && i < kLanes; ++i, bytes >>= 8) q[i] = static_cast<uint8_t>(bytes);
   }
   // Integers of the grid as floats.
   QK_INLINE F get(const int32_t* x) { return _mm256_cvtepi32_ps(load256(x)); }

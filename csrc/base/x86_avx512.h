@@ -138,6 +138,16 @@ QK_INLINE __m128i codes16(__m512i v, __m512i zp, const CodeRange& range) {
   return _mm512_castsi512_si128(_mm512_permutexvar_epi32(order, q));
 }
 
+template <bool kSigned>
+QK_INLINE __m512i four_codes(const __m512i v[4], __m512i zp01, __m512i zp23,
+                             const CodeRange& range) {
+  return codes64<kSigned>(v, zp01, zp23, range);
+}
+template <bool kSigned>
+QK_INLINE __m128i one_codes(__m512i v, __m512i zp, const CodeRange& range) {
+  return codes16<kSigned>(v, zp, range);
+}
+
 // The counterpart of avx2::Vec.
 struct Vec {
   using F = __m512;
@@ -173,6 +183,10 @@ struct Vec {
   QK_INLINE void stream(Float16* x, F v) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, kNearestEven));
   }
+  template <bool kStream, typename T>
+  QK_INLINE void put_two(T* x, F a, F b) {
+    store2<kStream>(x, a, b);
+  }
   template <bool kStream>
   QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m) {
     store64_bytes<kStream>(out, _mm512_maskz_loadu_epi32(m, in));
@@ -188,6 +202,33 @@ struct Vec {
   }
   QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m, int64_t n) {
     _mm256_mask_storeu_epi16(out, lanes(n), _mm256_maskz_loadu_epi16(m & lanes(n), in));
+  }
+  using I = __m512i;
+  QK_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+  QK_INLINE I get_int(const int32_t* x) { return _mm512_loadu_si512(x); }
+  QK_INLINE I get_int(const int32_t* x, int64_t n) { return _mm512_maskz_loadu_epi32(lanes(n), x); }
+  QK_INLINE void put_int(void* x, I v) { _mm512_storeu_si512(x, v); }
+  QK_INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+  QK_INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+  QK_INLINE I mul_int(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  QK_INLINE I xor_int(I a, I b) { return _mm512_xor_si512(a, b); }
+  template <int kBits>
+  QK_INLINE I shift_right(I a) {
+    return _mm512_srli_epi32(a, kBits);
+  }
+  QK_INLINE I counting() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  QK_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  QK_INLINE I get_codes(const uint8_t* q, int64_t n = kLanes) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(n), q));
+  }
+  QK_INLINE I get_codes(const int8_t* q, int64_t n = kLanes) {
+    return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(n), q));
+  }
+  QK_INLINE I get_codes(const int32_t* q, int64_t n = kLanes) { return get_int(q, n); }
+  QK_INLINE void put_codes(uint8_t* q, __m128i codes, int64_t n) {
+    _mm_mask_storeu_epi8(q, lanes(n), codes);
   }
   QK_INLINE F get(const int32_t* x) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(x)); }
   QK_INLINE F get(const int32_t* x, int64_t n) {

@@ -1,6 +1,26 @@
 // The kernels of dorefa.h for any vector width. Include it inside the target region of a kernel
 // file, inside its anonymous namespace.
 
+template <typename V>
+QK_INLINE typename V::I mix_vector(typename V::I h) {
+  h = V::xor_int(h, V::template shift_right<16>(h));
+  h = V::mul_int(h, V::set_int(static_cast<int32_t>(0x85ebca6bu)));
+  h = V::xor_int(h, V::template shift_right<13>(h));
+  h = V::mul_int(h, V::set_int(static_cast<int32_t>(0xc2b2ae35u)));
+  return V::xor_int(h, V::template shift_right<16>(h));
+}
+
+// uniform_noise of elements index, index + 1, ... of a row.
+template <typename V>
+QK_INLINE typename V::F noise_vector(NoiseKey key, int64_t index) {
+  using I = typename V::I;
+  const I inner = V::set_int(static_cast<int32_t>(key.inner));
+  const I outer = V::set_int(static_cast<int32_t>(key.outer));
+  const I counter = V::add_int(V::set_int(static_cast<int32_t>(index)), V::counting());
+  const I h = mix_vector<V>(V::add_int(mix_vector<V>(V::xor_int(counter, inner)), outer));
+  return V::sub(V::mul(V::to_float(V::template shift_right<8>(h)), V::set(0x1p-24f)), V::set(0.5f));
+}
+
 // tanh_float.
 template <typename V>
 QK_INLINE typename V::F tanh_vector(typename V::F x) {
@@ -83,7 +103,7 @@ QK_INLINE void dorefa_backward_run(const DorefaBackwardRun& run) {
   *run.sum = sum_lanes(lanes);
 }
 
-template <typename V, typename Noise, typename T>
+template <typename V, typename T>
 QK_INLINE void dorefa_gradient_run(const DorefaGradientRun& run) {
   using F = typename V::F;
   constexpr int64_t kLanes = V::kLanes;
@@ -93,7 +113,7 @@ QK_INLINE void dorefa_gradient_run(const DorefaGradientRun& run) {
   const F steps = V::set(static_cast<float>(run.steps)), zero = V::zero();
   int64_t i = 0;
   for (; i + kLanes <= run.n; i += kLanes) {
-    const F noise = Noise::noise(run.key, i);
+    const F noise = noise_vector<V>(run.key, i);
     const F v = V::add(V::mul(V::add(V::mul(V::get(grad + i), inv), half), steps), noise);
     const F q = V::min(V::max(V::round(v), zero), steps);
     V::put(out + i, V::mul(V::sub(V::div(q, steps), half), twice));
