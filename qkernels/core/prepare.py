@@ -5,6 +5,7 @@ that keep its grid, to the next Quantizer or the next float operation. `qkernels
 """
 
 import copy
+import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -105,7 +106,7 @@ def _check_names(recipe: Recipe, known: Iterable[str]) -> None:
         match = rule.match
         if match.by != "type" and not any(match(name, ()) for name in known):
             hint = close_matches(match.pattern, known) if match.by == "name" else ""
-            raise InvalidArgument(f"prepare: no module or operation has the {match.by} {match.pattern!r}{hint}")
+            raise InvalidArgument(f"prepare: no module, operation or input has the {match.by} {match.pattern!r}{hint}")
 
 
 def prepare_graph(
