@@ -5,7 +5,6 @@ that keep its grid, to the next Quantizer or the next float operation. `qkernels
 """
 
 import copy
-import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
