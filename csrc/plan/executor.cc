@@ -7,6 +7,8 @@
 namespace qk::plan {
 namespace {
 
+constexpr int64_t kLongCallNs = 10'000'000;
+
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -160,6 +162,9 @@ void run_program(const Program& program, uint8_t* const* bases, const Parallel& 
     alone.run = nullptr;
     return run_operations(program, bases, alone, step_ns);
   }
+  // In a long call the forks of all operations are a small part, and a thread that wakes late joins
+  // at the next one.
+  if (program.work_ns > kLongCallNs) return run_operations(program, bases, parallel, step_ns);
   with_team(parallel, [&](const Parallel& team) { run_operations(program, bases, team, step_ns); });
 }
 
