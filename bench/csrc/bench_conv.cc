@@ -1,5 +1,6 @@
 // Convolutions of bench/shapes/conv.txt on one thread, as fractions of the dot-product peak that
-// the bench measures itself. Usage: bench_conv [shapes.txt] [part of a name]
+// the bench measures itself. Usage: bench_conv [shapes.txt [part of a name [residual]]]; with
+// `residual` each adds another image to its output.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -27,7 +28,7 @@ double best_ns(double budget_ns, const F& f) {
   return best;
 }
 
-void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa) {
+void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, bool has_residual) {
   ConvShape s;
   s.in_channels = v[1];
   s.out_channels = v[4];
@@ -46,18 +47,32 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa) {
   std::vector<int8_t> weight(s.out_channels * s.in_per_group() * s.kernel_size());
   std::vector<float> scale(s.out_channels, 0.01f), bias(s.out_channels, 1.0f);
   for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<int8_t>(i * 37);
+  Epilogue epilogue;
+  if (has_residual) {
+    epilogue.has_residual = 1;
+    epilogue.residual = {.scale = 0.5f,
+                         .offset = -1.5f,
+                         .residual_scale = 0.3f,
+                         .residual_offset = -0.9f,
+                         .inv_scale = 1.0f / 0.7f,
+                         .zero_point = 7,
+                         .qmin = 0,
+                         .qmax = 255,
+                         .residual_zero_point = 3};
+  }
   const ConvSource source = {s,  weight.data(), scale.data(), nullptr, false, bias.data(), 0.02f,
-                             77, false,         0.5f,         {}};
+                             77, false,         0.5f,         epilogue};
   const int64_t bytes = packed_conv_bytes(source, isa);
   void* packed = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   pack_conv(source, isa, packed);
   if (view_packed_conv(packed, bytes, &args.packed) != Status::kOk) std::abort();
   const int64_t inputs = v[0] * args.extent.in_pixels() * s.in_channels;
   const int64_t outputs = v[0] * args.extent.out_pixels() * s.out_channels;
-  std::vector<uint8_t> input(inputs), out(outputs);
+  std::vector<uint8_t> input(inputs), out(outputs), residual(has_residual ? outputs : 0, 50);
   for (size_t i = 0; i < input.size(); ++i) input[i] = static_cast<uint8_t>(i * 29);
   args.input = input.data();
   args.out = out.data();
+  if (has_residual) args.residual = residual.data();
   args.workspace = std::aligned_alloc(64, (conv_workspace_bytes(args, kSerial) + 63) / 64 * 64);
   const double ns = best_ns(1e8, [&] { conv(args, kSerial); });
   const double macs = static_cast<double>(outputs * s.in_per_group() * s.kernel_size());
@@ -80,7 +95,7 @@ int main(int argc, char** argv) {
     if (argc > 2 && name.find(argv[2]) == std::string::npos) continue;
     std::vector<int64_t> v;
     for (int64_t number; words >> number;) v.push_back(number);
-    if (v.size() == 11) bench(name, v, isa);
+    if (v.size() == 11) bench(name, v, isa, argc > 3 && std::string(argv[3]) == "residual");
   }
   return 0;
 }

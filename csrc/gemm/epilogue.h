@@ -48,6 +48,10 @@ struct Epilogue {
   QK_HD bool is_signed() const { return output == OutputType::kS8; }
   // Whether a byte saturated as uint8 is not the output yet.
   QK_HD bool clamps() const { return is_signed() || qmin > 0 || qmax < 255; }
+  // The same of a byte of the sum with a residual.
+  QK_HD bool residual_clamps() const {
+    return is_signed() || residual.qmin > 0 || residual.qmax < 255;
+  }
 };
 
 QK_HD uint8_t residual_add(const ResidualAdd& add, int32_t q, int32_t r) {

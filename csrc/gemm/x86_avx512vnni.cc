@@ -50,12 +50,8 @@ struct Panel {
         addend(tile.matrix->addend + tile.first_column),
         mult(tile.matrix->mult + tile.first_column),
         columns(tile.columns),
-        constants(requantize64_constants(tile.matrix->header->epilogue)),
         bytes(tile.matrix->header->stores_plain_bytes() &&
-              !tile.matrix->header->epilogue.has_residual),
-        shifts(tile.matrix->header->epilogue.zero_point != 0 ||
-               tile.matrix->header->epilogue.is_signed()),
-        clamps(tile.matrix->header->epilogue.clamps()) {}
+              !tile.matrix->header->epilogue.has_residual) {}
 
   int64_t taps, quads, depth;
   bool overlaps;
@@ -64,10 +60,34 @@ struct Panel {
   const int32_t* init;
   const float *addend, *mult;
   int64_t columns;
-  Requantize64 constants;
-  bool bytes;           // 8-bit outputs, straight from the accumulators
-  bool shifts, clamps;  // whether those have a zero point, and a clamp
+  bool bytes;  // 8-bit outputs, straight from the accumulators
 };
+
+template <int R, int V>
+QK_INLINE void start_sums(const Panel& panel, __m512i (&acc)[R][V]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    const __m512i init = _mm512_load_si512(panel.init + 16 * j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) acc[i][j] = init;
+  }
+}
+
+// acc[i][j] += products of the bytes behind the last quad of the rows at `p`.
+template <int R, int V, bool Flip>
+QK_INLINE void multiply_tail(const Panel& panel, const uint8_t* const (&p)[R], const int8_t* b,
+                             __m512i (&acc)[R][V]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    __m512i av =
+        panel.overlaps
+            ? broadcast4(p[i] + panel.depth - 4)
+            : _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(panel.tail, p[i] + 4 * panel.quads));
+    if (Flip) av = _mm512_xor_si512(av, _mm512_set1_epi8(static_cast<char>(0x80)));
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) dot(acc[i][j], av, _mm512_load_si512(b + 64 * j));
+  }
+}
 
 // acc[i][j] = init[j] + sum over tap, k. `Flip`: A is int8.
 template <int R, int V, bool Flip>
@@ -78,13 +98,13 @@ QK_INLINE void multiply(const Panel& panel, const uint8_t* const* rows, int64_t 
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int8_t* b = panel.weights;
   __m512i sum[S][R][V];
-#pragma GCC unroll 8
-  for (int j = 0; j < V; ++j) {
-    const __m512i init = _mm512_load_si512(panel.init + 16 * j);
+  start_sums(panel, sum[0]);
+#pragma GCC unroll 4
+  for (int s = 1; s < S; ++s) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) sum[s][i][j] = s == 0 ? init : _mm512_setzero_si512();
+      for (int j = 0; j < V; ++j) sum[s][i][j] = _mm512_setzero_si512();
     }
   }
   for (int64_t tap = 0; tap < taps; ++tap) {
@@ -119,16 +139,7 @@ QK_INLINE void multiply(const Panel& panel, const uint8_t* const* rows, int64_t 
       }
     }
     if (panel.tail != 0) {
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        __m512i av =
-            panel.overlaps
-                ? broadcast4(p[i] + panel.depth - 4)
-                : _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(panel.tail, p[i] + 4 * quads));
-        if (Flip) av = _mm512_xor_si512(av, flip);
-#pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
-      }
+      multiply_tail<R, V, Flip>(panel, p, b, sum[0]);
       b += 64 * V;
     }
   }
@@ -146,6 +157,40 @@ QK_INLINE void multiply(const Panel& panel, const uint8_t* const* rows, int64_t 
 // Keeps gcc from moving the instruction that made `v` down to its use.
 QK_INLINE void in_order(__m512i& v) { __asm__("" : "+v"(v)); }
 QK_INLINE void in_order(__m512& v) { __asm__("" : "+v"(v)); }
+
+// Rows of V vectors of columns that fill one vector of bytes.
+constexpr int rows_in_group(int vectors) { return vectors == 1 ? 4 : vectors == 2 ? 2 : 1; }
+
+// From rounded values to the bytes that are stored.
+struct Packing {
+  explicit Packing(const Epilogue& e)
+      : constants(requantize64_constants(e)),
+        shifts(e.zero_point != 0 || e.is_signed()),
+        clamps(e.clamps()) {}
+  Packing(const Epilogue& e, const ResidualAdd& add)
+      : constants(residual64_constants(e)),
+        shifts(add.zero_point != 0 || e.is_signed()),
+        clamps(e.residual_clamps()) {}
+
+  // Four vectors, columns in order.
+  inline __attribute__((always_inline)) __m512i run(__m512i q0, __m512i q1, __m512i q2,
+                                                    __m512i q3) const {
+    __m512i low = _mm512_packs_epi32(q0, q1), high = _mm512_packs_epi32(q2, q3);
+    if (shifts) {
+      low = _mm512_adds_epi16(low, constants.zero_point);
+      high = _mm512_adds_epi16(high, constants.zero_point);
+    }
+    __m512i bytes = _mm512_permutexvar_epi32(constants.order, _mm512_packus_epi16(low, high));
+    if (clamps) {
+      bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, constants.low), constants.high);
+      bytes = _mm512_xor_si512(bytes, constants.flip);
+    }
+    return bytes;
+  }
+
+  Requantize64 constants;
+  bool shifts, clamps;  // whether the bytes have a zero point, and a clamp
+};
 
 // Bytes [0, n) of a vector of bytes to out[0], the next n of its next 64 / P bytes to out[1], ...
 template <int P>
@@ -172,7 +217,8 @@ QK_INLINE void store_parts(uint8_t* const* out, int rows, int64_t n, __m512i byt
 // of the tile before the next: one vector's stages wait for each other. Narrow tiles pack several
 // rows into a vector of bytes.
 template <int R, int V>
-QK_INLINE void store_bytes(const Panel& panel, uint8_t* const* out, __m512i (&acc)[R][V]) {
+QK_INLINE void store_bytes(const Panel& panel, const Packing& packing, uint8_t* const* out,
+                           __m512i (&acc)[R][V]) {
   __m512 v[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -196,8 +242,7 @@ QK_INLINE void store_bytes(const Panel& panel, uint8_t* const* out, __m512i (&ac
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) in_order(acc[i][j] = _mm512_cvtps_epi32(v[i][j]));
   }
-  const Requantize64& constants = panel.constants;
-  constexpr int kRows = V == 1 ? 4 : V == 2 ? 2 : 1;  // of a vector of bytes
+  constexpr int kRows = rows_in_group(V);
 #pragma GCC unroll 8
   for (int i = 0; i < R; i += kRows) {
     __m512i q[4];
@@ -206,16 +251,7 @@ QK_INLINE void store_bytes(const Panel& panel, uint8_t* const* out, __m512i (&ac
       const int row = i + j / V, vector = j % V;
       q[j] = j < kRows * V && row < R ? acc[row < R ? row : 0][vector] : acc[i][0];
     }
-    __m512i low = _mm512_packs_epi32(q[0], q[1]), high = _mm512_packs_epi32(q[2], q[3]);
-    if (panel.shifts) {
-      low = _mm512_adds_epi16(low, constants.zero_point);
-      high = _mm512_adds_epi16(high, constants.zero_point);
-    }
-    __m512i bytes = _mm512_permutexvar_epi32(constants.order, _mm512_packus_epi16(low, high));
-    if (panel.clamps) {
-      bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, constants.low), constants.high);
-      bytes = _mm512_xor_si512(bytes, constants.flip);
-    }
+    const __m512i bytes = packing.run(q[0], q[1], q[2], q[3]);
     store_parts<kRows>(out + i, R - i < kRows ? R - i : kRows, panel.columns, bytes);
   }
 }
@@ -236,6 +272,7 @@ QK_INLINE void store_any(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
 template <int R, int V, bool Flip>
 __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) {
   const Panel panel(tile);
+  const Packing packing(tile.matrix->header->epilogue);
   const uint8_t* const* rows = tile.rows;
   uint8_t* const* out = tile.out;
   const int64_t row_pointers = R * panel.taps;
@@ -243,7 +280,7 @@ __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) 
     __m512i acc[R][V];
     multiply<R, V, Flip>(panel, rows, tile.ahead, acc);
     if (panel.bytes) {
-      store_bytes<R, V>(panel, out, acc);
+      store_bytes<R, V>(panel, packing, out, acc);
     } else {
       store_any<R, V>(tile, acc);
       tile.advance(R);
@@ -255,47 +292,62 @@ __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) 
   if (panel.bytes) tile.advance(R * tiles);
 }
 
+#include "csrc/gemm/x86_avx512_pipeline.h"
+
+template <int R, int V, bool Flip>
+QK_INLINE void run_height(bool pipelined, int64_t tiles, IgemmTile& tile) {
+  if constexpr (fits_pipeline(R, V)) {
+    if (pipelined && tiles > 1) return run_pipeline<R, V, Flip>(tile, tiles);
+  }
+  run_tiles_avx512<R, V, Flip>(tile, tiles);
+}
+
 template <int V, bool Flip>
-QK_INLINE void run_rows(int64_t rows, int64_t tiles, IgemmTile& tile) {
+QK_INLINE void run_rows(bool pipelined, int64_t rows, int64_t tiles, IgemmTile& tile) {
   switch (rows) {
     case 1:
-      return run_tiles_avx512<1, V, Flip>(tile, tiles);
+      return run_height<1, V, Flip>(pipelined, tiles, tile);
     case 2:
-      return run_tiles_avx512<2, V, Flip>(tile, tiles);
+      return run_height<2, V, Flip>(pipelined, tiles, tile);
     case 3:
-      return run_tiles_avx512<3, V, Flip>(tile, tiles);
+      return run_height<3, V, Flip>(pipelined, tiles, tile);
     case 4:
-      return run_tiles_avx512<4, V, Flip>(tile, tiles);
+      return run_height<4, V, Flip>(pipelined, tiles, tile);
     case 5:
-      return run_tiles_avx512<5, V, Flip>(tile, tiles);
+      return run_height<5, V, Flip>(pipelined, tiles, tile);
     case 6:
-      return run_tiles_avx512<6, V, Flip>(tile, tiles);
+      return run_height<6, V, Flip>(pipelined, tiles, tile);
   }
   if constexpr (V < 4) {
-    return rows == 7 ? run_tiles_avx512<7, V, Flip>(tile, tiles)
-                     : run_tiles_avx512<8, V, Flip>(tile, tiles);
+    return rows == 7 ? run_height<7, V, Flip>(pipelined, tiles, tile)
+                     : run_height<8, V, Flip>(pipelined, tiles, tile);
   }
 }
 
 template <bool Flip>
 struct Avx512VnniTile {
   static constexpr Isa kIsa = Isa::kAvx512Vnni;
-  static constexpr int64_t max_rows(int64_t vectors) { return vectors == 4 ? 6 : 8; }
-  static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
-    const EvenTiles even = even_tiles(rows, max_rows(vectors));
-    if (even.larger > 0) run(even.rows + 1, even.larger, vectors, tile);
-    run(even.rows, even.tiles - even.larger, vectors, tile);
+  static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
+    if (pays_to_pipeline(header)) return pipelined_rows(vectors);
+    return vectors == 4 ? 6 : 8;
   }
-  static void run(int64_t rows, int64_t tiles, int64_t vectors, IgemmTile& tile) {
+  static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
+    const PackedHeader& header = *tile.matrix->header;
+    const EvenTiles even = even_tiles(rows, max_rows(header, vectors));
+    const bool pipelined = pays_to_pipeline(header);
+    if (even.larger > 0) run(pipelined, even.rows + 1, even.larger, vectors, tile);
+    run(pipelined, even.rows, even.tiles - even.larger, vectors, tile);
+  }
+  static void run(bool pipelined, int64_t rows, int64_t tiles, int64_t vectors, IgemmTile& tile) {
     switch (vectors) {
       case 1:
-        return run_rows<1, Flip>(rows, tiles, tile);
+        return run_rows<1, Flip>(pipelined, rows, tiles, tile);
       case 2:
-        return run_rows<2, Flip>(rows, tiles, tile);
+        return run_rows<2, Flip>(pipelined, rows, tiles, tile);
       case 3:
-        return run_rows<3, Flip>(rows, tiles, tile);
+        return run_rows<3, Flip>(pipelined, rows, tiles, tile);
       default:
-        return run_rows<4, Flip>(rows, tiles, tile);
+        return run_rows<4, Flip>(pipelined, rows, tiles, tile);
     }
   }
 };

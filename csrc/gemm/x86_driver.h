@@ -2,7 +2,7 @@
 // Include it inside the target region of a kernel file, inside its anonymous namespace, so that it
 // is compiled for that target.
 //
-// A Kernel has kIsa, max_rows(vectors): the most rows of a tile that is `vectors` wide, and
+// A Kernel has kIsa, max_rows(header, vectors): the most rows of a tile that is `vectors` wide, and
 //   void tile(int64_t rows, int64_t vectors, const IgemmTile&): all rows of a block, one panel.
 // A block is as many tiles as keep its rows of A in L1, so that short rows pay for the loops once.
 
@@ -93,8 +93,8 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
 
   const int64_t widest = header.n - block.panel_begin * shape.columns;
   const int64_t tile_rows =
-      Kernel::max_rows(widest >= shape.columns ? shape.columns / shape.lanes
-                                               : (widest + shape.lanes - 1) / shape.lanes);
+      Kernel::max_rows(header, widest >= shape.columns ? shape.columns / shape.lanes
+                                                       : (widest + shape.lanes - 1) / shape.lanes);
 
   const int64_t panels = block.panel_end - block.panel_begin;
   const int64_t ahead = block.panel_end < args.panel_end ? panels * header.panel_bytes : 0;

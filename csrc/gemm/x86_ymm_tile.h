@@ -113,6 +113,7 @@ __attribute__((noinline)) void run_tiles(IgemmTile& tile, int64_t tiles) {
 template <typename Multiply, Isa kLayout>
 struct YmmTile {
   static constexpr Isa kIsa = kLayout;
+  static int64_t max_rows(const PackedHeader&, int64_t vectors) { return max_rows(vectors); }
   static constexpr int64_t max_rows(int64_t vectors) {
     return vectors == 2 ? Multiply::kWideRows : 8;
   }
