@@ -11,8 +11,9 @@
 // Memory: owned by the caller; the output must not overlap the input.
 // Numbers: bit-equal on every ISA and for every thread count (integer sums are exact; a window has
 // at most kMaxPoolWindow elements).
-// Trick: one kernel call reduces one window for all channels: the taps are a strided box, clipped
-// to the input outside of the kernel, so that padding costs nothing inside.
+// Trick: the taps of a window are a strided box, clipped to the input outside of the kernel, so
+// that padding costs nothing inside. One kernel call reduces all windows of an output row that lie
+// inside the input, for all channels.
 #pragma once
 
 #include <cstdint>
@@ -88,14 +89,16 @@ QK_HD int32_t window_divisor(const AvgPoolArgs& args, int64_t padded, int64_t in
 void max_pool(const MaxPoolArgs& args, const Parallel& parallel);
 void avg_pool(const AvgPoolArgs& args, const Parallel& parallel);
 
-// A box of taps, none outside of the input. Element c of tap (d, h, w) is at
-// base[d * stride[0] + h * stride[1] + w * stride[2] + c].
-struct PoolWindow {
+// Boxes of taps, none outside of the input. Element c of tap (d, h, w) of box i is at
+// base[i * step + d * stride[0] + h * stride[1] + w * stride[2] + c], its output at
+// out[i * out_step + c].
+struct PoolWindows {
   const uint8_t* base;
   int64_t taps[3];
   int64_t stride[3];
   int64_t channels;
   uint8_t* out;
+  int64_t count, step, out_step;
 };
 
 struct MeanGrid {
@@ -105,11 +108,11 @@ struct MeanGrid {
   int32_t q_zero_point, out_zero_point, qmin, qmax;
 };
 
-using MaxPoolKernel = void (*)(const PoolWindow&, bool is_signed);
-using AvgPoolKernel = void (*)(const PoolWindow&, const MeanGrid&);
+using MaxPoolKernel = void (*)(const PoolWindows&, bool is_signed);
+using AvgPoolKernel = void (*)(const PoolWindows&, const MeanGrid&);
 
-#define QK_MAX_POOL_KERNEL(features, name) void name(const PoolWindow&, bool);
-#define QK_AVG_POOL_KERNEL(features, name) void name(const PoolWindow&, const MeanGrid&);
+#define QK_MAX_POOL_KERNEL(features, name) void name(const PoolWindows&, bool);
+#define QK_AVG_POOL_KERNEL(features, name) void name(const PoolWindows&, const MeanGrid&);
 #include "csrc/pool/kernels.inc"
 #undef QK_MAX_POOL_KERNEL
 #undef QK_AVG_POOL_KERNEL

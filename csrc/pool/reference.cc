@@ -6,7 +6,7 @@ namespace qk {
 namespace {
 
 template <typename F>
-QK_HD void for_each_tap(const PoolWindow& window, const F& f) {
+QK_HD void for_each_tap(const PoolWindows& window, const F& f) {
   for (int64_t d = 0; d < window.taps[0]; ++d) {
     for (int64_t h = 0; h < window.taps[1]; ++h) {
       for (int64_t w = 0; w < window.taps[2]; ++w) {
@@ -16,9 +16,16 @@ QK_HD void for_each_tap(const PoolWindow& window, const F& f) {
   }
 }
 
-}  // namespace
+template <typename F>
+void for_each_window(PoolWindows windows, const F& f) {
+  for (; windows.count > 0; --windows.count) {
+    f(windows);
+    windows.base += windows.step;
+    windows.out += windows.out_step;
+  }
+}
 
-void max_pool_scalar(const PoolWindow& window, bool is_signed) {
+void max_window(const PoolWindows& window, bool is_signed) {
   for (int64_t c = 0; c < window.channels; ++c) {
     int32_t best = is_signed ? -128 : 0;
     for_each_tap(window, [&](const uint8_t* tap) {
@@ -29,7 +36,7 @@ void max_pool_scalar(const PoolWindow& window, bool is_signed) {
   }
 }
 
-void avg_pool_scalar(const PoolWindow& window, const MeanGrid& grid) {
+void mean_window(const PoolWindows& window, const MeanGrid& grid) {
   const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
   for (int64_t c = 0; c < window.channels; ++c) {
     int32_t sum = -static_cast<int32_t>(taps) * grid.q_zero_point;
@@ -37,6 +44,16 @@ void avg_pool_scalar(const PoolWindow& window, const MeanGrid& grid) {
     window.out[c] = static_cast<uint8_t>(
         mean_code(sum, grid.scale_ratio, grid.divisor, grid.out_zero_point, grid.qmin, grid.qmax));
   }
+}
+
+}  // namespace
+
+void max_pool_scalar(const PoolWindows& windows, bool is_signed) {
+  for_each_window(windows, [&](const PoolWindows& window) { max_window(window, is_signed); });
+}
+
+void avg_pool_scalar(const PoolWindows& windows, const MeanGrid& grid) {
+  for_each_window(windows, [&](const PoolWindows& window) { mean_window(window, grid); });
 }
 
 }  // namespace qk

@@ -14,15 +14,7 @@ using namespace avx2;
 // Codes that a 16-bit sum can take: 257 * 255 = 65535.
 constexpr int kFlush = 257;
 
-template <typename F>
-QK_INLINE void for_each_tap(const PoolWindow& window, const uint8_t* base, const F& f) {
-  for (int64_t d = 0; d < window.taps[0]; ++d) {
-    for (int64_t h = 0; h < window.taps[1]; ++h) {
-      const uint8_t* tap = base + d * window.stride[0] + h * window.stride[1];
-      for (int64_t w = 0; w < window.taps[2]; ++w, tap += window.stride[2]) f(tap);
-    }
-  }
-}
+#include "csrc/pool/x86_windows.h"
 
 // n < 32 bytes; the rest are zero.
 QK_INLINE __m256i load_part(const uint8_t* p, int64_t n) {
@@ -43,7 +35,7 @@ QK_INLINE __m256i max_codes(__m256i a, __m256i b) {
 }
 
 template <bool kSigned>
-QK_INLINE void max_window(const PoolWindow& window) {
+QK_INLINE void max_window(const PoolWindows& window) {
   const __m256i lowest = kSigned ? _mm256_set1_epi8(-128) : _mm256_setzero_si256();
   int64_t c = 0;
   for (; c + 64 <= window.channels; c += 64) {
@@ -71,7 +63,7 @@ QK_INLINE void max_window(const PoolWindow& window) {
 
 // An int8 code plus 128 is its byte with the top bit flipped: sums are unsigned either way.
 template <bool kOutSigned>
-QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
+QK_INLINE void mean_window(const PoolWindows& window, const MeanGrid& grid) {
   const __m256i zero = _mm256_setzero_si256();
   const __m256i flip = _mm256_set1_epi8(static_cast<char>(grid.q_signed ? 0x80 : 0));
   const int32_t zero_byte = grid.q_zero_point + (grid.q_signed ? 128 : 0);
@@ -115,12 +107,20 @@ QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
 
 }  // namespace
 
-void max_pool_avx2(const PoolWindow& window, bool is_signed) {
-  is_signed ? max_window<true>(window) : max_window<false>(window);
+void max_pool_avx2(const PoolWindows& windows, bool is_signed) {
+  if (is_signed) {
+    for_each_window(windows, [](const PoolWindows& window)
+                                 __attribute__((always_inline)) { max_window<true>(window); });
+  } else {
+    for_each_window(windows, [](const PoolWindows& window)
+                                 __attribute__((always_inline)) { max_window<false>(window); });
+  }
 }
 
-void avg_pool_avx2(const PoolWindow& window, const MeanGrid& grid) {
-  grid.out_signed ? mean_window<true>(window, grid) : mean_window<false>(window, grid);
+void avg_pool_avx2(const PoolWindows& windows, const MeanGrid& grid) {
+  for_each_window(windows, [&](const PoolWindows& window) __attribute__((always_inline)) {
+    grid.out_signed ? mean_window<true>(window, grid) : mean_window<false>(window, grid);
+  });
 }
 
 }  // namespace qk

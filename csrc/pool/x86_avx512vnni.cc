@@ -13,15 +13,7 @@ using namespace avx512;
 // Codes that a 16-bit sum can take: 257 * 255 = 65535.
 constexpr int kFlush = 257;
 
-template <typename F>
-QK_INLINE void for_each_tap(const PoolWindow& window, const uint8_t* base, const F& f) {
-  for (int64_t d = 0; d < window.taps[0]; ++d) {
-    for (int64_t h = 0; h < window.taps[1]; ++h) {
-      const uint8_t* tap = base + d * window.stride[0] + h * window.stride[1];
-      for (int64_t w = 0; w < window.taps[2]; ++w, tap += window.stride[2]) f(tap);
-    }
-  }
-}
+#include "csrc/pool/x86_windows.h"
 
 template <bool kSigned>
 QK_INLINE __m512i max_codes(__m512i a, __m512i b) {
@@ -29,7 +21,7 @@ QK_INLINE __m512i max_codes(__m512i a, __m512i b) {
 }
 
 template <bool kSigned>
-QK_INLINE void max_window(const PoolWindow& window) {
+QK_INLINE void max_window(const PoolWindows& window) {
   const __m512i lowest = kSigned ? _mm512_set1_epi8(-128) : _mm512_setzero_si512();
   int64_t c = 0;
   for (; c + 256 <= window.channels; c += 256) {
@@ -49,6 +41,35 @@ QK_INLINE void max_window(const PoolWindow& window) {
     });
     _mm512_mask_storeu_epi8(window.out + c, m, best);
   }
+}
+
+// Four windows side by side of up to 64 channels: the loops over the taps run once for all.
+template <bool kSigned>
+QK_INLINE void max_four_windows(const PoolWindows& windows) {
+  const __mmask64 m = byte_lanes(windows.channels);
+  const __m512i lowest = kSigned ? _mm512_set1_epi8(-128) : _mm512_setzero_si512();
+  __m512i best[4] = {lowest, lowest, lowest, lowest};
+  for_each_tap(windows, windows.base, [&](const uint8_t* tap) __attribute__((always_inline)) {
+    for (int k = 0; k < 4; ++k) {
+      best[k] = max_codes<kSigned>(best[k], _mm512_maskz_loadu_epi8(m, tap + k * windows.step));
+    }
+  });
+  for (int k = 0; k < 4; ++k) {
+    _mm512_mask_storeu_epi8(windows.out + k * windows.out_step, m, best[k]);
+  }
+}
+
+template <bool kSigned>
+QK_INLINE void max_windows(PoolWindows windows) {
+  if (windows.channels <= 64) {
+    for (; windows.count >= 4; windows.count -= 4) {
+      max_four_windows<kSigned>(windows);
+      windows.base += 4 * windows.step;
+      windows.out += 4 * windows.out_step;
+    }
+  }
+  for_each_window(windows, [](const PoolWindows& window)
+                               __attribute__((always_inline)) { max_window<kSigned>(window); });
 }
 
 // Moves 64 sums from 16 to 32 bits; all inside lanes of 16 bytes.
@@ -83,7 +104,7 @@ QK_INLINE void add_taps(const uint8_t* tap, int64_t taps, int64_t stride, __m512
 // The means of kVectors * 64 channels, the last vector under a mask, in one pass over the window.
 // An int8 code plus 128 is its byte with the top bit flipped: sums are unsigned either way.
 template <bool kOutSigned, int kVectors>
-QK_INLINE void mean_channels(const PoolWindow& window, int64_t c, const MeanGrid& grid) {
+QK_INLINE void mean_channels(const PoolWindows& window, int64_t c, const MeanGrid& grid) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(grid.q_signed ? 0x80 : 0));
   const int32_t zero_byte = grid.q_zero_point + (grid.q_signed ? 128 : 0);
   const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
@@ -127,7 +148,7 @@ QK_INLINE void mean_channels(const PoolWindow& window, int64_t c, const MeanGrid
 }
 
 template <bool kOutSigned>
-QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
+QK_INLINE void mean_window(const PoolWindows& window, const MeanGrid& grid) {
   int64_t c = 0;
   for (; window.channels - c > 128; c += 256) {
     if (window.channels - c > 192) {
@@ -145,12 +166,14 @@ QK_INLINE void mean_window(const PoolWindow& window, const MeanGrid& grid) {
 
 }  // namespace
 
-void max_pool_avx512vnni(const PoolWindow& window, bool is_signed) {
-  is_signed ? max_window<true>(window) : max_window<false>(window);
+void max_pool_avx512vnni(const PoolWindows& windows, bool is_signed) {
+  is_signed ? max_windows<true>(windows) : max_windows<false>(windows);
 }
 
-void avg_pool_avx512vnni(const PoolWindow& window, const MeanGrid& grid) {
-  grid.out_signed ? mean_window<true>(window, grid) : mean_window<false>(window, grid);
+void avg_pool_avx512vnni(const PoolWindows& windows, const MeanGrid& grid) {
+  for_each_window(windows, [&](const PoolWindows& window) __attribute__((always_inline)) {
+    grid.out_signed ? mean_window<true>(window, grid) : mean_window<false>(window, grid);
+  });
 }
 
 }  // namespace qk
