@@ -48,9 +48,9 @@ bool joins_rows(const ConvArgs& args, const ConvPhase& phase, const GemmPlan& pl
                 const int64_t (&count)[kConvDims]) {
   const PackedConvHeader& packed = *args.packed;
   const DimPhase &y = phase.dim[1], &x = phase.dim[2];
-  if (!plan.padded_image || !plan.runs || packed.input_signed || args.extent.in[0] != 1 ||
-      count[0] != 1 || phase.dim[0].taps != 1 || count[1] == 0 || count[2] == 0 ||
-      y.in_stride != 1 || x.in_stride != 1 || !phase.dense_output() ||
+  if (packed.isa != Isa::kAmx || !plan.padded_image || !plan.runs || packed.input_signed ||
+      args.extent.in[0] != 1 || count[0] != 1 || phase.dim[0].taps != 1 || count[1] == 0 ||
+      count[2] == 0 || y.in_stride != 1 || x.in_stride != 1 || !phase.dense_output() ||
       !fills_tiles(1, plan.taps, plan.depth)) {
     return false;
   }

@@ -9,8 +9,9 @@ namespace qk {
 // How one phase becomes a GEMM: rows are output pixels, columns output channels of one set.
 struct GemmPlan {
   bool runs;  // a row of the window is one contiguous run of taps * channels bytes
-  // AMX: rows of A are the pixels of an output row, evenly spaced in a padded copy of the image
-  // (or, without padding, in the image itself), so that tiles are loaded where they lie.
+  // Rows of A are the pixels of an output row, evenly spaced in a padded copy of the image (or,
+  // without padding, in the image itself): AMX loads its tiles where they lie; AVX512-VNNI does so
+  // with the few channels of a first layer, whose pointers cost as much as its products.
   bool even_rows;
   bool padded_image;
   int64_t taps, depth;
@@ -30,8 +31,10 @@ inline GemmPlan gemm_plan(const ConvShape& shape, const ConvPhase& phase, int64_
   plan.runs = shape.groups == 1 && columns > 1 && phase.dim[2].in_dilation == 1;
   plan.taps = plan.runs ? rows : rows * columns;
   plan.depth = plan.runs ? columns * channels : channels;
-  plan.even_rows = isa == Isa::kAmx && !shape.transposed && plan.taps <= kMaxTileTaps &&
-                   fills_tiles(groups_in_set * shape.out_per_group(), plan.taps, plan.depth);
+  const bool tiles = isa == Isa::kAmx && plan.taps <= kMaxTileTaps &&
+                     fills_tiles(groups_in_set * shape.out_per_group(), plan.taps, plan.depth);
+  const bool short_runs = isa == Isa::kAvx512Vnni && plan.runs && plan.depth <= kTileDepth;
+  plan.even_rows = !shape.transposed && (tiles || short_runs);
   // Without padding and with one tap to a row the image does, if nothing is read past a pixel.
   plan.padded_image = plan.even_rows && (is_padded(shape) || columns > 1);
   // What follows a run in the padded image meets weights that count as zero.

@@ -154,11 +154,12 @@ struct IgemmArgs {
   const uint8_t* a = nullptr;
   int64_t a_row_stride = 0;
   const uint8_t* const* pointers = nullptr;  // wins over `a`
-  // Rows that share the pointers of their first: `a_row_stride` further on for each. AMX only;
-  // row_begin, row_end are multiples of it then.
+  // Rows that share the pointers of their first: `a_row_stride` further on for each. AMX and
+  // AVX512-VNNI only; row_begin, row_end are multiples of it then.
   int64_t run = 1;
   // If not 0: of each run_pitch rows only the first run_width are outputs, and the rows of `out`
-  // are those. `run` is a multiple of run_pitch; for runs that tiles read in place, dense output.
+  // are those. AMX only; `run` is a multiple of run_pitch; for runs that tiles read in place, dense
+  // output.
   int64_t run_width = 0, run_pitch = 0;
   int64_t row_begin = 0, row_end = 0;
   int64_t panel_begin = 0, panel_end = 0;

@@ -361,9 +361,15 @@ class AmxRows {
     if (args_.matrix.weight_zero_point != nullptr) {
       for (int64_t i = 0; i < stored_; ++i) now.row_sums[i] = row_sum(first + i);
     }
-    now.tile = {nullptr,      &args_.matrix, nullptr, panel,        column,
-                columns,      now.row_sums,  now.out, now.residual, args_.residual_signed,
-                block_.lookup};
+    now.tile = {.matrix = &args_.matrix,
+                .panel_index = panel,
+                .first_column = column,
+                .columns = columns,
+                .row_sums = now.row_sums,
+                .out = now.out,
+                .residual = now.residual,
+                .residual_signed = args_.residual_signed,
+                .lookup = block_.lookup};
     next_ ^= 1;
   }
 

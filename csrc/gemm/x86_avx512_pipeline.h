@@ -94,7 +94,7 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
   const int64_t share = taps * quads / kGroups;
   const int64_t chunk = share >= quads ? quads : share < 1 ? 1 : share;
   Pending pending{sums, tile.out, tile.residual};
-  const uint8_t* const* rows = tile.rows;
+  Rows rows(tile);
   int stored = R;  // rows of the pending tile
   for (int64_t left = tiles; left > 0; --left) {
     __m512i acc[R][V];
@@ -102,8 +102,7 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
     const int8_t* b = panel.weights;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const uint8_t* p[R];
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) p[i] = rows[i * taps + tap];
+      rows.find(tap, p);
       for (int64_t k = 0; k < quads;) {
         const int64_t end = quads - k < chunk ? quads : k + chunk;
         multiply_quads<R, V, Flip>(p, k, end, tile.ahead, b, acc);
@@ -128,7 +127,7 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
     pending.out = tile.out;
     pending.residual = tile.residual;
     stored = 0;
-    rows += R * taps;
+    rows.advance(R);
     tile.advance(R);
     tile.fetch_next_lines();
   }

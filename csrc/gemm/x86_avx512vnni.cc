@@ -63,6 +63,34 @@ struct Panel {
   bool bytes;  // 8-bit outputs, straight from the accumulators
 };
 
+// Where the rows of a tile lie, as IgemmTile says, moving from tile to tile.
+struct Rows {
+  explicit Rows(const IgemmTile& tile)
+      : pointers(tile.rows),
+        pitch(tile.row_pitch),
+        offset(tile.first_offset),
+        stride(tile.row_stride) {}
+
+  template <int R>
+  inline __attribute__((always_inline)) void find(int64_t tap, const uint8_t* (&p)[R]) const {
+    if (pitch == 0) {
+      p[0] = pointers[tap] + offset;
+#pragma GCC unroll 8
+      for (int i = 1; i < R; ++i) p[i] = p[i - 1] + stride;
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) p[i] = pointers[i * pitch + tap];
+    }
+  }
+  inline __attribute__((always_inline)) void advance(int64_t count) {
+    pointers += count * pitch;
+    offset += count * stride;
+  }
+
+  const uint8_t* const* pointers;
+  int64_t pitch, offset, stride;
+};
+
 template <int R, int V>
 QK_INLINE void start_sums(const Panel& panel, __m512i (&acc)[R][V]) {
 #pragma GCC unroll 4
@@ -91,8 +119,7 @@ QK_INLINE void multiply_tail(const Panel& panel, const uint8_t* const (&p)[R], c
 
 // acc[i][j] = init[j] + sum over tap, k. `Flip`: A is int8.
 template <int R, int V, bool Flip>
-QK_INLINE void multiply(const Panel& panel, const uint8_t* const* rows, int64_t ahead,
-                        __m512i (&acc)[R][V]) {
+QK_INLINE void multiply(const Panel& panel, const Rows& rows, int64_t ahead, __m512i (&acc)[R][V]) {
   constexpr int S = sums_in_flight(R * V);
   const int64_t taps = panel.taps, quads = panel.quads;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -109,8 +136,7 @@ QK_INLINE void multiply(const Panel& panel, const uint8_t* const* rows, int64_t 
   }
   for (int64_t tap = 0; tap < taps; ++tap) {
     const uint8_t* p[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) p[i] = rows[i * taps + tap];
+    rows.find(tap, p);
     int64_t k = 0;
     for (; k + S <= quads; k += S) {
       if (R >= kLeastPrefetchRows) _mm_prefetch(b + ahead, _MM_HINT_T1);
@@ -273,9 +299,8 @@ template <int R, int V, bool Flip>
 __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) {
   const Panel panel(tile);
   const Packing packing(tile.matrix->header->epilogue);
-  const uint8_t* const* rows = tile.rows;
+  Rows rows(tile);
   uint8_t* const* out = tile.out;
-  const int64_t row_pointers = R * panel.taps;
   for (int64_t left = tiles; left > 0; --left) {
     __m512i acc[R][V];
     multiply<R, V, Flip>(panel, rows, tile.ahead, acc);
@@ -285,7 +310,7 @@ __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) 
       store_any<R, V>(tile, acc);
       tile.advance(R);
     }
-    rows += row_pointers;
+    rows.advance(R);
     out += R;
     tile.fetch_next_lines();
   }

@@ -10,9 +10,13 @@ constexpr int64_t kMaxBlockRows = 96;
 constexpr int64_t kBlockBytes = 24 * 1024;
 
 struct IgemmTile {
-  const uint8_t* const* rows;  // [tile row * taps + tap]
+  // Tap t of row i is at rows[i * row_pitch + t] + first_offset + i * row_stride: row_pitch is
+  // `taps` and the others 0 where every row has its pointers; row_pitch is 0 where they share those
+  // of a run.
+  const uint8_t* const* rows = nullptr;
+  int64_t row_pitch = 0, first_offset = 0, row_stride = 0;
   const PackedMatrix* matrix;
-  const int8_t* panel;
+  const int8_t* panel = nullptr;
   int64_t panel_index;
   int64_t first_column, columns;  // of this panel
   const uint32_t* row_sums;       // with weight zero points, else unset
@@ -30,7 +34,8 @@ struct IgemmTile {
 
   // On to the next rows of the block.
   inline __attribute__((always_inline)) void advance(int64_t count) {
-    rows += count * matrix->header->taps;
+    rows += count * row_pitch;
+    first_offset += count * row_stride;
     row_sums += count;
     out += count;
     residual += count;
@@ -105,9 +110,17 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
   uint32_t row_sums[kMaxBlockRows];
   int64_t row = block.row_begin;
   while (row < block.row_end) {
-    const int64_t count = block_rows(block.row_end - row, tile_rows, header.taps * header.depth);
+    const int64_t in_run = args.run > 1 ? row % args.run : 0;
+    const int64_t left = args.run > 1 ? args.run - in_run : block.row_end - row;
+    const int64_t count = block_rows(left, tile_rows, header.taps * header.depth);
     const uint8_t* const* sources = strided;
-    if (args.pointers != nullptr) {
+    int64_t row_pitch = header.taps, first_offset = 0, row_stride = 0;
+    if (args.run > 1) {
+      sources = args.pointers + row / args.run * header.taps;
+      row_pitch = 0;
+      row_stride = args.a_row_stride;
+      first_offset = in_run * row_stride;
+    } else if (args.pointers != nullptr) {
       sources = args.pointers + row * header.taps;
     } else {
       spread_rows(args.a, nullptr, args.a_row_stride, row, count, strided);
@@ -121,13 +134,16 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
     }
     if (args.matrix.weight_zero_point != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
-        row_sums[i] = igemm_row_sum(sources + i * header.taps, 0, header);
+        row_sums[i] = igemm_row_sum(sources + i * row_pitch, first_offset + i * row_stride, header);
       }
     }
     for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
       const int64_t column = panel * shape.columns, rest = header.n - column;
       const int64_t columns = rest < shape.columns ? rest : shape.columns;
       const IgemmTile tile{sources,
+                           row_pitch,
+                           first_offset,
+                           row_stride,
                            &args.matrix,
                            args.matrix.panels + panel * header.panel_bytes,
                            panel,
