@@ -73,6 +73,9 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "observe_fake_quant_out(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool "
       "symmetric, float min_scale, float? momentum, str source, Tensor(f!) out) -> Tensor");
+  m.def(
+      "observe_histogram(Tensor x, Tensor batch_low, Tensor batch_high, Tensor(a!) low, Tensor(b!) "
+      "high, Tensor(c!) histogram) -> ()");
 
   // Batch normalization in training and the grid behind it (qkernels/ops/batch_norm.py).
   m.def(

@@ -69,6 +69,11 @@ QK_DEVICE void shared_store_u128(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// Adds one. Any number of threads may count at an address between two barriers.
+QK_DEVICE void shared_count(uint32_t address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+}
+
 // cp.async: `count` of 16 (of 4) bytes are copied, the rest is zero. `from` is aligned to 16 (4).
 QK_DEVICE void copy_async_16(uint32_t to, const void* from, int count) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(count)
@@ -186,6 +191,7 @@ inline void shared_store_u16(uint32_t address, uint32_t v) {
 inline void shared_store_u32(uint32_t address, uint32_t v) { simt::shared_store(address, v); }
 inline void shared_store_u64(uint32_t address, uint2 v) { simt::shared_store(address, v); }
 inline void shared_store_u128(uint32_t address, uint4 v) { simt::shared_store(address, v); }
+inline void shared_count(uint32_t address) { simt::shared_count(address); }
 inline void copy_async_16(uint32_t to, const void* from, int count) {
   simt::copy_async(to, from, 16, count);
 }

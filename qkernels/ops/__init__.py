@@ -33,7 +33,13 @@ from qkernels.ops.fake_quant import (
 from qkernels.ops.foreach import foreach_fake_quant, foreach_fake_quant_backward, foreach_observe_fake_quant
 from qkernels.ops.linear import linear, linear_pack
 from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out, lsq_out
-from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
+from qkernels.ops.observe import (
+    observe,
+    observe_fake_quant,
+    observe_fake_quant_out,
+    observe_histogram,
+    observe_minmax,
+)
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
 from qkernels.ops.rows import linear_rows, quantize_rows
@@ -96,6 +102,7 @@ __all__ = [
     "observe",
     "observe_fake_quant",
     "observe_fake_quant_out",
+    "observe_histogram",
     "observe_minmax",
     "pack_signs",
     "pact",

@@ -139,6 +139,7 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(arch, operation, loads, sto
 TRAINING = [
     ("lsq_run_kernel", 2, 1),
     ("extremes_run_kernel", 1, 1),
+    ("histogram_count_kernel", 1, 0),
     ("foreach_quant_kernel", 2, 1),
     ("foreach_backward_kernel", 2, 1),
     ("dorefa_run_kernel", 2, 1),

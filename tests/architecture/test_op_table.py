@@ -17,7 +17,8 @@ CUDA_OPS = [
     "fake_quant_backward", "fake_quant_backward_out", "fake_quant_mask", "fake_quant_mask_backward", "fake_quant_out",
     "foreach_fake_quant", "foreach_fake_quant_backward", "foreach_observe_fake_quant", "linear", "linear_pack",
     "linear_rows", "lookup", "lsq", "lsq_backward", "lsq_backward_out", "lsq_out", "max_pool", "mul", "observe",
-    "observe_fake_quant_out", "observe_minmax", "pact", "pact_backward", "quantize", "quantize_out", "quantize_rows",
+    "observe_fake_quant_out", "observe_histogram", "observe_minmax", "pact", "pact_backward", "quantize",
+    "quantize_out", "quantize_rows",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ CUDA_OPS = (
     *("quantize", "quantize_out", "dequantize", "dequantize_out", "fake_quant", "fake_quant_out", "quantize_rows"),
     *("fake_quant_backward", "fake_quant_backward_out", "fake_quant_mask", "fake_quant_mask_backward"),
     *("lsq", "lsq_out", "lsq_backward", "lsq_backward_out", "pact", "pact_backward"),
-    *("observe", "observe_minmax", "observe_fake_quant_out"),
+    *("observe", "observe_minmax", "observe_fake_quant_out", "observe_histogram"),
     *("dorefa_weight", "dorefa_weight_backward", "dorefa_gradient", "binary_sign", "binary_sign_backward"),
     *("foreach_fake_quant", "foreach_fake_quant_backward", "foreach_observe_fake_quant"),
     *("lookup", "add", "mul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool"),
@@ -352,8 +352,15 @@ def graph(small: bool) -> Cases:
         zero = torch.zeros(1, dtype=torch.int32, device="cuda")
         seed = torch.tensor([5], device="cuda")
 
+        def histogram():
+            ends = torch.full((1,), -0.5, device="cuda"), torch.full((1,), 0.5, device="cuda")
+            state = *ends, torch.ones(64, device="cuda")
+            ops.observe_histogram(x, *ops.observe_minmax(x, None)[:2], *state)
+            return state
+
         def step():
             return (
+                *histogram(),
                 *ops.lsq_backward(grad, x, scale, point, None, -8, 7, 1.0),
                 ops.dorefa_weight(x, scale, zero, -8, 7),
                 ops.dorefa_weight_backward(grad, x, scale, zero, -8, 7),

@@ -217,6 +217,15 @@ SAMPLES["observe_fake_quant_out"] = [
              torch.empty(3, 5)),
 ]  # fmt: skip
 
+SAMPLES["observe_histogram"] = [
+    lambda: (torch.randn(3, 5), torch.tensor([-4.0]), torch.tensor([4.0]), torch.tensor([float("inf")]),
+             torch.tensor([float("-inf")]), torch.zeros(16)),
+    lambda: (torch.randn(300, 50).half(), torch.tensor([-4.5]), torch.tensor([5.0]), torch.tensor([-1.0]),
+             torch.tensor([3.0]), torch.arange(100.0)),
+    lambda: (torch.randn(40), torch.tensor([float("inf")]), torch.tensor([float("-inf")]), torch.tensor([-1.0]),
+             torch.tensor([3.0]), torch.arange(100.0)),
+]  # fmt: skip
+
 # ---- foreach ----
 
 

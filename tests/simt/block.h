@@ -84,6 +84,7 @@ struct Warp {
 };
 
 // Who touched a byte of shared memory last.
+inline constexpr uint16_t kEverybody = 0xffff;  // threads that count together
 struct Shadow {
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
   uint32_t read_warps = 0;

@@ -134,6 +134,28 @@ void shared_store(uint32_t address, const T& value) {
   std::memcpy(&state.block.shared[address], &value, sizeof(T));
 }
 
+// Adds one to a word, as a whole: threads that count there do not race with one another, but with
+// every other access.
+inline void shared_count(uint32_t address) {
+  check_bounds(address, 4, "count");
+  Block& b = state.block;
+  for (uint32_t i = address; i < address + 4; ++i) {
+    Shadow& s = b.shadow[i];
+    if (s.in_flight) fault("count at shared byte ", i, " while cp.async may still write it");
+    if (!s.written) fault("count at shared byte ", i, ", which was never written");
+    if (s.writer != kEverybody && s.writer != this_thread().index && s.write_epoch == b.epoch) {
+      race("count", i, s.writer);
+    }
+    if (s.read_epoch == b.epoch) race("count", i, s.reader);
+    s.writer = kEverybody;
+    s.write_epoch = b.epoch;
+  }
+  uint32_t value;
+  std::memcpy(&value, &b.shared[address], 4);
+  ++value;
+  std::memcpy(&b.shared[address], &value, 4);
+}
+
 // `count` of `bytes` (4 or 16) are copied, the rest is zero.
 inline void copy_async(uint32_t to, const void* from, int bytes, int count) {
   if (reinterpret_cast<uintptr_t>(from) % static_cast<unsigned>(bytes) != 0) {
