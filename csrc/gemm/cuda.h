@@ -58,6 +58,11 @@ cudaError_t launch_linear_u8(const IgemmCudaArgs& args, const RowSource& source,
 cudaError_t launch_linear_s8(const IgemmCudaArgs& args, const RowSource& source, int tile,
                              cudaStream_t stream);
 
+// The kernel of sm_90a, on a grid of at most `blocks`. Rows of A are aligned, and there are no
+// weight zero points. cudaErrorCallRequiresNewerDriver: the driver has no tensor maps.
+cudaError_t launch_linear_wgmma(const IgemmCudaArgs& args, const RowSource& source,
+                                bool input_signed, int blocks, cudaStream_t stream);
+
 }  // namespace cuda
 
 // A GEMM over packed bytes, in `groups` groups of n / groups columns. out is dense [.., n].

@@ -7,9 +7,9 @@ namespace qk {
 namespace {
 
 constexpr int kHistogramThreads = 256;
-constexpr int64_t kHistogramRun = 16384;     // elements that a block counts at a time
-constexpr int64_t kHistogramBlocks = 1024;   // at most
-constexpr int64_t kSharedBins = 48 * 256;    // as many as the default shared memory holds
+constexpr int64_t kHistogramRun = 16384;    // elements that a block counts at a time
+constexpr int64_t kHistogramBlocks = 1024;  // at most
+constexpr int64_t kSharedBins = 48 * 256;   // as many as the default shared memory holds
 using Count = unsigned long long;
 
 struct HistogramRanges {
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kHistogramThreads)
        run += int64_t{gridDim.x} * kHistogramRun) {
     const int64_t n = args.n - run < kHistogramRun ? args.n - run : kHistogramRun;
     const int64_t vectors = aligned ? n / kVector * kVector : 0;
-    for (int64_t i = int64_t{threadIdx.x} * kVector; i < vectors; i += kHistogramThreads * kVector) {
+    for (int64_t i = int64_t{threadIdx.x} * kVector; i < vectors;
+         i += kHistogramThreads * kVector) {
       const auto v = cuda::load_vector<kVector>(x + run + i);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) add(v.v[k]);
@@ -123,11 +124,11 @@ int64_t histogram_cuda_workspace(int64_t bins) {
 
 cudaError_t observe_histogram_cuda(const HistogramCudaArgs& args, cudaStream_t stream) {
   if (args.n == 0) return cudaSuccess;
-  cudaError_t error = cudaMemsetAsync(args.workspace, 0,
-                                      sizeof(Count) * static_cast<size_t>(args.bins), stream);
+  cudaError_t error =
+      cudaMemsetAsync(args.workspace, 0, sizeof(Count) * static_cast<size_t>(args.bins), stream);
   if (error != cudaSuccess) return error;
-  error = with_float_type(
-      args.type, [&](auto zero) { return launch_count<decltype(zero)>(args, stream); });
+  error = with_float_type(args.type,
+                          [&](auto zero) { return launch_count<decltype(zero)>(args, stream); });
   if (error != cudaSuccess) return error;
   const int64_t blocks = (args.bins + kHistogramThreads - 1) / kHistogramThreads;
   error = cuda::launch(histogram_move_kernel, static_cast<unsigned>(blocks), kHistogramThreads, 0,

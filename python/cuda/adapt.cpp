@@ -1,5 +1,8 @@
 #include "python/cuda/adapt.h"
 
+#include <cstdlib>
+#include <cstring>
+
 #include "csrc/gemm/cuda.h"
 
 namespace qk::seam {
@@ -36,10 +39,12 @@ Tensor to_device_of(const Tensor& like, const Tensor& t) {
 CudaMachine check_machine(const char* op) {
   CudaMachine machine;
   check_launch(op, cuda_machine(&machine));
+  const char* asked = std::getenv("QKERNELS_WGMMA");
+  machine.wgmma = asked != nullptr && std::strcmp(asked, "1") == 0;
   STD_TORCH_CHECK(machine.capability >= kCudaLeastCapability, op,
-                  ": needs a GPU of compute capability ", kCudaLeastCapability / 10,
-                  ".0 or newer, got ", machine.capability / 10, ".", machine.capability % 10,
-                  "; move the model to the CPU");
+                  ": needs a GPU of compute capability ", kCudaLeastCapability / 10, ".",
+                  kCudaLeastCapability % 10, " or newer, got ", machine.capability / 10, ".",
+                  machine.capability % 10, "; move the model to the CPU");
   return machine;
 }
 

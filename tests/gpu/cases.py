@@ -6,6 +6,7 @@ worth keeping.
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,6 +184,28 @@ def linear(small: bool) -> Cases:
 
     for name, *arguments in linear_cases(small):
         yield name, lambda arguments=arguments: run(*arguments)
+
+
+def wgmma(small: bool) -> Cases:
+    """The kernel of sm_90a, which is off by default: `linear` again, and its times."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return
+
+    def with_wgmma(run):
+        def case():
+            os.environ["QKERNELS_WGMMA"] = "1"
+            try:
+                return run()
+            finally:
+                del os.environ["QKERNELS_WGMMA"]
+
+        return case
+
+    for name, run in linear(small):
+        yield f"wgmma {name}", with_wgmma(run)
+    for shape in [(128, 4096, 4096), (512, 4096, 4096), (4096, 4096, 4096), (8192, 8192, 8192)]:
+        if not small:
+            yield f"wgmma {shape}", with_wgmma(lambda shape=shape: bench_linear(*shape))
 
 
 def conv(small: bool) -> Cases:
@@ -500,6 +523,6 @@ def bench(small: bool) -> Cases:
 
 
 _PARTS: dict[str, Callable[[bool], Cases]] = {
-    **{"linear": linear, "conv": conv, "rows": rows, "floats": floats, "ops": samples, "model": model},
+    **{"linear": linear, "wgmma": wgmma, "conv": conv, "rows": rows, "floats": floats, "ops": samples, "model": model},
     **{"opcheck": opcheck, "graph": graph, "streams": streams, "errors": errors, "bench": bench},
 }

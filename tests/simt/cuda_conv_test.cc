@@ -7,6 +7,7 @@
 #include "csrc/gemm/cuda.cu"
 #include "csrc/gemm/cuda_s8.cu"
 #include "csrc/gemm/cuda_u8.cu"
+#include "csrc/gemm/cuda_wgmma_sm90a.cu"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
 #include "tests/simt/layers.h"
@@ -157,9 +158,9 @@ void usual_layers_give_the_bits_of_the_reference() {
 constexpr OutputType kOutputs[] = {OutputType::kU8,  OutputType::kS8,   OutputType::kS32,
                                    OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
-void random_convolutions_give_the_bits_of_the_reference() {
+void random_convolutions_give_the_bits_of_the_reference(int turns) {
   Rng rng(2);
-  for (int turn = 0; turn < 260;) {
+  for (int turn = 0; turn < turns;) {
     Case c;
     ConvShape& s = c.shape;
     s.spatial_dims = 3;
@@ -191,6 +192,18 @@ void random_convolutions_give_the_bits_of_the_reference() {
   }
 }
 
+// The same kernels with the instructions of capability 7.5.
+void turing_gives_the_bits_of_the_reference() {
+  const simt::Device before = simt::device;
+  simt::device = {7, 5, 40, 64 << 10, 64 << 10};
+  simt::counters = {};
+  usual_layers_give_the_bits_of_the_reference();
+  random_convolutions_give_the_bits_of_the_reference(60);
+  CHECK_EQ(simt::counters.mmas, 0u);
+  CHECK(simt::counters.small_mmas > 0);
+  simt::device = before;
+}
+
 void tiles_read_the_image_16_bytes_at_a_time() {
   Rng rng(3);
   Problem problem(square(64, 64, 1, 8, 3, 1, 1), rng);
@@ -220,7 +233,8 @@ void broken_instructions_are_noticed() {
 
 int main() {
   usual_layers_give_the_bits_of_the_reference();
-  random_convolutions_give_the_bits_of_the_reference();
+  random_convolutions_give_the_bits_of_the_reference(260);
+  turing_gives_the_bits_of_the_reference();
   tiles_read_the_image_16_bytes_at_a_time();
   broken_instructions_are_noticed();
 }

@@ -54,11 +54,11 @@ void batches_give_the_bits_of_the_cpu(FloatType type, int64_t bins, int64_t n, i
     Guarded<uint8_t> workspace(histogram_cuda_workspace(bins), Touches::kStart);
     rng.fill(workspace);
     simt::seed = rng.bits();
-    CHECK_EQ(observe_histogram_cuda(
-                 {x.data() + misalign, type, n, &range.low, &range.high, &gpu.low, &gpu.high,
-                  gpu.histogram.data(), bins, workspace.data()},
-                 nullptr),
-             cudaSuccess);
+    CHECK_EQ(
+        observe_histogram_cuda({x.data() + misalign, type, n, &range.low, &range.high, &gpu.low,
+                                &gpu.high, gpu.histogram.data(), bins, workspace.data()},
+                               nullptr),
+        cudaSuccess);
     CHECK(same_bytes(gpu.histogram.data(), cpu.histogram.data(), bins));
     CHECK(same_bytes(&gpu.low, &cpu.low, 1) && same_bytes(&gpu.high, &cpu.high, 1));
     float total = 0;
