@@ -124,6 +124,15 @@ def test_gemv_reads_16_bytes_at_a_time(arch):
         assert count(body, r"IDP\.4A") >= 16, name
 
 
+@pytest.mark.parametrize("arch", real_archs())
+def test_products_of_packed_signs_count_bits_of_64_bit_words(arch):
+    for name, body in named(arch, "sign_product_kernel").items():
+        assert count(body, r"POPC") >= 8, name
+        assert count(body, r"LDG\.E\.64") >= 5, f"{name}: a word of the weight and of each pixel"
+    for name, body in named(arch, "pack_rows_kernel").items():
+        assert count(body, r"VOTE") >= 2, name
+
+
 # What a thread loads and stores at once: (operation, 16-byte loads, 16-byte stores), at least.
 ELEMENTWISE = [
     ("9FakeQuantI", 1, 1),

@@ -25,6 +25,7 @@ CUDA_OPS = (
     *("lsq", "lsq_out", "lsq_backward", "lsq_backward_out", "pact", "pact_backward"),
     *("observe", "observe_minmax", "observe_fake_quant_out", "observe_histogram"),
     *("dorefa_weight", "dorefa_weight_backward", "dorefa_gradient", "binary_sign", "binary_sign_backward"),
+    *("pack_signs", "binary_weight_pack", "binary_linear", "binary_conv2d"),
     *("foreach_fake_quant", "foreach_fake_quant_backward", "foreach_observe_fake_quant"),
     *("lookup", "add", "mul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool"),
     *PACKED,
