@@ -126,6 +126,13 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "conv(Tensor input, Tensor packed, Tensor? residual, int out_channels, int[] output_size, "
       "ScalarType output_dtype, int[] geometry=[]) -> Tensor");
 
+  // The packing of a layer that is trained: the grid of its input is tensors, as those of its
+  // weight, and the output float32. geometry: as conv's; empty: a linear layer.
+  m.def(
+      "pack_on_grid(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+      "Tensor input_scale, Tensor input_zero_point, ScalarType input_dtype, int[] geometry) -> "
+      "Tensor");
+
   // Activations quantized when they arrive, a grid a row (qkernels/ops/rows.py). `packed`:
   // linear_pack's, for an int32 output.
   m.def(

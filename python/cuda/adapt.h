@@ -33,6 +33,7 @@ inline int32_t guarded_device(const char* op, const Tensor& t) {
 }
 
 inline void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // forgotten, or a later call would report it
   STD_TORCH_CHECK(error == cudaSuccess, op,
                   ": CUDA kernel failed to start: ", cudaGetErrorString(error));
 }

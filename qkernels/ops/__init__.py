@@ -18,7 +18,7 @@ from qkernels.ops.binary import (
     binary_weight_pack,
     pack_signs,
 )
-from qkernels.ops.conv import conv, conv_geometry, conv_output_size, conv_pack, conv_padding
+from qkernels.ops.conv import conv, conv_geometry, conv_output_size, conv_pack, conv_padding, pack_on_grid
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import (
@@ -104,6 +104,7 @@ __all__ = [
     "observe_fake_quant_out",
     "observe_histogram",
     "observe_minmax",
+    "pack_on_grid",
     "pack_signs",
     "pact",
     "pact_backward",

@@ -18,7 +18,7 @@ from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue, ResidualAdd
 Cases = Iterator[tuple[str, Callable[[], Any]]]
 
 # Ops whose packed bytes belong to a device: their cases pack by themselves.
-PACKED = ("conv_pack", "conv", "linear_pack", "linear", "linear_rows")
+PACKED = ("conv_pack", "conv", "linear_pack", "linear", "linear_rows", "pack_on_grid")
 CUDA_OPS = (
     *("quantize", "quantize_out", "dequantize", "dequantize_out", "fake_quant", "fake_quant_out", "quantize_rows"),
     *("fake_quant_backward", "fake_quant_backward_out", "fake_quant_mask", "fake_quant_mask_backward"),
@@ -267,8 +267,21 @@ def floats(small: bool) -> Cases:
         ):
             equal(op(*on("cuda", arguments)), op(*arguments))
 
+    def huge():
+        """More than 2^31 elements: the last of them."""
+        size = (1 << 31) + 100
+        if torch.cuda.mem_get_info()[0] < 6 * size:
+            return "skipped: too little memory"
+        x = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+        x[-50:] = torch.linspace(-3, 3, 50)
+        grid = torch.tensor([0.1]), torch.zeros(1, dtype=torch.int32)
+        arguments = (None, -8, 7, torch.int8)
+        equal(ops.quantize(x, *on("cuda", grid), *arguments)[-80:], ops.quantize(x[-80:].cpu(), *grid, *arguments))
+
     for case in itertools.product(shapes, (None, 0, -1), (torch.float32, torch.bfloat16, torch.float16)):
         yield f"floats {case}", lambda case=case: run(*case)
+    if not small:
+        yield "more than 2^31 elements", huge
 
 
 def samples(small: bool) -> Cases:
@@ -321,6 +334,25 @@ def model(small: bool) -> Cases:
         for batch in batches:
             equal(moved(batch.cuda()), converted(batch).detach())
 
+    def trained(layer, shape):
+        """A layer in training: the bits of its integer forward, packed on the device."""
+        prepared = qkernels.prepare_qat(nn.Sequential(layer, nn.Tanh()), torch.randn(shape), skip=[nn.Tanh])
+        prepared(torch.randn(shape))
+        moved, x = copy.deepcopy(prepared).to("cuda"), torch.randn(shape)
+        for model in (prepared, moved):
+            qkernels.disable_observer(model)
+        on_cuda = moved(x.cuda())
+        equal(moved.get_submodule("0")(x.cuda()), prepared.get_submodule("0")(x).detach())
+        on_cuda.sum().backward()
+        assert moved.get_submodule("0").weight.grad.isfinite().all()
+
+    for layer, shape in [
+        (nn.Linear(70, 33), (5, 70)),
+        (nn.Conv2d(16, 24, 3, 2, 1), (2, 16, 9, 9)),
+        (nn.Conv2d(32, 32, 3, 1, 1, groups=32), (2, 32, 9, 9)),
+        (nn.ConvTranspose2d(16, 16, 3, 2), (2, 16, 5, 5)),
+    ]:
+        yield f"int8 forward of {layer}", lambda layer=layer, shape=shape: trained(layer, shape)
     yield "int8", lambda: run(network, "int8", [torch.randn(2, 3, 33, 35) for _ in range(4)])
     yield "int8-dynamic", lambda: run(dynamic, "int8-dynamic", [torch.randn(40, 100) for _ in range(2)])
 
@@ -418,6 +450,7 @@ def streams(small: bool) -> Cases:
 def errors(small: bool) -> Cases:
     packed, x = some_linear(9, 32, 64)
     good = ops.linear(x, packed, 32)
+    unit = torch.ones(1, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def run(words, call):
         message = "no error"
@@ -437,6 +470,8 @@ def errors(small: bool) -> Cases:
         ("input must be uint8", lambda: ops.linear(x.view(torch.int8), packed, 32)),
         ("output_dtype", lambda: ops.linear(x, packed, 32, torch.float32)),
         ("residual must not be given", lambda: ops.linear(x, packed, 32, torch.uint8, good)),
+        ("table must be on cuda:0", lambda: ops.lookup(x, torch.zeros(256, dtype=torch.uint8))),
+        ("out of memory", lambda: ops.quantize(torch.ones(1, device="cuda").expand(1 << 45), *unit, None, 0, 255)),
     ]:
         yield words, lambda words=words, call=call: run(words, call)
 
