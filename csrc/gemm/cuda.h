@@ -8,7 +8,8 @@
 //   graph.
 // Numbers: those of the CPU, for any tile and any split of K.
 // Tricks: tensor cores (mma m16n8k32) with a ring of asynchronous copies, see cuda_tile.cuh; up to
-//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda_kernels.cuh.
+//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda_kernels.cuh;
+//   where it is asked for, wgmma and TMA, see cuda_wgmma_sm90a.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -44,6 +44,21 @@ inline constexpr int64_t kCudaWgmmaRows = 65;
 // What the kernels need: int8 on tensor cores.
 inline constexpr int kCudaLeastCapability = 75;
 
+// What a GPU needs for a build for `archs`: "sm_80 sm_90 compute_90" gives 80.
+constexpr int least_cuda_capability(const char* archs) {
+  int least = 1 << 30, number = 0;
+  for (const char* at = archs;; ++at) {
+    if (*at >= '0' && *at <= '9') {
+      number = number * 10 + (*at - '0');
+    } else if (number > 0) {
+      if (number < least) least = number;
+      number = 0;
+    }
+    if (*at == '\0') break;
+  }
+  return least > kCudaLeastCapability ? least : kCudaLeastCapability;
+}
+
 struct CudaGemmPlan {
   int tile = 0, splits = 1;
   double cycles = 0;

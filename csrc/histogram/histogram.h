@@ -2,9 +2,8 @@
 // search a range keep.
 //
 //   range   low = min(low, batch low), high = max(high, batch high); the first batch replaces it
-//   old     each bin is cut into kHistogramPieces equal pieces, and a piece's mass goes whole to
-//   the
-//           bin of the new range in which its middle lies; a range of one point moves as a whole
+//   old     each bin is cut into kHistogramPieces equal pieces; a piece goes whole to the bin of
+//           the new range in which its middle lies; a range of one point moves as a whole
 //   new     bin of v = floor((v - low) * bins / (high - low)); values outside of the range, and
 //           NaN, are left out
 //   bins    float(count of the batch) + the mass that has moved there

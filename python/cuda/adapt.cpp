@@ -41,10 +41,11 @@ CudaMachine check_machine(const char* op) {
   check_launch(op, cuda_machine(&machine));
   const char* asked = std::getenv("QKERNELS_WGMMA");
   machine.wgmma = asked != nullptr && std::strcmp(asked, "1") == 0;
-  STD_TORCH_CHECK(machine.capability >= kCudaLeastCapability, op,
-                  ": needs a GPU of compute capability ", kCudaLeastCapability / 10, ".",
-                  kCudaLeastCapability % 10, " or newer, got ", machine.capability / 10, ".",
-                  machine.capability % 10, "; move the model to the CPU");
+  constexpr int least = least_cuda_capability(QK_CUDA_ARCHS);
+  STD_TORCH_CHECK(machine.capability >= least, op, ": needs a GPU of compute capability ",
+                  least / 10, ".", least % 10, " or newer (built for ", QK_CUDA_ARCHS, "), got ",
+                  machine.capability / 10, ".", machine.capability % 10,
+                  "; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU");
   return machine;
 }
 

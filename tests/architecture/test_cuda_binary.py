@@ -133,6 +133,14 @@ def test_products_of_packed_signs_count_bits_of_64_bit_words(arch):
         assert count(body, r"VOTE") >= 2, name
 
 
+@pytest.mark.parametrize("arch", real_archs())
+def test_groups_of_a_few_channels_are_dot_products_of_words(arch):
+    kinds = [body for name, body in named(arch, "elementwise_kernel").items() if "12NarrowGroups" in name]
+    assert len(kinds) == 2
+    for body in kinds:
+        assert count(body, r"IDP\.4A") >= 4
+
+
 # What a thread loads and stores at once: (operation, 16-byte loads, 16-byte stores), at least.
 ELEMENTWISE = [
     ("9FakeQuantI", 1, 1),

@@ -115,6 +115,7 @@ def conv_cases(small: bool):
         (64, 96, 1, (3, 3), 1, 1, 1, False, "zeros", (14, 14)),
         (64, 96, 1, (1, 1), 1, 0, 1, False, "zeros", (7, 7)),
         (64, 64, 4, (3, 3), 1, 2, 2, False, "circular", (9, 9)),
+        (32, 64, 8, (3, 3), 2, 1, 1, False, "zeros", (9, 9)),
         (40, 24, 1, (3, 3), 1, 1, 1, False, "replicate", (9, 9)),
         (16, 20, 1, (5,), 2, 2, 1, False, "zeros", (50,)),
         (16, 16, 1, (3, 3, 3), 1, 1, 1, False, "zeros", (5, 6, 7)),
@@ -346,6 +347,24 @@ def model(small: bool) -> Cases:
         on_cuda.sum().backward()
         assert moved.get_submodule("0").weight.grad.isfinite().all()
 
+    def step(rule, how):
+        """A training step of a whole network: every parameter gets a finite gradient."""
+        prepared = qkernels.prepare_qat(copy.deepcopy(network).train(), torch.randn(2, 3, 33, 35), rule=rule).to("cuda")
+        model = torch.compile(prepared, backend="aot_eager") if how == "compiled" else prepared
+        optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        for _ in range(3):
+            x = torch.randn(2, 3, 33, 35).cuda()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=how == "autocast"):
+                loss = model(x).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in prepared.parameters())
+            assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in prepared.parameters())
+            optimizer.step()
+        assert loss.isfinite()
+
+    for rule, how in itertools.product(("ste", "lsq"), ("eager", "autocast", "compiled")):
+        yield f"training, {rule}, {how}", lambda rule=rule, how=how: step(rule, how)
     for layer, shape in [
         (nn.Linear(70, 33), (5, 70)),
         (nn.Conv2d(16, 24, 3, 2, 1), (2, 16, 9, 9)),

@@ -100,6 +100,7 @@ class Problem {
     conv_reference(source_, reference);
   }
 
+  ConvCudaArgs& args() { return args_; }
   void check() {
     CONTEXT(describe(c_));
     CudaMachine machine;
@@ -257,6 +258,35 @@ void tiles_read_the_image_16_bytes_at_a_time() {
   CHECK_EQ(simt::counters.copy_conflicts, 0u);
 }
 
+// Groups of 4, 8 and 12 channels: dot products alone.
+void narrow_groups_give_the_bits_of_the_reference() {
+  Rng rng(8);
+  simt::counters = {};
+  for (const int64_t in_group : {4, 8, 12}) {
+    for (const int64_t out_group : {1, 4, 6, 8}) {
+      for (const bool zero_points : {false, true}) {
+        Case c = square(in_group * 5, out_group * 5, 5, 6, 3, 2, 1);
+        c.input_signed = rng.chance(0.5), c.weight_zero_points = zero_points;
+        c.output = kOutputs[rng.integer(0, 5)];
+        simt::seed = rng.bits();
+        Problem(c, rng).check();
+      }
+    }
+  }
+  CHECK_EQ(simt::counters.mmas, 0u);
+  // A word that is not where it should be is noticed, and so is a channel beyond the last.
+  Case c = square(20, 20, 5, 6, 3, 2, 1);
+  const auto broken = [&](auto&& change) {
+    return fault_of([&] {
+      Problem problem(c, rng);
+      change(problem.args());
+      problem.check();
+    });
+  };
+  broken([](ConvCudaArgs& args) { args.packed = static_cast<const uint8_t*>(args.packed) + 2; });
+  broken([](ConvCudaArgs& args) { args.extent.batch += 1; });
+}
+
 void broken_instructions_are_noticed() {
   Rng rng(4);
   Problem problem(square(32, 40, 1, 6, 3, 1, 1), rng);
@@ -283,6 +313,7 @@ int main() {
   random_convolutions_give_the_bits_of_the_reference(260);
   turing_gives_the_bits_of_the_reference();
   a_linear_layer_is_packed_as_a_convolution_of_one_tap();
+  narrow_groups_give_the_bits_of_the_reference();
   tiles_read_the_image_16_bytes_at_a_time();
   broken_instructions_are_noticed();
 }

@@ -178,6 +178,14 @@ void the_plan_fits_the_machine_and_has_no_cliffs() {
   CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, kGeneralCudaTiles).tile, kCudaGeneralTile);
 }
 
+void a_build_says_which_gpu_it_needs() {
+  CHECK_EQ(least_cuda_capability("sm_80 sm_90 compute_90 sm_90a"), 80);
+  CHECK_EQ(least_cuda_capability("sm_90 compute_120"), 90);
+  CHECK_EQ(least_cuda_capability("sm_75"), 75);
+  CHECK_EQ(least_cuda_capability("sm_100a"), 100);
+  CHECK_EQ(least_cuda_capability("sm_70 sm_80"), kCudaLeastCapability);
+}
+
 void wrong_lengths_are_refused() {
   CudaPackedFacts facts;
   const int64_t bytes = cuda_packed_layout(40, 1, 64).bytes;
@@ -192,6 +200,7 @@ void wrong_lengths_are_refused() {
 
 int main() {
   wrong_lengths_are_refused();
+  a_build_says_which_gpu_it_needs();
   the_plan_fits_the_machine_and_has_no_cliffs();
   small_and_odd_shapes_give_the_bits_of_the_cpu();
   every_tile_gives_the_bits_of_the_cpu();

@@ -276,6 +276,25 @@ void zero_points_are_rounded_as_on_the_cpu() {
   CHECK(same_bytes(got.data(), expected.data(), 37));
 }
 
+// x and the gradient are read once, what goes back is written once: 12 bytes an element, and a few
+// sums.
+void gradients_move_as_few_bytes_as_there_are() {
+  constexpr int64_t kSize = 16 * 4096;
+  Rng rng(4);
+  const Shape shape{1, 1, kSize};
+  const Grids grids(shape, rng, -7, 8);
+  Guarded<float> x(kSize), grad(kSize), out(kSize), sums(2);
+  Guarded<double> workspace(lsq_cuda_workspace(grids.dense()));
+  simt::counters = {};
+  CHECK_EQ(lsq_backward_cuda({grad.data(), x.data(), out.data(), FloatType::kFloat32, -7, 8, false,
+                              grids.dense(), 1.0, workspace.data(), sums.data(), sums.data() + 1},
+                             nullptr),
+           cudaSuccess);
+  CHECK_EQ(simt::counters.vector_loads, uint64_t{2} * kSize / 4);
+  CHECK_EQ(simt::counters.vector_stores, uint64_t{kSize} / 4);
+  CHECK(workspace.size() * 8 < kSize / 64, "of workspace");
+}
+
 void a_missing_barrier_is_noticed() {
   Rng rng(3);
   const Shape shape{1, 1, 4096};
@@ -316,5 +335,6 @@ int main() {
   lists_give_the_bits_of_the_cpu<Float16>(FloatType::kFloat16);
   a_row_that_is_not_finite_becomes_nan();
   zero_points_are_rounded_as_on_the_cpu();
+  gradients_move_as_few_bytes_as_there_are();
   a_missing_barrier_is_noticed();
 }

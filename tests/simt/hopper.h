@@ -1,12 +1,14 @@
 // Hopper on the emulator: barriers in shared memory, boxes copied by TMA, wgmma.
 //
-//   barriers   a thread that waits sleeps until the phase has ended; a phase that nobody can end
-//   any
-//              more is a deadlock
+//   barriers   a thread that waits sleeps until the phase has ended; if nobody is left who could
+//              end it, that is a deadlock
 //   boxes      land as late as they may: when no thread can go on. Until then their target holds
 //              poison and any access to it is a fault
 //   wgmma      reads shared memory, and writes its sums, as late as it may: at the wait that forces
 //              it. Until then the sums are poison, so that reading them early gives wrong numbers
+//
+// What is known of the hardware (the swizzle, descriptors, who holds which sum) is written down
+// here from the PTX manual: no GPU has confirmed it.
 #pragma once
 
 #include <array>
