@@ -23,7 +23,7 @@ build: $(READY)
 	@mkdir -p build
 	@$(BIN)/python setup.py build_ext --inplace > build/build.log 2>&1 || { tail -40 build/build.log; exit 1; }
 	@grep '^qkernels:' build/build.log
-	@if grep 'warning *:' build/build.log; then echo 'the build gave warnings'; exit 1; fi
+	@if grep -E 'warning *:|Potential Performance Loss' build/build.log; then echo 'the build gave warnings'; exit 1; fi
 
 test: build
 	$(BIN)/python -m pytest -q $(ARGS)

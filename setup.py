@@ -31,6 +31,7 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).resolve().parent
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+ARCH_OF_FILE = re.compile(r"_sm(\d+[af])\.cu$")  # what is compiled for one architecture alone says so in its name
 STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 
 
@@ -97,6 +98,12 @@ def parse_archs(text: str) -> tuple[list[str], str]:
     return flags, " ".join(names)
 
 
+def gencode_of(source: str, cuda: Cuda) -> list[str]:
+    """The architectures that a file is compiled for: those of the build, or the one in its name."""
+    own = ARCH_OF_FILE.search(source)
+    return [f"-gencode=arch=compute_{own[1]},code=sm_{own[1]}"] if own else cuda.gencode
+
+
 def decide_cuda() -> tuple[Cuda | None, str]:
     """The CUDA build to make, or None, and the reason in words."""
     force = os.environ.get("FORCE_CUDA", "")
@@ -112,6 +119,8 @@ def decide_cuda() -> tuple[Cuda | None, str]:
         return None, missing
     version = subprocess.run([str(home / "bin/nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
     gencode, names = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS)
+    own = {f"sm_{match[1]}" for match in map(ARCH_OF_FILE.search, files("csrc/**/*.cu")) if match}
+    names = " ".join([names, *sorted(own - set(names.split()))])
     cuda = Cuda(home, re.search(r"release ([\d.]+)", version).group(1), gencode, names)
     why = "FORCE_CUDA=1" if force == "1" else f"torch {torch.__version__}"
     return cuda, f"{why}; toolkit {cuda.version} in {home}; {names}"
@@ -139,13 +148,13 @@ def compile_cuda(cuda: Cuda, build_dir: Path, jobs: int) -> list[str]:
         # A kernel that spills is a mistake: ptxas warns, and `make build` fails on warnings.
         *(["-O0", "-g", "-G"] if DEBUG else ["-O3", "-Xptxas=-warn-spills,-warn-lmem-usage"]),
         *("-std=c++20", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
-        *(f"-I{ROOT}", *cuda.gencode),
+        f"-I{ROOT}",
     ]
 
     def compile_one(source: str) -> str:
         target = (build_dir / source).with_suffix(".cu.o")
         depfile = ["-MD", "-MF", str(target.with_suffix(".d"))]
-        command = [cuda.nvcc, *flags, *depfile, "-c", str(ROOT / source), "-o", str(target)]
+        command = [cuda.nvcc, *flags, *gencode_of(source, cuda), *depfile, "-c", str(ROOT / source), "-o", str(target)]
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_current(target, " ".join(command)):
             return str(target)

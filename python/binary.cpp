@@ -1,13 +1,7 @@
-#include "csrc/binary/binary.h"
-
-#include <vector>
-
-#include "python/layout.h"
+#include "python/binary.h"
 
 namespace qk::seam {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 Tensor binary_sign(const Tensor& input, bool) {
   const FloatType type = check_float_type("binary_sign", "x", input);
@@ -51,18 +45,20 @@ std::vector<int64_t> packed_shape(const Tensor& x, int64_t axis) {
   return shape;
 }
 
-Tensor pack_signs(const Tensor& input, int64_t axis_in) {
+}  // namespace
+
+PackSignsCall check_pack_signs(const Tensor& input, int64_t axis_in) {
   const char* op = "pack_signs";
   const FloatType type = check_float_type(op, "x", input);
-  STD_TORCH_CHECK(input.is_cpu(), op, ": x must be on the CPU");
   const int64_t axis = *check_axis(op, input, axis_in);
-  Tensor out = torch::stable::empty(packed_shape(input, axis), ScalarType::Long);
-  const Tensor x = torch::stable::contiguous(input);
+  PackSignsCall call;
+  call.out = torch::stable::new_empty(input, packed_shape(input, axis), ScalarType::Long);
+  call.x = torch::stable::contiguous(input);
+  const Tensor& x = call.x;
   int64_t inner = 1, outer = 1;
   for (int64_t d = 0; d < axis; ++d) outer *= x.size(d);
   for (int64_t d = axis + 1; d < x.dim(); ++d) inner *= x.size(d);
-  if (out.numel() == 0) return out;
-  binary_pack({.x = x.const_data_ptr(),
+  call.args = {.x = x.const_data_ptr(),
                .type = type,
                .rows = outer * inner,
                .n = x.size(axis),
@@ -70,36 +66,51 @@ Tensor pack_signs(const Tensor& input, int64_t axis_in) {
                .outer_stride = x.size(axis) * inner,
                .inner_stride = 1,
                .stride = inner,
-               .out = reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>())},
-              torch_threads());
-  return out;
+               .out = reinterpret_cast<uint64_t*>(call.out.mutable_data_ptr<int64_t>())};
+  return call;
 }
 
-Tensor binary_weight_pack(const Tensor& weight) {
+void check_binary_weight(const Tensor& weight) {
   const char* op = "binary_weight_pack";
   check_float_type(op, "weight", weight);
   STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 4, op,
                   ": weight must have shape [out, in] or [out, in, height, width], got ",
                   shape_text(weight));
-  const Tensor rows = pack_signs(weight, 1);
+}
+
+Tensor pack_binary_weight(const Tensor& weight) {
+  const PackSignsCall rows = check_pack_signs(weight, 1);
+  if (rows.out.numel() > 0) binary_pack(rows.args, torch_threads());
   const int64_t channels = weight.size(0);
-  const int64_t words = channels > 0 ? rows.numel() / channels : 0;
+  const int64_t words = channels > 0 ? rows.out.numel() / channels : 0;
   Tensor out =
       torch::stable::empty({binary_blocks(channels), words, kBinaryBlock}, ScalarType::Long);
-  binary_pack_weight(reinterpret_cast<const uint64_t*>(rows.const_data_ptr<int64_t>()), channels,
-                     words, reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>()));
+  binary_pack_weight(rows.args.out, channels, words,
+                     reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>()));
   return out;
 }
 
+namespace {
+
 void check_words(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long, op, ": ", name,
-                  " must be an int64 tensor of packed signs on the CPU, got ",
-                  dtype_text(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, op, ": ", name,
+                  " must be an int64 tensor of packed signs, got ", dtype_text(t.scalar_type()));
 }
 
-// Fills what a linear layer and a convolution share, and runs.
-void run_conv(const char* op, const Tensor& input, const Tensor& packed_in, const Tensor& scale_in,
-              const OptionalTensor& bias_in, Tensor out, BinaryConvArgs args) {
+Tensor checked_terms(const char* op, const char* name, const Tensor& t, const Tensor& input,
+                     int64_t outputs) {
+  check_device(op, name, t, input);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == outputs, op, ": ", name,
+                  " must be float32 with one element an output, got ", dtype_text(t.scalar_type()),
+                  " of shape ", shape_text(t));
+  return torch::stable::contiguous(t);
+}
+
+// Checks and fills in what a linear layer and a convolution share.
+BinaryCall check_product(const char* op, const Tensor& input, const Tensor& packed_in,
+                         const Tensor& scale, const OptionalTensor& bias, Tensor out,
+                         BinaryConvArgs args) {
+  check_device(op, "packed", packed_in, input);
   check_words(op, "input", input);
   check_words(op, "packed", packed_in);
   const int64_t taps = args.kernel[0] * args.kernel[1];
@@ -110,40 +121,35 @@ void run_conv(const char* op, const Tensor& input, const Tensor& packed_in, cons
   const int64_t words = binary_words(args.in_channels);
   STD_TORCH_CHECK(input.size(input.dim() - 1) == words, op, ": input must hold ", words,
                   " words for ", args.in_channels, " inputs, got shape ", shape_text(input));
-  STD_TORCH_CHECK(scale_in.is_cpu() && scale_in.scalar_type() == ScalarType::Float &&
-                      scale_in.numel() == args.out_channels,
-                  op, ": scale must be float32 with one element an output, got ",
-                  dtype_text(scale_in.scalar_type()), " of shape ", shape_text(scale_in));
   STD_TORCH_CHECK(packed_in.dim() == 3 && packed_in.size(0) == binary_blocks(args.out_channels) &&
                       packed_in.size(1) == taps * words && packed_in.size(2) == kBinaryBlock,
                   op, ": packed must be made by binary_weight_pack from a weight of ",
                   args.out_channels, " outputs, ", args.in_channels, " inputs and ", taps,
                   " taps, got shape ", shape_text(packed_in));
-  const Tensor x = torch::stable::contiguous(input), packed = torch::stable::contiguous(packed_in);
-  const Tensor scale = torch::stable::contiguous(scale_in);
-  OptionalTensor bias;
-  if (bias_in.has_value()) {
-    STD_TORCH_CHECK(bias_in->is_cpu() && bias_in->scalar_type() == ScalarType::Float &&
-                        bias_in->numel() == args.out_channels,
-                    op, ": bias must be float32 with one element an output, got ",
-                    dtype_text(bias_in->scalar_type()), " of shape ", shape_text(*bias_in));
-    bias = torch::stable::contiguous(*bias_in);
-  }
-  args.input = reinterpret_cast<const uint64_t*>(x.const_data_ptr<int64_t>());
-  args.weight = reinterpret_cast<const uint64_t*>(packed.const_data_ptr<int64_t>());
-  args.scale = scale.const_data_ptr<float>();
-  args.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  args.out = out.mutable_data_ptr<float>();
-  if (out.numel() > 0) binary_conv(args, torch_threads());
+  BinaryCall call;
+  call.x = torch::stable::contiguous(input);
+  call.packed = torch::stable::contiguous(packed_in);
+  call.scale = checked_terms(op, "scale", scale, input, args.out_channels);
+  if (bias.has_value()) call.bias = checked_terms(op, "bias", *bias, input, args.out_channels);
+  call.out = out;
+  call.args = args;
+  call.args.input = reinterpret_cast<const uint64_t*>(call.x.const_data_ptr<int64_t>());
+  call.args.weight = reinterpret_cast<const uint64_t*>(call.packed.const_data_ptr<int64_t>());
+  call.args.scale = call.scale.const_data_ptr<float>();
+  call.args.bias = call.bias.has_value() ? call.bias->const_data_ptr<float>() : nullptr;
+  call.args.out = out.mutable_data_ptr<float>();
+  return call;
 }
 
-Tensor binary_linear(const Tensor& input, const Tensor& packed, const Tensor& scale,
-                     const OptionalTensor& bias, int64_t in_features) {
+}  // namespace
+
+BinaryCall check_binary_linear(const Tensor& input, const Tensor& packed, const Tensor& scale,
+                               const OptionalTensor& bias, int64_t in_features) {
   STD_TORCH_CHECK(input.dim() >= 1, "binary_linear: input must have at least 1 dimension");
   std::vector<int64_t> shape = sizes_of(input);
   const int64_t rows = input.numel() / (shape.back() > 0 ? shape.back() : 1);
   shape.back() = scale.numel();
-  Tensor out = torch::stable::empty(shape, ScalarType::Float);
+  const Tensor out = torch::stable::new_empty(input, shape, ScalarType::Float);
   BinaryConvArgs args{};
   args.images = 1;
   args.in_channels = in_features;
@@ -151,14 +157,15 @@ Tensor binary_linear(const Tensor& input, const Tensor& packed, const Tensor& sc
   args.size[0] = args.out_size[0] = rows;
   args.size[1] = args.out_size[1] = 1;
   for (int d = 0; d < 2; ++d) args.kernel[d] = args.stride[d] = args.dilation[d] = 1;
-  run_conv("binary_linear", input, packed, scale, bias, out, args);
-  return out;
+  return check_product("binary_linear", input, packed, scale, bias, out, args);
 }
 
-Tensor binary_conv2d(const Tensor& input, const Tensor& packed, const Tensor& scale,
-                     const OptionalTensor& bias, int64_t in_channels,
-                     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+BinaryCall check_binary_conv2d(const Tensor& input, const Tensor& packed, const Tensor& scale,
+                               const OptionalTensor& bias, int64_t in_channels,
+                               const std::vector<int64_t>& kernel_size,
+                               const std::vector<int64_t>& stride,
+                               const std::vector<int64_t>& padding,
+                               const std::vector<int64_t>& dilation) {
   const char* op = "binary_conv2d";
   STD_TORCH_CHECK(input.dim() == 4, op, ": input must have shape [N, H, W, words], got ",
                   shape_text(input));
@@ -194,11 +201,41 @@ Tensor binary_conv2d(const Tensor& input, const Tensor& packed, const Tensor& sc
   const int64_t segments = kernel_size[0] * (dilation[1] == 1 ? 1 : kernel_size[1]);
   STD_TORCH_CHECK(segments <= kBinarySegments, op, ": kernel_size must give at most ",
                   kBinarySegments, " runs of taps, got ", segments);
-  Tensor out = empty_channels_last(
+  const Tensor out = empty_channels_last(
       input, {args.images, args.out_channels, args.out_size[0], args.out_size[1]},
       ScalarType::Float);
-  run_conv(op, input, packed, scale, bias, out, args);
-  return out;
+  return check_product(op, input, packed, scale, bias, out, args);
+}
+
+namespace {
+
+Tensor pack_signs(const Tensor& input, int64_t axis) {
+  const PackSignsCall call = check_pack_signs(input, axis);
+  if (call.out.numel() > 0) binary_pack(call.args, torch_threads());
+  return call.out;
+}
+
+Tensor binary_weight_pack(const Tensor& weight) {
+  check_binary_weight(weight);
+  return pack_binary_weight(weight);
+}
+
+Tensor run(const BinaryCall& call) {
+  if (call.out.numel() > 0) binary_conv(call.args, torch_threads());
+  return call.out;
+}
+
+Tensor binary_linear(const Tensor& input, const Tensor& packed, const Tensor& scale,
+                     const OptionalTensor& bias, int64_t in_features) {
+  return run(check_binary_linear(input, packed, scale, bias, in_features));
+}
+
+Tensor binary_conv2d(const Tensor& input, const Tensor& packed, const Tensor& scale,
+                     const OptionalTensor& bias, int64_t in_channels,
+                     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  return run(check_binary_conv2d(input, packed, scale, bias, in_channels, kernel_size, stride,
+                                 padding, dilation));
 }
 
 }  // namespace

@@ -31,6 +31,26 @@ PaddingMode check_padding_mode(const std::string& name, bool transposed) {
 
 }  // namespace
 
+ConvNumbers conv_numbers(const char* op, const std::vector<int64_t>& geometry) {
+  static constexpr const char* kModes[] = {"zeros", "reflect", "replicate", "circular"};
+  const auto length = static_cast<int64_t>(geometry.size());
+  const int64_t dims = (length - 3) / 5;
+  STD_TORCH_CHECK(dims >= 1 && dims <= kConvDims && length == 5 * dims + 3 &&
+                      geometry[length - 1] >= 0 && geometry[length - 1] < 4,
+                  op, ": geometry must be made by conv_geometry(), got ", length, " numbers");
+  const auto part = [&](int64_t first, int64_t count) {
+    const auto begin = geometry.begin() + first * dims;
+    return std::vector<int64_t>(begin, begin + count * dims);
+  };
+  return {part(0, 1),
+          part(1, 1),
+          part(2, 2),
+          part(4, 1),
+          geometry[length - 3],
+          geometry[length - 2] != 0,
+          kModes[geometry[length - 1]]};
+}
+
 ConvShape check_conv_shape(const char* op, const ConvNumbers& numbers, int64_t channels_first,
                            int64_t channels_second) {
   const auto spatial = static_cast<int64_t>(numbers.kernel.size());

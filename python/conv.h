@@ -16,6 +16,9 @@ struct ConvNumbers {
   bool transposed;
   std::string padding_mode;
 };
+// From conv_geometry() of qkernels/ops/conv.py: kernel, stride, padding (two a dimension),
+// dilation, groups, transposed, the number of the padding mode.
+ConvNumbers conv_numbers(const char* op, const std::vector<int64_t>& geometry);
 // `channels_first` and `channels_second`: of the weight, in torch's layout.
 ConvShape check_conv_shape(const char* op, const ConvNumbers& numbers, int64_t channels_first,
                            int64_t channels_second);

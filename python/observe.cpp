@@ -42,17 +42,6 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
   return {low, high, non_finite};
 }
 
-template <typename T>
-T* state_data(const char* op, const char* name, Tensor t, const Tensor& x, ScalarType dtype,
-              int64_t n) {
-  check_device(op, name, t, x);
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.numel() == n && t.is_contiguous(), op, ": ", name,
-                  " must be a contiguous ", dtype_text(dtype), " tensor of ", n,
-                  n == 1 ? " element" : " elements (one a channel)", ", got ",
-                  dtype_text(t.scalar_type()), " of shape ", shape_text(t));
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 }  // namespace
 
 ObserverCall check_observer(const char* op, const Tensor& x, const Observer& observer,

@@ -73,6 +73,9 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "observe_fake_quant_out(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, "
       "Tensor(d!) zero_point, Tensor(e!)? non_finite, int? axis, int qmin, int qmax, bool "
       "symmetric, float min_scale, float? momentum, str source, Tensor(f!) out) -> Tensor");
+  m.def(
+      "observe_histogram(Tensor x, Tensor batch_low, Tensor batch_high, Tensor(a!) low, Tensor(b!) "
+      "high, Tensor(c!) histogram) -> ()");
 
   // Batch normalization in training and the grid behind it (qkernels/ops/batch_norm.py).
   m.def(
@@ -122,6 +125,13 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "conv(Tensor input, Tensor packed, Tensor? residual, int out_channels, int[] output_size, "
       "ScalarType output_dtype, int[] geometry=[]) -> Tensor");
+
+  // The packing of a layer that is trained: the grid of its input is tensors, as those of its
+  // weight, and the output float32. geometry: as conv's; empty: a linear layer.
+  m.def(
+      "pack_on_grid(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+      "Tensor input_scale, Tensor input_zero_point, ScalarType input_dtype, int[] geometry) -> "
+      "Tensor");
 
   // Activations quantized when they arrive, a grid a row (qkernels/ops/rows.py). `packed`:
   // linear_pack's, for an int32 output.

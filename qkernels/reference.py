@@ -232,6 +232,33 @@ def observe(
         zero_point.copy_((qmin - torch.round(seen_low / scale)).clamp(qmin, qmax).to(torch.int32))
 
 
+def observe_histogram(
+    x: Tensor, batch_low: Tensor, batch_high: Tensor, low: Tensor, high: Tensor, histogram: Tensor
+) -> None:
+    if not bool((batch_low <= batch_high) & torch.isfinite(batch_low) & torch.isfinite(batch_high)):
+        return
+    first, bins = not bool(low <= high), histogram.numel()
+    new_low, new_high = (batch_low, batch_high) if first else (low.minimum(batch_low), high.maximum(batch_high))
+    ends = {"min": new_low.item(), "max": new_high.item()}
+    x = x.float()
+    counts = torch.histc(x[(x >= new_low) & (x <= new_high)], bins, **ends)
+    if first:
+        moved = torch.zeros(bins)
+    elif torch.equal(new_low, low) and torch.equal(new_high, high):
+        moved = histogram
+    elif torch.equal(low, high):
+        moved = torch.histc(low, bins, **ends) * histogram.sum()
+    else:
+        step, width = (high - low) / (16 * bins), (new_high - new_low) / bins
+        middles = low + step * torch.arange(16 * bins) + 0.5 * step
+        edges = new_low + width * torch.arange(1, bins)
+        target = torch.bucketize(middles, edges, right=True)
+        moved = torch.bincount(target, weights=(histogram / 16).repeat_interleave(16), minlength=bins)
+    histogram.copy_(counts + moved)
+    low.copy_(new_low)
+    high.copy_(new_high)
+
+
 def observe_fake_quant(
     x: Tensor,
     low: Tensor,

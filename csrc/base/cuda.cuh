@@ -28,6 +28,24 @@ struct alignas(sizeof(T) * kCount) Vector {
   T v[kCount];
 };
 
+// The product and the copy that Turing has, below.
+template <bool kASigned>
+QK_DEVICE void mma_m8n8k16(int32_t& sum0, int32_t& sum1, uint32_t a, uint32_t b);
+QK_DEVICE void shared_store_u128(uint32_t address, uint4 v);
+
+// mma_m16n8k32 out of four smaller products: the fragments are theirs, side by side.
+template <bool kASigned>
+QK_DEVICE void mma_m16n8k32_by_parts(int32_t (&sums)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    mma_m8n8k16<kASigned>(sums[i % 2 * 2], sums[i % 2 * 2 + 1], a[i], b[i / 2]);
+  }
+}
+
+// `count` of 16 bytes, zeros behind them.
+QK_DEVICE void copy_16(uint32_t to, const void* from, int count);
+
 #if defined(__CUDACC__)
 
 // The address of the kernel's dynamic shared memory, aligned to 128 bytes.
@@ -69,20 +87,49 @@ QK_DEVICE void shared_store_u128(uint32_t address, uint4 v) {
                : "memory");
 }
 
-// cp.async: `count` of 16 (of 4) bytes are copied, the rest is zero. `from` is aligned to 16 (4).
+// Adds one. Any number of threads may count at an address between two barriers.
+QK_DEVICE void shared_count(uint32_t address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define QK_TURING 1
+#endif
+
+// cp.async: `count` of 16 bytes are copied, the rest is zero. `from` is aligned to 16. Turing has
+// no such instruction: it copies at once.
 QK_DEVICE void copy_async_16(uint32_t to, const void* from, int count) {
+#if defined(QK_TURING)
+  copy_16(to, from, count);
+#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(count)
                : "memory");
+#endif
 }
-QK_DEVICE void copy_async_4(uint32_t to, const void* from, int count) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(count)
-               : "memory");
+QK_DEVICE void commit_copies() {
+#if !defined(QK_TURING)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
-QK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most kPending groups of this thread are on their way. Others see them after a barrier.
 template <int kPending>
 QK_DEVICE void wait_copies() {
+#if !defined(QK_TURING)
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+template <bool kASigned>
+QK_DEVICE void mma_m8n8k16(int32_t& sum0, int32_t& sum1, uint32_t a, uint32_t b) {
+  if constexpr (kASigned) {
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+r"(sum0), "+r"(sum1)
+                 : "r"(a), "r"(b));
+  } else {
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+r"(sum0), "+r"(sum1)
+                 : "r"(a), "r"(b));
+  }
 }
 
 QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -97,6 +144,9 @@ QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 // on; of B column l/4 alike; sums[i] is row l/4 + 8*(i/2), column 2*(l%4) + i%2.
 template <bool kASigned>
 QK_DEVICE void mma_m16n8k32(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(QK_TURING)
+  mma_m16n8k32_by_parts<kASigned>(sums, a, b);
+#else
   if constexpr (kASigned) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -110,6 +160,7 @@ QK_DEVICE void mma_m16n8k32(int32_t (&sums)[4], const uint32_t (&a)[4], const ui
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+#endif
 }
 
 // sum + the dot product of 4 bytes of a, signed or not, with 4 signed bytes of b.
@@ -186,11 +237,12 @@ inline void shared_store_u16(uint32_t address, uint32_t v) {
 inline void shared_store_u32(uint32_t address, uint32_t v) { simt::shared_store(address, v); }
 inline void shared_store_u64(uint32_t address, uint2 v) { simt::shared_store(address, v); }
 inline void shared_store_u128(uint32_t address, uint4 v) { simt::shared_store(address, v); }
+inline void shared_count(uint32_t address) { simt::shared_count(address); }
+// Which instructions there are: as __CUDA_ARCH__ says when nvcc compiles.
+inline bool is_turing() { return simt::device.major < 8; }
 inline void copy_async_16(uint32_t to, const void* from, int count) {
-  simt::copy_async(to, from, 16, count);
-}
-inline void copy_async_4(uint32_t to, const void* from, int count) {
-  simt::copy_async(to, from, 4, count);
+  if (is_turing()) return copy_16(to, from, count);
+  simt::copy_async(to, from, count);
 }
 inline void commit_copies() { simt::commit_copies(); }
 template <int kPending>
@@ -199,7 +251,12 @@ void wait_copies() {
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { simt::ldmatrix_x4(r, address); }
 template <bool kASigned>
+void mma_m8n8k16(int32_t& sum0, int32_t& sum1, uint32_t a, uint32_t b) {
+  simt::mma_m8n8k16<kASigned>(&sum0, &sum1, a, b);
+}
+template <bool kASigned>
 void mma_m16n8k32(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if (is_turing()) return mma_m16n8k32_by_parts<kASigned>(sums, a, b);
   simt::mma_m16n8k32<kASigned>(sums, a, b);
 }
 template <bool kASigned>
@@ -233,5 +290,20 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 #endif
+
+// `count` bytes from anywhere, zeros behind them.
+QK_DEVICE uint4 gather_16(const uint8_t* from, int count) {
+  uint32_t word[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < count) word[i / 4] |= uint32_t{from[i]} << (i % 4 * 8);
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+
+QK_DEVICE void copy_16(uint32_t to, const void* from, int count) {
+  shared_store_u128(
+      to, count == 16 ? load_16(from) : gather_16(static_cast<const uint8_t*>(from), count));
+}
 
 }  // namespace qk::cuda

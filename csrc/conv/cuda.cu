@@ -1,4 +1,5 @@
-// Plans and starts convolutions on CUDA, and the direct kernel of depthwise ones.
+// Plans and starts convolutions on CUDA, and the direct kernels: depthwise, and groups of a few
+// channels.
 #include "csrc/conv/cuda.h"
 
 #include "csrc/base/cuda_elementwise.cuh"
@@ -167,6 +168,77 @@ struct Depthwise {
   }
 };
 
+// A few channels a group, in words of 4: dot products, where a tile on tensor cores would be mostly
+// empty. The weight is that of the tiles.
+template <bool kSigned>
+struct NarrowGroups {
+  static constexpr int kPerThread = 4;
+  cuda::PixelSource source;
+  Outputs outputs;
+  int32_t channels, out_group, words;  // words of an input group
+  int64_t weight_row, weight_tap;      // in bytes
+  const int8_t* weight;
+  const int32_t* init;
+  const int32_t* zero_point;
+
+  void skip_input(int64_t bytes) { source.input += bytes; }
+  bool aligned() const {
+    return out_group % kPerThread == 0 && cuda::is_aligned(outputs.out, kPerThread);
+  }
+
+  template <int kCount>
+  QK_DEVICE void run(uint32_t first) const {
+    const auto wide = static_cast<uint32_t>(channels);
+    const int32_t o = static_cast<int32_t>(first % wide);
+    const uint32_t m = first / wide;
+    const cuda::Pixel pixel = cuda::pixel_of(source, m);
+    const int32_t in_group = words * 4, begin = o / out_group * in_group;
+    int32_t acc[kCount], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) acc[i] = init[o + i];
+    const int8_t* w = weight + o * weight_row;
+    int32_t tap[kConvDims];
+#pragma unroll 1
+    for (tap[0] = 0; tap[0] < source.taps[0]; ++tap[0]) {
+#pragma unroll 1
+      for (tap[1] = 0; tap[1] < source.taps[1]; ++tap[1]) {
+#pragma unroll 1
+        for (tap[2] = 0; tap[2] < source.taps[2]; ++tap[2], w += weight_tap) {
+          const uint8_t* pixel_bytes = cuda::pixel_under(source, pixel, tap);
+          const uint8_t* from = pixel_bytes == nullptr ? source.padding : pixel_bytes + begin;
+#pragma unroll 1
+          for (int32_t k = 0; k < in_group; k += 4) {
+            const uint32_t a = load_word(from + k);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+              acc[i] = cuda::dot4<kSigned>(acc[i], a, load_word(w + i * weight_row + k));
+            }
+            sum = cuda::dot4<kSigned>(sum, a, 0x01010101u);
+          }
+        }
+      }
+    }
+    if (zero_point != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        acc[i] = cuda::wrapping_add(acc[i], -cuda::wrapping_multiply(sum, zero_point[o + i]));
+      }
+    }
+    outputs.store(cuda::output_pixel(source, m) * channels + o, o, acc);
+  }
+
+ private:
+  QK_DEVICE static uint32_t load_word(const void* from) {
+    return cuda::load_vector<1>(static_cast<const uint32_t*>(from)).v[0];
+  }
+};
+
+bool is_narrow(const ConvCudaArgs& args) {
+  const int64_t in_group = args.shape.in_per_group();
+  return args.shape.groups > 1 && in_group % 4 == 0 && in_group < kCudaChunk &&
+         cuda::is_aligned(args.input, 4);
+}
+
 // Outputs as if their accumulator were zero: for those that no phase of a transposed convolution
 // reaches.
 struct Fill {
@@ -234,6 +306,27 @@ cudaError_t run_depthwise(const ConvCudaArgs& args, const ConvCudaPart& part, cu
   return launch_images(args, op, phase_pixels(args, part.phase) * channels, stream);
 }
 
+template <bool kSigned>
+cudaError_t run_narrow(const ConvCudaArgs& args, const ConvCudaPart& part, cudaStream_t stream) {
+  const uint8_t* base = static_cast<const uint8_t*>(args.packed) + part.offset;
+  const auto terms = [base](int64_t offset) {
+    return reinterpret_cast<const int32_t*>(base + offset);
+  };
+  const int64_t channels = args.shape.out_channels;
+  const NarrowGroups<kSigned> op{
+      .source = pixel_source(args, part),
+      .outputs = outputs_of(args, part),
+      .channels = static_cast<int32_t>(channels),
+      .out_group = static_cast<int32_t>(args.shape.out_per_group()),
+      .words = static_cast<int32_t>(args.shape.in_per_group() / 4),
+      .weight_row = part.layout.row_bytes,
+      .weight_tap = cuda_depth(part.depth),
+      .weight = reinterpret_cast<const int8_t*>(base + part.layout.weight),
+      .init = terms(part.layout.init),
+      .zero_point = args.facts.weight_zero_points ? terms(part.layout.zero_point) : nullptr};
+  return launch_images(args, op, phase_pixels(args, part.phase) * channels, stream);
+}
+
 cudaError_t run_gemm(const ConvCudaArgs& args, const ConvCudaPart& part, const CudaMachine& machine,
                      cudaStream_t stream) {
   const cuda::PixelSource source = pixel_source(args, part);
@@ -284,7 +377,7 @@ bool conv_cuda_fits(const ConvCudaArgs& args) {
 }
 
 int64_t conv_cuda_workspace(const ConvCudaArgs& args, const CudaMachine& machine) {
-  if (args.extent.batch == 0 || is_cuda_depthwise(args.shape)) return 0;
+  if (args.extent.batch == 0 || is_cuda_depthwise(args.shape) || is_narrow(args)) return 0;
   if (is_pointwise(args)) return linear_cuda_workspace(pointwise_args(args), machine);
   int64_t most = 0;
   for_each_part(args, [&](const ConvCudaPart& part) {
@@ -312,8 +405,12 @@ cudaError_t conv_cuda(const ConvCudaArgs& args, const CudaMachine& machine, cuda
     }
   }
   return for_each_part(args, [&](const ConvCudaPart& part) {
-    return part.depthwise ? run_depthwise(args, part, stream)
-                          : run_gemm(args, part, machine, stream);
+    if (part.depthwise) return run_depthwise(args, part, stream);
+    if (is_narrow(args)) {
+      return args.facts.input_signed ? run_narrow<true>(args, part, stream)
+                                     : run_narrow<false>(args, part, stream);
+    }
+    return run_gemm(args, part, machine, stream);
   });
 }
 

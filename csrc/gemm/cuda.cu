@@ -85,11 +85,17 @@ cudaError_t cuda_machine(CudaMachine* machine) {
   ask(&count, cudaDevAttrMultiProcessorCount);
   ask(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  *machine = {major * 10 + minor, count, per_block, per_multiprocessor};
+  *machine = {major * 10 + minor, count, per_block, per_multiprocessor, false};
   return error;
 }
 
 CudaGemmPlan plan_linear_cuda(const LinearCudaArgs& args, const CudaMachine& machine) {
+  // Rows that overlap or lie too far apart are not for the TMA.
+  if (machine.wgmma && machine.capability == 90 && args.rows >= kCudaWgmmaRows &&
+      !is_general(args) && args.input_row_stride >= args.depth &&
+      args.input_row_stride < int64_t{1} << 40) {
+    return {.tile = kCudaWgmmaTile, .wgmma_blocks = machine.multiprocessors};
+  }
   return plan_cuda_gemm(args.rows, args.n, cuda_depth(args.depth), 1, machine,
                         is_general(args) ? kGeneralCudaTiles : kAllCudaTiles);
 }
@@ -106,6 +112,9 @@ cudaError_t linear_cuda(const LinearCudaArgs& args, const CudaGemmPlan& plan, cu
                                is_aligned(args.input, args.input_row_stride)};
   if (args.rows > kCudaGemvRows) {
     if (const cudaError_t error = clear_arrivals(k, stream); error != cudaSuccess) return error;
+  }
+  if (plan.wgmma_blocks > 0) {
+    return cuda::launch_linear_wgmma(k, source, args.facts.input_signed, plan.wgmma_blocks, stream);
   }
   const auto start = args.facts.input_signed ? cuda::launch_linear_s8 : cuda::launch_linear_u8;
   return start(k, source, is_general(args) ? -1 : plan.tile, stream);

@@ -8,7 +8,8 @@
 //   graph.
 // Numbers: those of the CPU, for any tile and any split of K.
 // Tricks: tensor cores (mma m16n8k32) with a ring of asynchronous copies, see cuda_tile.cuh; up to
-//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda_kernels.cuh.
+//   kCudaGemvRows rows a kernel of dot products that reads the weight once, see cuda_kernels.cuh;
+//   where it is asked for, wgmma and TMA, see cuda_wgmma_sm90a.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -57,6 +58,11 @@ cudaError_t launch_linear_u8(const IgemmCudaArgs& args, const RowSource& source,
                              cudaStream_t stream);
 cudaError_t launch_linear_s8(const IgemmCudaArgs& args, const RowSource& source, int tile,
                              cudaStream_t stream);
+
+// The kernel of sm_90a, on a grid of at most `blocks`. Rows of A are aligned, and there are no
+// weight zero points. cudaErrorCallRequiresNewerDriver: the driver has no tensor maps.
+cudaError_t launch_linear_wgmma(const IgemmCudaArgs& args, const RowSource& source,
+                                bool input_signed, int blocks, cudaStream_t stream);
 
 }  // namespace cuda
 

@@ -15,6 +15,7 @@ struct CudaMachine {
   int capability;  // 80 is 8.0
   int multiprocessors;
   int64_t shared_per_block, shared_per_multiprocessor;
+  bool wgmma = false;  // whether the kernels of sm_90a are asked for
 };
 
 struct CudaTile {
@@ -23,6 +24,8 @@ struct CudaTile {
 
   constexpr int threads() const { return rows / warp_rows * (columns / warp_columns) * 32; }
   constexpr int64_t shared_bytes() const { return int64_t{stages} * (rows + columns) * depth; }
+  // Without cp.async a copy takes registers that the sums of these leave none of.
+  constexpr bool needs_async_copies() const { return warp_rows * warp_columns >= 64 * 64; }
 };
 
 // Index: the number of a compiled kernel.
@@ -34,12 +37,32 @@ inline constexpr int kCudaTileCount = 5;
 // The tile of the kernel that takes any alignment and weight zero points.
 inline constexpr int kCudaGeneralTile = 3;
 
-// What the kernels need: mma m16n8k32 and cp.async.
-inline constexpr int kCudaLeastCapability = 80;
+// The tile of the size that the kernel of sm_90a has, and the least rows that it is for.
+inline constexpr int kCudaWgmmaTile = 1;
+inline constexpr int64_t kCudaWgmmaRows = 65;
+
+// What the kernels need: int8 on tensor cores.
+inline constexpr int kCudaLeastCapability = 75;
+
+// What a GPU needs for a build for `archs`: "sm_80 sm_90 compute_90" gives 80.
+constexpr int least_cuda_capability(const char* archs) {
+  int least = 1 << 30, number = 0;
+  for (const char* at = archs;; ++at) {
+    if (*at >= '0' && *at <= '9') {
+      number = number * 10 + (*at - '0');
+    } else if (number > 0) {
+      if (number < least) least = number;
+      number = 0;
+    }
+    if (*at == '\0') break;
+  }
+  return least > kCudaLeastCapability ? least : kCudaLeastCapability;
+}
 
 struct CudaGemmPlan {
   int tile = 0, splits = 1;
   double cycles = 0;
+  int wgmma_blocks = 0;  // more than 0: the kernel of sm_90a, with at most as many blocks
 };
 
 namespace detail {
@@ -84,6 +107,7 @@ inline CudaGemmPlan plan_cuda_gemm(int64_t m, int64_t n, int64_t k, int64_t grou
   for (int tile = 0; tile < kCudaTileCount; ++tile) {
     if ((tiles >> tile & 1) == 0) continue;
     if (kCudaTiles[tile].shared_bytes() > machine.shared_per_block) continue;
+    if (kCudaTiles[tile].needs_async_copies() && machine.capability < 80) continue;
     const int64_t steps = detail::divide_up(k, kCudaTiles[tile].depth);
     for (int splits = 1; splits <= 16 && splits <= steps / 4 + 1; ++splits) {
       // No split is left without a step.

@@ -28,6 +28,7 @@ struct Tile {
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kDepth = kShape.depth;
   static constexpr int kStages = kShape.stages, kThreads = kShape.threads();
   static constexpr int kWarpRows = kShape.warp_rows, kWarpColumns = kShape.warp_columns;
+  static constexpr bool kNeedsAsyncCopies = kShape.needs_async_copies();
   static constexpr int kChunks = kDepth / 16;          // of a row in a stage
   static constexpr int kRowStep = kThreads / kChunks;  // rows that one pass of copies covers
   static constexpr int kMmaRows = kWarpRows / 16, kMmaColumns = kWarpColumns / 8;
@@ -41,16 +42,6 @@ struct Tile {
 
 QK_DEVICE int clamp_count(int64_t left) {
   return left <= 0 ? 0 : left >= kCudaChunk ? static_cast<int>(kCudaChunk) : static_cast<int>(left);
-}
-
-// `count` bytes from anywhere, zeros behind them.
-QK_DEVICE uint4 gather_16(const uint8_t* from, int count) {
-  uint32_t word[4] = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i < count) word[i / 4] |= uint32_t{from[i]} << (i % 4 * 8);
-  }
-  return {word[0], word[1], word[2], word[3]};
 }
 
 // Copies a thread's chunks of kCount rows of a matrix, `row_bytes` apart and aligned to 16.
@@ -105,15 +96,18 @@ QK_DEVICE int64_t tile_number(const IgemmCudaArgs& args) {
 }
 
 template <class T>
-QK_DEVICE Place place_of(const IgemmCudaArgs& args) {
+QK_DEVICE Place place_of_tile(const IgemmCudaArgs& args, int tile) {
   constexpr int kGroup = 8;
-  const int tile = static_cast<int>(blockIdx.x);
   const int group = tile / (kGroup * args.tiles_n), within = tile % (kGroup * args.tiles_n);
   const int rest = args.tiles_m - group * kGroup, height = rest < kGroup ? rest : kGroup;
   return {(group * kGroup + within % height) * T::kRows,
           static_cast<int32_t>(blockIdx.z * static_cast<uint32_t>(args.group_columns)) +
               within / height * T::kColumns,
           static_cast<int>(blockIdx.y)};
+}
+template <class T>
+QK_DEVICE Place place_of(const IgemmCudaArgs& args) {
+  return place_of_tile<T>(args, static_cast<int>(blockIdx.x));
 }
 
 template <class T>
@@ -376,10 +370,18 @@ QK_DEVICE void store_sums(const IgemmCudaArgs& args, const Rows& rows, const War
 // A Loader is made from (its Args, first row, rows, first step) and has copy(stage, step), which
 // starts or makes the copies of this thread's chunks of A, for one step after the other, and
 // output_row(m).
+#if defined(QK_TURING)  // left to itself, ptxas aims at more blocks than fit, and spills
+#define QK_TILE_BOUNDS(threads) __launch_bounds__(threads, 1)
+#else
+#define QK_TILE_BOUNDS(threads) __launch_bounds__(threads)
+#endif
 template <class T, class Loader, bool kSigned, bool kRowSums>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void QK_TILE_BOUNDS(T::kThreads)
     igemm_kernel(const __grid_constant__ IgemmCudaArgs args,
                  const __grid_constant__ typename Loader::Args source) {
+#if defined(QK_TURING)
+  if constexpr (T::kNeedsAsyncCopies) return;  // never planned
+#endif
   const uint32_t ring = shared_memory();
   const Place place = place_of<T>(args);
   const WarpPlace<T> w;

@@ -137,6 +137,17 @@ struct ColumnTerms {
   int32_t* weight_zero_point;
   float *addend, *mult;
 };
+struct FoldedColumn {
+  int32_t init;
+  float addend, mult;
+};
+// `sum`: of the `count` weights of the column; `scale`: of its products; bias null: none. Modulo
+// 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
+QK_HD FoldedColumn folded(int64_t sum, int64_t count, int64_t za, int64_t zw, float scale,
+                          const float* bias, bool is_8bit, float output_scale) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(-za * sum + count * za * zw)),
+          bias == nullptr ? 0.0f : *bias / scale, is_8bit ? scale / output_scale : scale};
+}
 // Fills in column n for the input zero point `za` that the kernel sees.
 Status fold_column(const PackSource& source, int64_t n, int64_t za, const ColumnTerms& terms);
 // Checks magic, version, isa against the active one, alignment and sizes.

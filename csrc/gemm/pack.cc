@@ -208,18 +208,17 @@ Status fold_column(const PackSource& source, int64_t n, int64_t za, const Column
   const int64_t sum = channel_sum(source, n);
   const int64_t grid = source.per_tensor ? 0 : n;
   const int64_t zw = source.weight_zero_point == nullptr ? 0 : source.weight_zero_point[grid];
-  // Modulo 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
-  terms.init[n] =
-      static_cast<int32_t>(static_cast<uint32_t>(-za * sum + source.taps * source.depth * za * zw));
-  terms.weight_zero_point[n] = static_cast<int32_t>(zw);
-
   const float scale = source.input_scale * source.weight_scale[grid];
-  const float addend = source.bias == nullptr ? 0.0f : source.bias[n] / scale;
-  const float mult = source.epilogue.is_8bit() ? scale / source.output_scale : scale;
-  terms.addend[n] = addend;
-  terms.mult[n] = mult;
-  return std::isnormal(scale) && std::isfinite(addend) && std::isfinite(mult) ? Status::kOk
-                                                                              : Status::kBadScale;
+  const FoldedColumn column = folded(sum, source.taps * source.depth, za, zw, scale,
+                                     source.bias == nullptr ? nullptr : source.bias + n,
+                                     source.epilogue.is_8bit(), source.output_scale);
+  terms.init[n] = column.init;
+  terms.weight_zero_point[n] = static_cast<int32_t>(zw);
+  terms.addend[n] = column.addend;
+  terms.mult[n] = column.mult;
+  return std::isnormal(scale) && std::isfinite(column.addend) && std::isfinite(column.mult)
+             ? Status::kOk
+             : Status::kBadScale;
 }
 
 Status pack_igemm(const PackSource& source, Isa isa, void* dst) {

@@ -1,5 +1,8 @@
 #include "python/cuda/adapt.h"
 
+#include <cstdlib>
+#include <cstring>
+
 #include "csrc/gemm/cuda.h"
 
 namespace qk::seam {
@@ -36,10 +39,13 @@ Tensor to_device_of(const Tensor& like, const Tensor& t) {
 CudaMachine check_machine(const char* op) {
   CudaMachine machine;
   check_launch(op, cuda_machine(&machine));
-  STD_TORCH_CHECK(machine.capability >= kCudaLeastCapability, op,
-                  ": needs a GPU of compute capability ", kCudaLeastCapability / 10,
-                  ".0 or newer, got ", machine.capability / 10, ".", machine.capability % 10,
-                  "; move the model to the CPU");
+  const char* asked = std::getenv("QKERNELS_WGMMA");
+  machine.wgmma = asked != nullptr && std::strcmp(asked, "1") == 0;
+  constexpr int least = least_cuda_capability(QK_CUDA_ARCHS);
+  STD_TORCH_CHECK(machine.capability >= least, op, ": needs a GPU of compute capability ",
+                  least / 10, ".", least % 10, " or newer (built for ", QK_CUDA_ARCHS, "), got ",
+                  machine.capability / 10, ".", machine.capability % 10,
+                  "; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU");
   return machine;
 }
 

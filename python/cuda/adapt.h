@@ -33,6 +33,7 @@ inline int32_t guarded_device(const char* op, const Tensor& t) {
 }
 
 inline void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // forgotten, or a later call would report it
   STD_TORCH_CHECK(error == cudaSuccess, op,
                   ": CUDA kernel failed to start: ", cudaGetErrorString(error));
 }
@@ -46,7 +47,8 @@ Tensor to_cpu(const Tensor& t);
 OptionalTensor to_cpu(const OptionalTensor& t);
 Tensor to_device_of(const Tensor& like, const Tensor& t);
 
-// The current device; an error if it is too old for the kernels.
+// The current device; an error if it is too old for the kernels. QKERNELS_WGMMA=1 asks for those of
+// sm_90a.
 CudaMachine check_machine(const char* op);
 // Few enough blocks for one launch of a linear layer.
 void check_launch_size(const char* op, int64_t rows, int64_t out_features);

@@ -28,19 +28,14 @@ Tensor conv_pack(const Tensor& weight, const Tensor& weight_scale,
   return to_device_of(weight, packed);
 }
 
-// conv_geometry() of qkernels/ops/conv.py: kernel, stride, padding (two a dimension), dilation,
-// groups, transposed, the number of the padding mode.
 ConvShape check_geometry(const Tensor& input, int64_t out_channels,
                          const std::vector<int64_t>& geometry) {
-  static constexpr const char* kModes[] = {"zeros", "reflect", "replicate", "circular"};
-  const auto length = static_cast<int64_t>(geometry.size());
-  const int64_t dims = (length - 3) / 5;
-  STD_TORCH_CHECK(dims >= 1 && dims <= kConvDims && length == 5 * dims + 3 &&
-                      geometry[length - 1] >= 0 && geometry[length - 1] < 4,
-                  "conv: geometry must be given on CUDA, as conv_geometry() makes it, got ", length,
-                  " numbers");
-  const int64_t groups = geometry[length - 3];
-  const bool transposed = geometry[length - 2] != 0;
+  STD_TORCH_CHECK(
+      !geometry.empty(),
+      "conv: geometry must be given on CUDA, as conv_geometry() makes it, got 0 numbers");
+  const ConvNumbers numbers = conv_numbers("conv", geometry);
+  const auto dims = static_cast<int64_t>(numbers.kernel.size());
+  const int64_t groups = numbers.groups;
   STD_TORCH_CHECK(input.dim() == dims + 2, "conv: input must have ", dims + 2,
                   " dimensions [N, C, *spatial], got shape ", shape_text(input));
   STD_TORCH_CHECK(
@@ -48,19 +43,9 @@ ConvShape check_geometry(const Tensor& input, int64_t out_channels,
           out_channels % groups == 0,
       "conv: input channels and out_channels must be positive multiples of groups, got ",
       input.size(1), " and ", out_channels, " for ", groups, " groups");
-  const auto part = [&](int64_t first, int64_t count) {
-    const auto begin = geometry.begin() + first * dims;
-    return std::vector<int64_t>(begin, begin + count * dims);
-  };
-  const ConvNumbers numbers{part(0, 1),
-                            part(1, 1),
-                            part(2, 2),
-                            part(4, 1),
-                            groups,
-                            transposed,
-                            kModes[geometry[length - 1]]};
-  return transposed ? check_conv_shape("conv", numbers, input.size(1), out_channels / groups)
-                    : check_conv_shape("conv", numbers, out_channels, input.size(1) / groups);
+  return numbers.transposed
+             ? check_conv_shape("conv", numbers, input.size(1), out_channels / groups)
+             : check_conv_shape("conv", numbers, out_channels, input.size(1) / groups);
 }
 
 Tensor conv(const Tensor& input, const Tensor& packed, const OptionalTensor& residual,

@@ -324,9 +324,11 @@ Tensor observe_fake_quant_out(const Tensor& x, const Tensor& low, const Tensor& 
 void quantize_on_cuda(const char* op, const Tensor& like, const ForeachQuantArgs& args,
                       Tensor* clipped) {
   const DeviceGuard guard(guarded_device(op, like));
+  Tensor workspace =
+      torch::stable::new_empty(like, {foreach_cuda_workspace(args)}, ScalarType::Byte);
   check_launch(op, foreach_fake_quant_cuda(
                        args, clipped == nullptr ? nullptr : clipped->mutable_data_ptr<bool>(),
-                       current_stream(like)));
+                       workspace.mutable_data_ptr(), current_stream(like)));
 }
 
 void backward_on_cuda(const char* op, const Tensor& like, const ForeachBackwardArgs& args) {

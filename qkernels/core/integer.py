@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from qkernels import ops
 from qkernels.core.quantizer import Quantizer
-from qkernels.ops.epilogue import Epilogue
-
-FLOAT = Epilogue(dtype=torch.float32)
 
 
 def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
@@ -22,11 +19,11 @@ def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
         source.rounds
         and layer.quantizers["weight"].rounds
         and not (source.spec.simulated or layer.quantizers["weight"].spec.simulated)
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and x.dtype == torch.float32
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -54,8 +51,7 @@ class IntegerForward(torch.autograd.Function):
         ctx.save_for_backward(x, rounded)
         ctx.layer = layer
         grid = source.grid()
-        numbers = grid[0].item(), grid[1].item()
-        arguments = (codes, scale, zero_point, number, *numbers, source.spec.dtype, FLOAT)
+        arguments = codes, scale, zero_point, number, *grid, source.spec.dtype
         return layer.compute_integer(source.codes(x, grid), *arguments)
 
     @staticmethod
@@ -70,7 +66,7 @@ class IntegerLinear:
         return True
 
     def compute_integer(self, codes: Tensor, *arguments: Any) -> Tensor:
-        return ops.linear(codes, ops.linear_pack(*arguments), self.out_features, torch.float32)
+        return ops.linear(codes, ops.pack_on_grid(*arguments), self.out_features, torch.float32)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
         flat = grad.flatten(0, -2)
@@ -96,8 +92,9 @@ class IntegerConv:
 
     def compute_integer(self, codes: Tensor, *arguments: Any) -> Tensor:
         padding = self._padding()
-        geometry = (self.stride, padding, self.dilation, self.groups, self.transposed, self.padding_mode)
-        packed = ops.conv_pack(*arguments, *geometry)
+        form = (self.stride, padding, self.dilation, self.groups, self.transposed, self.padding_mode)
+        geometry = ops.conv_geometry(self.kernel_size, *form)
+        packed = ops.pack_on_grid(*arguments, geometry)
         size = ops.conv_output_size(
             codes.shape[2:],
             self.kernel_size,
@@ -107,8 +104,7 @@ class IntegerConv:
             self.transposed,
             self.output_padding if self.transposed else 0,
         )
-        known = ops.conv_geometry(self.kernel_size, *geometry) if packed.is_cuda else ()
-        return ops.conv(codes, packed, None, self.out_channels, size, torch.float32, known)
+        return ops.conv(codes, packed, None, self.out_channels, size, torch.float32, geometry)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
         return torch.ops.aten.convolution_backward(

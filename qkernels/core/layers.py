@@ -155,7 +155,7 @@ class Prepared:
             return self.compute(x, self.from_rows(quantizer(rows)), bias)
         passes, (rounded, codes, grid) = quantizer.passes_gradients, quantizer.with_codes(rows)
         carrier, (scale, zero_point) = rows if passes else rounded, grid
-        zero_point = None if quantizer.spec.symmetric and quantizer.spec.middle == 0 else zero_point
+        zero_point = None if self.has_no_zero_points(zero_point) else zero_point
         arguments = (self.from_rows(rounded.detach()), self.from_rows(codes), scale, zero_point, bias)
         return IntegerForward.apply(x, self.from_rows(carrier), bias, self, self.source[0], *arguments)
 
@@ -164,9 +164,16 @@ class Prepared:
         if not self.runs_on_integers(x):
             return self.compute(x, weight, bias)
         rows, number, grid = self.canonical_rows()
-        zero_point = grid.zero_point if bool(grid.zero_point.any()) else None
+        zero_point = None if self.has_no_zero_points(grid.zero_point) else grid.zero_point
         arguments = (weight.detach(), self.from_rows(grid.quantize(rows)), grid.scale, zero_point, number)
         return IntegerForward.apply(x, weight, bias, self, self.source[0], *arguments)
+
+    def has_no_zero_points(self, zero_point: Tensor) -> bool:
+        """Whether the weight's zero points are 0: by the kind of grid or, where nothing waits for them, by value."""
+        spec = self.quantizers["weight"].spec
+        if spec.symmetric and spec.middle == 0:
+            return True
+        return zero_point.is_cpu and not bool(zero_point.any())
 
     def folded_bias(self) -> Tensor:
         return self.rounded_bias(self.norm.shift(self.norm.scale(), self.bias))

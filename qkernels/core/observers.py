@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from qkernels.core.qspec import QParams, QSpec, choose_qparams
 from qkernels.errors import CalibrationError, InvalidArgument
+from qkernels.ops import observe_histogram, observe_minmax
 
 OBSERVERS: dict[str, type["Observer"]] = {}
 
@@ -44,6 +45,7 @@ class Observer(nn.Module):
     low: Tensor
     high: Tensor
     non_finite: Tensor | None  # how many NaN and infinities were left out; None: they are errors
+    refused: Tensor | None  # as many, in batches that were not waited for: errors that are still to be reported
 
     def __init__(self, spec: QSpec, channels: int | None = None):
         super().__init__()
@@ -55,6 +57,7 @@ class Observer(nn.Module):
         self.register_buffer("low", torch.full((size,), float("inf")))
         self.register_buffer("high", torch.full((size,), float("-inf")))
         self.register_buffer("non_finite", None)
+        self.register_buffer("refused", None, persistent=False)
 
     def ignore_non_finite(self) -> None:
         """From now on NaN and infinities are counted instead of refused; the finite values of a tensor decide."""
@@ -67,6 +70,9 @@ class Observer(nn.Module):
         """
         if x.numel() == 0:
             return
+        if x.is_cuda:
+            self.observe_without_waiting(x, merged)
+            return
         x = x.detach().to(torch.float32)
         low, high = self.extremes(x)
         if not torch.compiler.is_compiling() and not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
@@ -77,6 +83,25 @@ class Observer(nn.Module):
             low, high = merge_extremes(low, high)
         if self.non_finite is None or bool((low <= high).all()):
             self.update(x, low, high)
+
+    def observe_without_waiting(self, x: Tensor, merged: bool = True) -> None:
+        """`observe` without asking the device for a value: a CUDA graph can capture it.
+
+        NaN and infinities that are errors are reported by `qparams`; until then their batch changes nothing.
+        """
+        x = x.detach()
+        low, high, non_finite = observe_minmax(x, self.spec.axis if self.spec.per_channel else None)
+        if self.non_finite is not None:
+            self.non_finite += non_finite
+        else:
+            if self.refused is None:
+                self.refused = torch.zeros_like(non_finite)
+            self.refused += non_finite
+            bad = non_finite.sum() > 0
+            low, high = torch.where(bad, float("inf"), low), torch.where(bad, float("-inf"), high)
+        if merged and is_distributed():
+            low, high = merge_extremes(low, high)
+        self.update(x, low, high)
 
     def finite_part(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The finite values of a tensor with one grid, and their extremes; counts the others."""
@@ -101,6 +126,7 @@ class Observer(nn.Module):
         return x.movedim(self.spec.axis, 0).reshape(x.shape[self.spec.axis], -1)
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        """Takes in a batch with the extremes `low` and `high`; low above high: without a value."""
         raise NotImplementedError
 
     def merge(self) -> None:
@@ -115,6 +141,11 @@ class Observer(nn.Module):
 
     def qparams(self) -> QParams:
         """The grid for what was seen so far."""
+        if self.refused is not None and bool(self.refused.any()):
+            nans, infs = self.refused.tolist()
+            raise CalibrationError(
+                f"calibration: the output of {self.source} had {nans} NaN and {infs} infinite values among its batches"
+            )
         if not self.has_data():
             raise CalibrationError(
                 f"calibration: {self.source} saw no data; run the prepared model on batches inside `calibrating`"
@@ -125,6 +156,7 @@ class Observer(nn.Module):
         """Forgets everything seen."""
         self.low.fill_(float("inf"))
         self.high.fill_(float("-inf"))
+        self.refused = None
         if self.non_finite is not None:
             self.non_finite.zero_()
 
@@ -174,9 +206,11 @@ class MovingAverageMinMax(Observer):
         self.momentum = momentum
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        first = self.low > self.high
-        self.low.copy_(torch.where(first, low, self.low + self.momentum * (low - self.low)))
-        self.high.copy_(torch.where(first, high, self.high + self.momentum * (high - self.high)))
+        first, empty = self.low > self.high, low > high
+        new_low = torch.where(first, low, self.low + self.momentum * (low - self.low))
+        new_high = torch.where(first, high, self.high + self.momentum * (high - self.high))
+        self.low.copy_(torch.where(empty, self.low, new_low))
+        self.high.copy_(torch.where(empty, self.high, new_high))
 
 
 @observer("histogram")
@@ -190,7 +224,6 @@ class Histogram(Observer):
 
     histogram: Tensor
     STEP = 1e-5
-    REFINEMENT = 16  # sub-bins for each bin when an old histogram moves to a wider range
 
     def __init__(self, spec: QSpec, channels: int | None = None, bins: int = 2048, codes: int | None = None):
         if spec.per_channel:
@@ -207,35 +240,10 @@ class Histogram(Observer):
         self.histogram.zero_()
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        if not self.has_data():
-            counts = torch.histc(x, self.bins, min=low.item(), max=high.item())
-        else:
-            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-            counts = torch.histc(x, self.bins, min=low.item(), max=high.item())
-            counts = counts + self.moved_to(low, high)
-        self.histogram.copy_(counts)
-        self.low.copy_(low)
-        self.high.copy_(high)
+        observe_histogram(x, low, high, self.low, self.high, self.histogram)
 
     def merge(self) -> None:
         distributed.all_reduce(self.histogram)
-
-    def moved_to(self, low: Tensor, high: Tensor) -> Tensor:
-        """The histogram so far over the wider range [low, high]."""
-        if torch.equal(low, self.low) and torch.equal(high, self.high):
-            return self.histogram
-        if torch.equal(self.low, self.high):
-            return torch.histc(self.low, self.bins, min=low.item(), max=high.item()) * self.histogram.sum()
-        pieces = self.bins * self.REFINEMENT
-        mass = self.histogram.repeat_interleave(self.REFINEMENT) / self.REFINEMENT
-        old_low, old_high, new_low, new_high = (v.reshape(()) for v in (self.low, self.high, low, high))
-        device = self.histogram.device
-        centers = torch.linspace(old_low, old_high, pieces + 1, device=device)[:-1] + 0.5 * (
-            (old_high - old_low) / pieces
-        )
-        edges = torch.linspace(new_low, new_high, self.bins + 1, device=device)
-        bin_of = (torch.bucketize(centers, edges, right=True) - 1).clamp(0, self.bins - 1)
-        return torch.bincount(bin_of, weights=mass, minlength=self.bins)
 
     def range(self) -> tuple[Tensor, Tensor]:
         first, last = self.best_bins()

@@ -18,7 +18,7 @@ from qkernels.ops.binary import (
     binary_weight_pack,
     pack_signs,
 )
-from qkernels.ops.conv import conv, conv_geometry, conv_output_size, conv_pack, conv_padding
+from qkernels.ops.conv import conv, conv_geometry, conv_output_size, conv_pack, conv_padding, pack_on_grid
 from qkernels.ops.elementwise import add, cat, lookup, mul
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
 from qkernels.ops.fake_quant import (
@@ -33,7 +33,13 @@ from qkernels.ops.fake_quant import (
 from qkernels.ops.foreach import foreach_fake_quant, foreach_fake_quant_backward, foreach_observe_fake_quant
 from qkernels.ops.linear import linear, linear_pack
 from qkernels.ops.lsq import lsq, lsq_backward, lsq_backward_out, lsq_out
-from qkernels.ops.observe import observe, observe_fake_quant, observe_fake_quant_out, observe_minmax
+from qkernels.ops.observe import (
+    observe,
+    observe_fake_quant,
+    observe_fake_quant_out,
+    observe_histogram,
+    observe_minmax,
+)
 from qkernels.ops.pool import adaptive_avg_pool, avg_pool, max_pool
 from qkernels.ops.quantize import dequantize, dequantize_out, quantize, quantize_out
 from qkernels.ops.rows import linear_rows, quantize_rows
@@ -96,7 +102,9 @@ __all__ = [
     "observe",
     "observe_fake_quant",
     "observe_fake_quant_out",
+    "observe_histogram",
     "observe_minmax",
+    "pack_on_grid",
     "pack_signs",
     "pact",
     "pact_backward",

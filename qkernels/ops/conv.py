@@ -118,6 +118,40 @@ def conv_pack(
     )
 
 
+def pack_on_grid(
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+    input_dtype: torch.dtype,
+    geometry: Sequence[int] = (),
+) -> Tensor:
+    """`linear_pack` or `conv_pack` for a layer that is trained: a float32 output, and an input grid that is tensors.
+
+    On CUDA the weight is packed on the device, and nothing waits for it: values are not checked there.
+
+    Args:
+        weight: int8 [out_features, in_features], or a convolution's as in `conv_pack`.
+        weight_scale: float32, 1 element or one an output channel.
+        weight_zero_point: int32 of the size of `weight_scale`, or None for zero.
+        bias: float32, one an output channel, or None.
+        input_scale, input_zero_point: float32 and int32 of one element, on the device of the weight.
+        input_dtype: uint8 or int8.
+        geometry: `conv_geometry` of a convolution; empty: a linear layer.
+
+    Returns:
+        What `linear` or `conv` takes.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, size or device, or the int32 sums could overflow; the message
+            names it.
+    """
+    grids = weight_scale, weight_zero_point, bias, input_scale, input_zero_point
+    return _ops.pack_on_grid.default(weight, *grids, input_dtype, list(geometry))
+
+
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -169,6 +203,11 @@ def conv(
 
 
 @torch.library.register_fake("qkernels::conv_pack")
+def _(weight, *args):
+    return weight.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
+
+
+@torch.library.register_fake("qkernels::pack_on_grid")
 def _(weight, *args):
     return weight.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
 

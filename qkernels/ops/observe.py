@@ -144,6 +144,29 @@ def observe_fake_quant_out(
     return _ops.observe_fake_quant_out.default(x, low, high, scale, zero_point, non_finite, *grid, out)
 
 
+def observe_histogram(
+    x: Tensor, batch_low: Tensor, batch_high: Tensor, low: Tensor, high: Tensor, histogram: Tensor
+) -> None:
+    """Counts the values of `x` into `histogram`, whose range [low, high] first grows to hold [batch_low, batch_high].
+
+    A bin of the old range is cut into 16 pieces whose mass goes to the bin of the new range that their middle lies in,
+    as `torch.ao.quantization.HistogramObserver` does it; new values are counted as by `torch.histc`. Nothing waits for
+    a GPU.
+
+    Args:
+        x: float32, bfloat16 or float16 tensor of any shape and layout. Values outside of the range, and NaN, are left
+            out.
+        batch_low, batch_high: float32 with one element: the extremes of `x`, or of it and other tensors. If they are
+            not finite, or low is above high, nothing changes.
+        low, high: float32 state with one element; +inf and -inf before the first batch. Updated in place.
+        histogram: float32 state [bins], updated in place.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype or size; the message names it.
+    """
+    _ops.observe_histogram.default(x, batch_low, batch_high, low, high, histogram)
+
+
 class _ObserveFakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, low, high, scale, zero_point, non_finite, *grid):
@@ -170,6 +193,11 @@ def _(x, axis):
 
 @torch.library.register_fake("qkernels::observe")
 def _(x, low, high, scale, zero_point, non_finite, *grid):
+    return None
+
+
+@torch.library.register_fake("qkernels::observe_histogram")
+def _(x, batch_low, batch_high, low, high, histogram):
     return None
 
 

@@ -43,7 +43,8 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def real_archs() -> list[str]:
-    return re.findall(r"sm_\w+", _C.cuda_archs)
+    """Those of all kernels but wgmma's, which is for sm_90a alone."""
+    return [arch for arch in re.findall(r"sm_\w+", _C.cuda_archs) if arch != "sm_90a"]
 
 
 @cache
@@ -71,12 +72,12 @@ def count(body: list[str], pattern: str) -> int:
 
 
 def test_the_binary_has_the_architectures_that_it_names():
-    assert set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf"))) == set(real_archs())
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf"))) == {*real_archs(), "sm_90a"}
     if "compute_" in _C.cuda_archs:
         assert cuobjdump("--list-ptx").strip()
 
 
-@pytest.mark.parametrize("arch", real_archs())
+@pytest.mark.parametrize("arch", [*real_archs(), "sm_90a"])
 def test_no_kernel_touches_local_memory(arch):
     spills = [name for name, body in kernels(arch).items() if count(body, r"LDL|STL")]
     assert kernels(arch)
@@ -95,10 +96,24 @@ def test_tiles_are_tensor_core_loops_with_asynchronous_copies(arch):
     for name, body in named(arch, "igemm_kernel").items():
         _, _, depth, _, warp_rows, warp_columns = tile_shapes()[int(re.search(r"TileILi(\d)E", name).group(1))]
         slices = depth // 32
-        assert count(body, r"IMMA\.16832\.[SU]8\.S8$") == warp_rows // 16 * (warp_columns // 8) * slices, name
+        products = warp_rows // 16 * (warp_columns // 8) * slices
+        if arch == "sm_75":  # smaller products, copies at once; the largest tiles are left out
+            expected = 0 if warp_rows * warp_columns >= 64 * 64 else 4 * products
+            assert count(body, r"IMMA\.8816\.[SU]8\.S8") == count(body, r"IMMA") == expected, name
+            continue
+        assert count(body, r"IMMA\.16832\.[SU]8\.S8$") == products, name
         assert count(body, r"IMMA") == count(body, r"IMMA\.16832\."), name
         assert count(body, r"LDSM\.16\.M88\.4") == (warp_rows // 16 + warp_columns // 16) * slices, name
         assert count(body, r"LDGSTS\..*128") == count(body, r"LDGSTS") > 0, name
+        assert count(body, r"STG\.E\.128") > 0, f"{name}: results leave in small pieces"
+
+
+def test_the_kernel_of_sm_90a_multiplies_by_wgmma_and_copies_by_tma():
+    for name, body in named("sm_90a", "wgmma_kernel").items():
+        assert count(body, r"IGMMA\.64x128x32\.[SU]8\.S8") == 4, name
+        assert count(body, r"IGMMA") == 4, name
+        assert count(body, r"UTMALDG\.2D") == 2, name
+        assert count(body, r"IMMA|LDGSTS|LDSM") == 0, name
         assert count(body, r"STG\.E\.128") > 0, f"{name}: results leave in small pieces"
 
 
@@ -107,6 +122,23 @@ def test_gemv_reads_16_bytes_at_a_time(arch):
     for name, body in named(arch, "gemv_kernel").items():
         assert count(body, r"LDG\.E\.128") >= 3, f"{name}: activations and weights"
         assert count(body, r"IDP\.4A") >= 16, name
+
+
+@pytest.mark.parametrize("arch", real_archs())
+def test_products_of_packed_signs_count_bits_of_64_bit_words(arch):
+    for name, body in named(arch, "sign_product_kernel").items():
+        assert count(body, r"POPC") >= 8, name
+        assert count(body, r"LDG\.E\.64") >= 5, f"{name}: a word of the weight and of each pixel"
+    for name, body in named(arch, "pack_rows_kernel").items():
+        assert count(body, r"VOTE") >= 2, name
+
+
+@pytest.mark.parametrize("arch", real_archs())
+def test_groups_of_a_few_channels_are_dot_products_of_words(arch):
+    kinds = [body for name, body in named(arch, "elementwise_kernel").items() if "12NarrowGroups" in name]
+    assert len(kinds) == 2
+    for body in kinds:
+        assert count(body, r"IDP\.4A") >= 4
 
 
 # What a thread loads and stores at once: (operation, 16-byte loads, 16-byte stores), at least.
@@ -139,6 +171,8 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(arch, operation, loads, sto
 TRAINING = [
     ("lsq_run_kernel", 2, 1),
     ("extremes_run_kernel", 1, 1),
+    ("histogram_count_kernel", 1, 0),
+    ("foreach_extremes_kernel", 1, 1),
     ("foreach_quant_kernel", 2, 1),
     ("foreach_backward_kernel", 2, 1),
     ("dorefa_run_kernel", 2, 1),

@@ -38,7 +38,8 @@ CSRC_FORBIDDEN_HEADERS = {
     "stdexcept", "exception", "random", "iomanip",
 }  # fmt: skip
 CSRC_FORBIDDEN_WORDS = r"\b(throw|try|catch|printf|fprintf|puts|abort|exit|cudaMalloc|cudaDeviceSynchronize|omp)\b"
-CSRC_SYSTEM_HEADERS = {"immintrin.h", "cpuid.h", "cuda_runtime.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"}
+CUDA_HEADERS = {"cuda.h", "cuda_runtime.h", "cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"}
+CSRC_SYSTEM_HEADERS = {"immintrin.h", "cpuid.h", *CUDA_HEADERS}
 MACHINE_FACTS = {"csrc/base/cpu.cc": {"unistd.h", "sys/syscall.h"}}  # the only file that asks the operating system
 SEAM_TORCH_HEADERS = r"torch/(csrc/stable|headeronly)/.*|torch/csrc/inductor/aoti_torch/c/shim\.h"
 PYBIND11_FILES = {"python/pybind.h", "python/module.cpp", "python/plan.h"}

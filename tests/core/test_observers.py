@@ -185,3 +185,61 @@ def test_observers_choose_through_the_one_function():
     watcher = make_observer("minmax", QSpec())
     watcher.observe(torch.tensor([-1.0, 4.0]))
     assert watcher.qparams() == choose_qparams(QSpec(), torch.tensor(-1.0), torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(OBSERVERS))
+def test_observing_without_waiting_gives_the_same_grid(name, kind):
+    """What CUDA tensors take: here on the CPU, where both ways exist."""
+    waits, does_not = make_observer(name, QSpec()), make_observer(name, QSpec())
+    for x in batches(kind):
+        waits.observe(x)
+        does_not.observe_without_waiting(x)
+    assert does_not.qparams() == waits.qparams()
+
+
+@pytest.mark.parametrize("name", sorted(OBSERVERS))
+def test_observing_without_waiting_leaves_out_and_counts_what_is_not_finite(name):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    x[3], x[100], x[999] = float("nan"), float("inf"), -float("inf")
+    waits, does_not = make_observer(name, QSpec()), make_observer(name, QSpec())
+    for watcher in (waits, does_not):
+        watcher.ignore_non_finite()
+    for batch in (x, torch.full((5,), float("nan")), x * 2):
+        waits.observe(batch)
+        does_not.observe_without_waiting(batch)
+    assert does_not.qparams() == waits.qparams()
+    assert does_not.non_finite.tolist() == waits.non_finite.tolist()
+
+
+@pytest.mark.parametrize("name", sorted(OBSERVERS))
+def test_what_was_not_waited_for_is_an_error_of_the_grid(name):
+    watcher, expected = make_observer(name, QSpec()), make_observer(name, QSpec())
+    watcher.source = "layer1.conv"
+    watcher.observe_without_waiting(torch.tensor([1.0, 2.0]))
+    watcher.observe_without_waiting(torch.tensor([float("nan"), 5.0, float("inf"), float("nan")]))
+    with pytest.raises(CalibrationError, match=r"layer1\.conv had 2 NaN and 1 infinite"):
+        watcher.qparams()
+    watcher.reset()
+    for each in (watcher, expected):
+        each.observe(torch.tensor([-1.0, 2.0]))
+    assert watcher.qparams() == expected.qparams()
+
+
+@pytest.mark.parametrize("name", sorted(OBSERVERS))
+def test_observing_on_cuda_asks_the_device_for_nothing(name):
+    """A fake CUDA tensor has no values: whatever asks for one is an error."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():
+        watcher = make_observer(name, QSpec())
+        x = torch.empty(8, 5, device="cuda")
+        for buffer in ("low", "high", "histogram", "best_low", "best_high"):
+            if buffer in watcher._buffers:
+                setattr(watcher, buffer, getattr(watcher, buffer).to("cuda"))
+        if getattr(watcher, "seen", None) is not None:
+            watcher.seen.to("cuda")
+        for _ in range(2):
+            watcher.observe(x)
+        with pytest.raises(DataDependentOutputException):
+            watcher.qparams()

@@ -6,6 +6,7 @@ worth keeping.
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,13 +18,14 @@ from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue, ResidualAdd
 Cases = Iterator[tuple[str, Callable[[], Any]]]
 
 # Ops whose packed bytes belong to a device: their cases pack by themselves.
-PACKED = ("conv_pack", "conv", "linear_pack", "linear", "linear_rows")
+PACKED = ("conv_pack", "conv", "linear_pack", "linear", "linear_rows", "pack_on_grid")
 CUDA_OPS = (
     *("quantize", "quantize_out", "dequantize", "dequantize_out", "fake_quant", "fake_quant_out", "quantize_rows"),
     *("fake_quant_backward", "fake_quant_backward_out", "fake_quant_mask", "fake_quant_mask_backward"),
     *("lsq", "lsq_out", "lsq_backward", "lsq_backward_out", "pact", "pact_backward"),
-    *("observe", "observe_minmax", "observe_fake_quant_out"),
+    *("observe", "observe_minmax", "observe_fake_quant_out", "observe_histogram"),
     *("dorefa_weight", "dorefa_weight_backward", "dorefa_gradient", "binary_sign", "binary_sign_backward"),
+    *("pack_signs", "binary_weight_pack", "binary_linear", "binary_conv2d"),
     *("foreach_fake_quant", "foreach_fake_quant_backward", "foreach_observe_fake_quant"),
     *("lookup", "add", "mul", "cat", "max_pool", "avg_pool", "adaptive_avg_pool"),
     *PACKED,
@@ -113,6 +115,7 @@ def conv_cases(small: bool):
         (64, 96, 1, (3, 3), 1, 1, 1, False, "zeros", (14, 14)),
         (64, 96, 1, (1, 1), 1, 0, 1, False, "zeros", (7, 7)),
         (64, 64, 4, (3, 3), 1, 2, 2, False, "circular", (9, 9)),
+        (32, 64, 8, (3, 3), 2, 1, 1, False, "zeros", (9, 9)),
         (40, 24, 1, (3, 3), 1, 1, 1, False, "replicate", (9, 9)),
         (16, 20, 1, (5,), 2, 2, 1, False, "zeros", (50,)),
         (16, 16, 1, (3, 3, 3), 1, 1, 1, False, "zeros", (5, 6, 7)),
@@ -185,6 +188,28 @@ def linear(small: bool) -> Cases:
         yield name, lambda arguments=arguments: run(*arguments)
 
 
+def wgmma(small: bool) -> Cases:
+    """The kernel of sm_90a, which is off by default: `linear` again, and its times."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return
+
+    def with_wgmma(run):
+        def case():
+            os.environ["QKERNELS_WGMMA"] = "1"
+            try:
+                return run()
+            finally:
+                del os.environ["QKERNELS_WGMMA"]
+
+        return case
+
+    for name, run in linear(small):
+        yield f"wgmma {name}", with_wgmma(run)
+    for shape in [(128, 4096, 4096), (512, 4096, 4096), (4096, 4096, 4096), (8192, 8192, 8192)]:
+        if not small:
+            yield f"wgmma {shape}", with_wgmma(lambda shape=shape: bench_linear(*shape))
+
+
 def conv(small: bool) -> Cases:
     def run(pack, geometry, x, residual, epilogue, size):
         channels = pack[0].shape[1] * geometry["groups"] if geometry["transposed"] else pack[0].shape[0]
@@ -243,8 +268,21 @@ def floats(small: bool) -> Cases:
         ):
             equal(op(*on("cuda", arguments)), op(*arguments))
 
+    def huge():
+        """More than 2^31 elements: the last of them."""
+        size = (1 << 31) + 100
+        if torch.cuda.mem_get_info()[0] < 6 * size:
+            return "skipped: too little memory"
+        x = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+        x[-50:] = torch.linspace(-3, 3, 50)
+        grid = torch.tensor([0.1]), torch.zeros(1, dtype=torch.int32)
+        arguments = (None, -8, 7, torch.int8)
+        equal(ops.quantize(x, *on("cuda", grid), *arguments)[-80:], ops.quantize(x[-80:].cpu(), *grid, *arguments))
+
     for case in itertools.product(shapes, (None, 0, -1), (torch.float32, torch.bfloat16, torch.float16)):
         yield f"floats {case}", lambda case=case: run(*case)
+    if not small:
+        yield "more than 2^31 elements", huge
 
 
 def samples(small: bool) -> Cases:
@@ -297,6 +335,43 @@ def model(small: bool) -> Cases:
         for batch in batches:
             equal(moved(batch.cuda()), converted(batch).detach())
 
+    def trained(layer, shape):
+        """A layer in training: the bits of its integer forward, packed on the device."""
+        prepared = qkernels.prepare_qat(nn.Sequential(layer, nn.Tanh()), torch.randn(shape), skip=[nn.Tanh])
+        prepared(torch.randn(shape))
+        moved, x = copy.deepcopy(prepared).to("cuda"), torch.randn(shape)
+        for model in (prepared, moved):
+            qkernels.disable_observer(model)
+        on_cuda = moved(x.cuda())
+        equal(moved.get_submodule("0")(x.cuda()), prepared.get_submodule("0")(x).detach())
+        on_cuda.sum().backward()
+        assert moved.get_submodule("0").weight.grad.isfinite().all()
+
+    def step(rule, how):
+        """A training step of a whole network: every parameter gets a finite gradient."""
+        prepared = qkernels.prepare_qat(copy.deepcopy(network).train(), torch.randn(2, 3, 33, 35), rule=rule).to("cuda")
+        model = torch.compile(prepared, backend="aot_eager") if how == "compiled" else prepared
+        optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+        for _ in range(3):
+            x = torch.randn(2, 3, 33, 35).cuda()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=how == "autocast"):
+                loss = model(x).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in prepared.parameters())
+            assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in prepared.parameters())
+            optimizer.step()
+        assert loss.isfinite()
+
+    for rule, how in itertools.product(("ste", "lsq"), ("eager", "autocast", "compiled")):
+        yield f"training, {rule}, {how}", lambda rule=rule, how=how: step(rule, how)
+    for layer, shape in [
+        (nn.Linear(70, 33), (5, 70)),
+        (nn.Conv2d(16, 24, 3, 2, 1), (2, 16, 9, 9)),
+        (nn.Conv2d(32, 32, 3, 1, 1, groups=32), (2, 32, 9, 9)),
+        (nn.ConvTranspose2d(16, 16, 3, 2), (2, 16, 5, 5)),
+    ]:
+        yield f"int8 forward of {layer}", lambda layer=layer, shape=shape: trained(layer, shape)
     yield "int8", lambda: run(network, "int8", [torch.randn(2, 3, 33, 35) for _ in range(4)])
     yield "int8-dynamic", lambda: run(dynamic, "int8-dynamic", [torch.randn(40, 100) for _ in range(2)])
 
@@ -352,8 +427,15 @@ def graph(small: bool) -> Cases:
         zero = torch.zeros(1, dtype=torch.int32, device="cuda")
         seed = torch.tensor([5], device="cuda")
 
+        def histogram():
+            ends = torch.full((1,), -0.5, device="cuda"), torch.full((1,), 0.5, device="cuda")
+            state = *ends, torch.ones(64, device="cuda")
+            ops.observe_histogram(x, *ops.observe_minmax(x, None)[:2], *state)
+            return state
+
         def step():
             return (
+                *histogram(),
                 *ops.lsq_backward(grad, x, scale, point, None, -8, 7, 1.0),
                 ops.dorefa_weight(x, scale, zero, -8, 7),
                 ops.dorefa_weight_backward(grad, x, scale, zero, -8, 7),
@@ -387,6 +469,7 @@ def streams(small: bool) -> Cases:
 def errors(small: bool) -> Cases:
     packed, x = some_linear(9, 32, 64)
     good = ops.linear(x, packed, 32)
+    unit = torch.ones(1, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def run(words, call):
         message = "no error"
@@ -406,6 +489,8 @@ def errors(small: bool) -> Cases:
         ("input must be uint8", lambda: ops.linear(x.view(torch.int8), packed, 32)),
         ("output_dtype", lambda: ops.linear(x, packed, 32, torch.float32)),
         ("residual must not be given", lambda: ops.linear(x, packed, 32, torch.uint8, good)),
+        ("table must be on cuda:0", lambda: ops.lookup(x, torch.zeros(256, dtype=torch.uint8))),
+        ("out of memory", lambda: ops.quantize(torch.ones(1, device="cuda").expand(1 << 45), *unit, None, 0, 255)),
     ]:
         yield words, lambda words=words, call=call: run(words, call)
 
@@ -493,6 +578,6 @@ def bench(small: bool) -> Cases:
 
 
 _PARTS: dict[str, Callable[[bool], Cases]] = {
-    **{"linear": linear, "conv": conv, "rows": rows, "floats": floats, "ops": samples, "model": model},
+    **{"linear": linear, "wgmma": wgmma, "conv": conv, "rows": rows, "floats": floats, "ops": samples, "model": model},
     **{"opcheck": opcheck, "graph": graph, "streams": streams, "errors": errors, "bench": bench},
 }

@@ -2,10 +2,11 @@
 
     python tests/gpu/gpu_check.py [--only PART ...] [--small] [--out FILE]
 
-Needs torch with CUDA and an NVIDIA GPU of compute capability 8.0 or newer; nothing is downloaded. qkernels is built in
+Needs torch with CUDA and an NVIDIA GPU of compute capability 7.5 or newer; nothing is downloaded. qkernels is built in
 place if it has no CUDA kernels yet (nvcc, setuptools). Parts: linear, conv, rows, floats, ops (every CUDA op against
-the CPU, bit for bit), model (converted networks), opcheck, graph (capture and replay), streams, errors, bench (times),
-sanitizer (compute-sanitizer on small shapes, where it is installed).
+the CPU, bit for bit), wgmma (the kernel that is off by default, on capability 9.0), model (converted networks),
+opcheck, graph (capture and replay), streams, errors, bench (times), sanitizer (compute-sanitizer on small shapes,
+where it is installed).
 
 A part runs in a process of its own, case by case: a case that fails, crashes, hangs or poisons the device is named and
 does not hide the others. Everything found, times too, is in bench/results/<gpu>.json after each part. Exit status: 0
@@ -35,7 +36,7 @@ POISONED = 3  # the exit status of a child whose device is lost
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/ops"), str(ROOT / "tests/gpu")]
 
 PARTS = (
-    *("linear", "conv", "rows", "floats", "ops", "model"),
+    *("linear", "wgmma", "conv", "rows", "floats", "ops", "model"),
     *("graph", "streams", "errors", "bench", "opcheck", "sanitizer"),
 )
 SMALL = ("linear", "conv", "rows", "floats", "ops")  # what runs under compute-sanitizer
@@ -57,8 +58,8 @@ def require_gpu():
     if not torch.cuda.is_available():
         refuse("torch.cuda.is_available() is False: no NVIDIA GPU, or no driver")
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        refuse(f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the kernels need 8.0")
+    if (major, minor) < (7, 5):
+        refuse(f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the kernels need 7.5")
     return torch
 
 

@@ -191,6 +191,21 @@ _CONVS = [
 SAMPLES["conv_pack"] = [lambda c=c: _conv_pack_args(*c) for c in _CONVS]
 SAMPLES["conv"] = [lambda c=c: _conv_args(*c) for c in _CONVS]
 
+
+def _on_grid_args(weight_shape: tuple[int, ...], groups: int, transposed: bool, zero_points: bool) -> tuple:
+    weight, scale, _, bias = _conv_pack_args(weight_shape, groups, transposed, torch.float32)[:4]
+    dims = len(weight_shape) - 2
+    geometry = [*weight_shape[2:], *[1] * dims, *[1] * (2 * dims), *[1] * dims, groups, int(transposed), 0]
+    point = torch.full_like(scale, 5, dtype=torch.int32) if zero_points else None
+    grid = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32)
+    return weight, scale, point, bias, *grid, torch.uint8, geometry if dims else []
+
+
+SAMPLES["pack_on_grid"] = [
+    lambda: _on_grid_args((5, 7), 1, False, True),
+    *(lambda c=c, z=z: _on_grid_args(*c[:3], z) for z, c in enumerate(_CONVS)),
+]
+
 # ---- observe ----
 
 
@@ -215,6 +230,15 @@ SAMPLES["observe"] = [
 SAMPLES["observe_fake_quant_out"] = [
     lambda: (torch.randn(3, 5), *_observer_state(3, True), None, 0, -127, 127, True, 1e-12, 0.1, "x",
              torch.empty(3, 5)),
+]  # fmt: skip
+
+SAMPLES["observe_histogram"] = [
+    lambda: (torch.randn(3, 5), torch.tensor([-4.0]), torch.tensor([4.0]), torch.tensor([float("inf")]),
+             torch.tensor([float("-inf")]), torch.zeros(16)),
+    lambda: (torch.randn(300, 50).half(), torch.tensor([-4.5]), torch.tensor([5.0]), torch.tensor([-1.0]),
+             torch.tensor([3.0]), torch.arange(100.0)),
+    lambda: (torch.randn(40), torch.tensor([float("inf")]), torch.tensor([float("-inf")]), torch.tensor([-1.0]),
+             torch.tensor([3.0]), torch.arange(100.0)),
 ]  # fmt: skip
 
 # ---- foreach ----

@@ -327,3 +327,33 @@ def test_bad_inputs_are_refused_by_name():
     plain = random_layer(generator(12), 5, 7)
     with pytest.raises(RuntimeError, match="linear: residual must not be given"):
         plain.run(x, residual)
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("scales", [1, 5])
+def test_packing_for_a_grid_of_tensors_gives_the_bytes_of_packing_for_numbers(isa, scales, zero_points):
+    weight = torch.randint(-128, 128, (5, 37), dtype=torch.int8)
+    point = torch.randint(-9, 9, (scales,), dtype=torch.int32) if zero_points else None
+    terms = weight, torch.rand(scales) + 0.1, point, torch.randn(5)
+    by_number = ops.linear_pack(*terms, float(torch.tensor(0.3)), 7, torch.uint8, Epilogue(torch.float32))
+    grid = torch.tensor([0.3]), torch.tensor([7], dtype=torch.int32)
+    assert torch.equal(ops.pack_on_grid(*terms, *grid, torch.uint8), by_number)
+
+
+def test_packing_for_a_grid_of_tensors_refuses_what_does_not_fit():
+    weight, scale, point = torch.zeros(5, 3, dtype=torch.int8), torch.ones(5), torch.zeros(1, dtype=torch.int32)
+    good = [weight, scale, None, None, torch.ones(1), point, torch.uint8]
+    for index, value, words in [
+        (0, weight.float(), "weight must be int8"),
+        (1, torch.ones(4), "weight_scale must be Float with 1 or 5 elements"),
+        (2, point, "weight_zero_point must be Int with 5 elements"),
+        (3, torch.ones(4), "bias must be Float with 5 elements"),
+        (4, torch.ones(2), "input_scale must be Float with 1 elements"),
+        (5, torch.zeros(1), "input_zero_point must be Int with 1 elements"),
+    ]:
+        arguments = list(good)
+        arguments[index] = value
+        with pytest.raises(RuntimeError, match=f"pack_on_grid: {words}"):
+            ops.pack_on_grid(*arguments)
+    with pytest.raises(RuntimeError, match=r"pack_on_grid: geometry must be made by conv_geometry"):
+        ops.pack_on_grid(*good, [1, 2])

@@ -289,3 +289,40 @@ def test_limits_are_those_of_a_clamp_before_it(isa, limits):
             assert torch.equal(a, c)
     with pytest.raises(RuntimeError, match="floor must not be above ceiling"):
         ops.observe(x, *ours.args(), 1.0, 0.0)
+
+
+def histogram_state(bins: int):
+    return torch.tensor([INF]), torch.tensor([-INF]), torch.zeros(bins)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bins", [2, 33, 2048, 65536])
+def test_histograms_count_as_torch_does(dtype, bins):
+    """The first batch is torch.histc; later ones are the reference's, whatever the threads."""
+    states = [histogram_state(bins) for _ in range(3)]
+    for batch in range(5):
+        x = data(300, 700, seed=batch, dtype=dtype) * (1 + batch % 3) + batch
+        low, high, _ = ops.observe_minmax(x, None)
+        ops.observe_histogram(x, low, high, *states[0])
+        reference.observe_histogram(x, low, high, *states[1])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        ops.observe_histogram(x, low, high, *states[2])
+        torch.set_num_threads(threads)
+        if batch == 0:
+            assert torch.equal(states[0][2], torch.histc(x.float(), bins, float(low), float(high)))
+        for ours, expected, alone in zip(*states, strict=True):
+            assert torch.equal(ours, expected)
+            assert torch.equal(ours, alone)
+    assert float(states[0][2].double().sum()) == pytest.approx(5 * x.numel(), rel=1e-5)
+
+
+def test_histograms_refuse_wrong_state():
+    x, low, high = torch.randn(5), torch.zeros(1), torch.ones(1)
+    for words, state in {
+        "histogram must have one dimension": (low, high, torch.zeros(1)),
+        "histogram must be a contiguous": (low, high, torch.zeros(4, dtype=torch.float64)),
+        "low must be a contiguous": (torch.zeros(2), high, torch.zeros(4)),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"observe_histogram: {words}"):
+            ops.observe_histogram(x, low, high, *state)

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <iostream>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -29,11 +31,16 @@ struct Sabotage {
   int wait_for_fewer_groups = 0;  // cp.async.wait_group N waits as if it said N + this
   int skip_barrier = -1;          // no thread waits at its n-th __syncthreads
   bool skip_warp_barriers = false;
-  bool copy_all_bytes = false;  // cp.async ignores its size operand, the predicate of tails
+  bool copy_all_bytes = false;      // copies ignore the bounds that they are told, as in tails
+  int wait_for_fewer_products = 0;  // wgmma.wait_group N waits as if it said N + this
+  bool skip_barrier_waits = false;  // of barriers in shared memory
+  bool skip_barrier_fence = false;  // after they are made
 };
 
 struct Counters {
   uint64_t barriers = 0, mmas = 0, copies = 0, blocks = 0;
+  uint64_t small_mmas = 0;                       // m8n8k16
+  uint64_t wgmmas = 0, boxes = 0;                // of a warp, of a block
   uint64_t vector_loads = 0, vector_stores = 0;  // 16 bytes, global
   // Extra passes over the banks, per kind of access.
   uint64_t ldmatrix_conflicts = 0, copy_conflicts = 0, shared_conflicts = 0;
@@ -45,7 +52,6 @@ inline uint64_t seed = 1;
 
 struct Copy {
   uint32_t to;
-  uint8_t bytes, count;
   uint8_t data[16];
 };
 
@@ -56,13 +62,38 @@ struct Access {
   uint32_t address;
 };
 
-enum class Waiting : uint8_t { kNothing, kWarp, kBlock, kDone };
+enum class Waiting : uint8_t { kNothing, kWarp, kBlock, kBarrier, kDone };
+
+// An mbarrier in shared memory.
+struct Barrier {
+  int arrivals, pending;
+  int64_t bytes;  // announced and not there
+  uint32_t phase;
+  unsigned maker;
+  uint32_t made_in;  // the epoch of the block
+  bool fenced;
+};
+
+// A box that TMA copies.
+struct Box {
+  uint32_t to, barrier;
+  std::vector<uint8_t> data;
+};
+
+// A warp's part of a product of its warpgroup.
+struct Wgmma {
+  uint64_t a, b;  // descriptors
+  uint32_t first_row;
+  int columns;
+  bool a_signed;
+};
 
 struct Thread {
   unsigned index = 0;
   Dim3 id;
   Waiting waiting = Waiting::kNothing;
   int barriers = 0;
+  uint32_t barrier = 0;  // that it waits for
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
   std::vector<Access> accesses;  // since the warp's last common operation
@@ -81,9 +112,18 @@ struct Meeting {
 struct Warp {
   std::vector<Meeting> meetings;
   uint32_t epoch = 1;  // barriers of this warp
+  // Products that have not happened yet, and what they add to: the sums of each lane.
+  std::vector<Wgmma> open_wgmmas;
+  std::vector<std::vector<Wgmma>> wgmmas;  // groups
+  std::vector<int32_t> sums[kWarp];
+  int32_t* to[kWarp] = {};
+  bool fenced = false;
+
+  size_t pending_wgmmas() const { return open_wgmmas.size() + wgmmas.size(); }
 };
 
 // Who touched a byte of shared memory last.
+inline constexpr uint16_t kEverybody = 0xffff;  // threads that count together
 struct Shadow {
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
   uint32_t read_warps = 0;
@@ -97,6 +137,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
   std::vector<Shadow> shadow;
+  std::map<uint32_t, Barrier> barriers;  // by address
+  std::vector<Box> boxes;                // on their way
   uint32_t epoch = 1;
   unsigned alive = 0, at_barrier = 0;
 };

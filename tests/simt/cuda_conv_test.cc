@@ -2,11 +2,13 @@
 // mode, group, dilation, stride, output and alignment, transposed too; broken instructions are
 // noticed.
 #include "csrc/conv/cuda.cu"
+#include "csrc/conv/cuda_device_pack.cu"
 #include "csrc/conv/cuda_s8.cu"
 #include "csrc/conv/cuda_u8.cu"
 #include "csrc/gemm/cuda.cu"
 #include "csrc/gemm/cuda_s8.cu"
 #include "csrc/gemm/cuda_u8.cu"
+#include "csrc/gemm/cuda_wgmma_sm90a.cu"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
 #include "tests/simt/layers.h"
@@ -75,6 +77,7 @@ class Problem {
     packed_ =
         std::make_unique<Guarded<uint8_t>>(packed_conv_cuda_bytes(c.shape, facts), Touches::kStart);
     CHECK_EQ(pack_conv_cuda(source_, packed_->data()), Status::kOk, describe(c));
+    check_packing_on_the_device();
     args_ = {.shape = c.shape,
              .extent = c.extent,
              .packed = packed_->data(),
@@ -97,6 +100,7 @@ class Problem {
     conv_reference(source_, reference);
   }
 
+  ConvCudaArgs& args() { return args_; }
   void check() {
     CONTEXT(describe(c_));
     CudaMachine machine;
@@ -111,6 +115,18 @@ class Problem {
   }
 
  private:
+  // It gives the bytes of the host.
+  void check_packing_on_the_device() {
+    Guarded<uint8_t> packed(packed_->size(), Touches::kStart);
+    Guarded<float> input_scale(1);
+    Guarded<int32_t> input_zero_point(1);
+    input_scale[0] = source_.input_scale, input_zero_point[0] = source_.input_zero_point;
+    ConvDeviceSource source{source_, input_scale.data(), input_zero_point.data()};
+    source.source.input_scale = 0, source.source.input_zero_point = 0;
+    CHECK_EQ(pack_conv_on_device(source, packed.data(), nullptr), cudaSuccess);
+    CHECK(same_bytes(packed.data(), packed_->data(), packed_->size()));
+  }
+
   static int64_t outputs(const Case& c) {
     return c.extent.batch * c.extent.out_pixels() * c.shape.out_channels;
   }
@@ -157,9 +173,9 @@ void usual_layers_give_the_bits_of_the_reference() {
 constexpr OutputType kOutputs[] = {OutputType::kU8,  OutputType::kS8,   OutputType::kS32,
                                    OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
-void random_convolutions_give_the_bits_of_the_reference() {
+void random_convolutions_give_the_bits_of_the_reference(int turns) {
   Rng rng(2);
-  for (int turn = 0; turn < 260;) {
+  for (int turn = 0; turn < turns;) {
     Case c;
     ConvShape& s = c.shape;
     s.spatial_dims = 3;
@@ -191,6 +207,47 @@ void random_convolutions_give_the_bits_of_the_reference() {
   }
 }
 
+// The same kernels with the instructions of capability 7.5.
+void turing_gives_the_bits_of_the_reference() {
+  const simt::Device before = simt::device;
+  simt::device = {7, 5, 40, 64 << 10, 64 << 10};
+  simt::counters = {};
+  usual_layers_give_the_bits_of_the_reference();
+  random_convolutions_give_the_bits_of_the_reference(60);
+  CHECK_EQ(simt::counters.mmas, 0u);
+  CHECK(simt::counters.small_mmas > 0);
+  simt::device = before;
+}
+
+void a_linear_layer_is_packed_as_a_convolution_of_one_tap() {
+  Rng rng(7);
+  for (const int64_t k : {1, 16, 37, 300}) {
+    constexpr int64_t kColumns = 21;
+    LayerGrids grids(kColumns, rng);
+    std::vector<int8_t> weight(static_cast<size_t>(kColumns * k));
+    rng.fill(weight);
+    PackSource linear{};
+    linear.weight = weight.data(), linear.n = kColumns, linear.taps = 1, linear.depth = k;
+    linear.stride_n = k, linear.stride_k = 1;
+    linear.weight_scale = grids.scales.data(), linear.bias = grids.bias.data();
+    linear.input_scale = 0.02f, linear.input_zero_point = 9, linear.output_scale = 1.0f;
+    linear.epilogue.output = OutputType::kF32;
+    const int64_t size = packed_cuda_bytes(kColumns, 1, k, cuda_packed_facts(linear));
+    Guarded<uint8_t> expected(size, Touches::kStart), packed(size, Touches::kStart);
+    CHECK_EQ(pack_igemm_cuda(linear, expected.data()), Status::kOk);
+    ConvDeviceSource source{};
+    source.source.shape.in_channels = k, source.source.shape.out_channels = kColumns;
+    source.source.weight = weight.data(), source.source.weight_scale = linear.weight_scale;
+    source.source.bias = linear.bias, source.source.output_scale = 1.0f;
+    source.source.epilogue = linear.epilogue;
+    source.input_scale = &linear.input_scale;
+    source.input_zero_point = &linear.input_zero_point;
+    CHECK_EQ(packed_conv_cuda_bytes(source.source.shape, conv_cuda_facts(source.source)), size);
+    CHECK_EQ(pack_conv_on_device(source, packed.data(), nullptr), cudaSuccess);
+    CHECK(same_bytes(packed.data(), expected.data(), size));
+  }
+}
+
 void tiles_read_the_image_16_bytes_at_a_time() {
   Rng rng(3);
   Problem problem(square(64, 64, 1, 8, 3, 1, 1), rng);
@@ -199,6 +256,35 @@ void tiles_read_the_image_16_bytes_at_a_time() {
   CHECK(simt::counters.mmas > 0);
   CHECK_EQ(simt::counters.ldmatrix_conflicts, 0u);
   CHECK_EQ(simt::counters.copy_conflicts, 0u);
+}
+
+// Groups of 4, 8 and 12 channels: dot products alone.
+void narrow_groups_give_the_bits_of_the_reference() {
+  Rng rng(8);
+  simt::counters = {};
+  for (const int64_t in_group : {4, 8, 12}) {
+    for (const int64_t out_group : {1, 4, 6, 8}) {
+      for (const bool zero_points : {false, true}) {
+        Case c = square(in_group * 5, out_group * 5, 5, 6, 3, 2, 1);
+        c.input_signed = rng.chance(0.5), c.weight_zero_points = zero_points;
+        c.output = kOutputs[rng.integer(0, 5)];
+        simt::seed = rng.bits();
+        Problem(c, rng).check();
+      }
+    }
+  }
+  CHECK_EQ(simt::counters.mmas, 0u);
+  // A word that is not where it should be is noticed, and so is a channel beyond the last.
+  Case c = square(20, 20, 5, 6, 3, 2, 1);
+  const auto broken = [&](auto&& change) {
+    return fault_of([&] {
+      Problem problem(c, rng);
+      change(problem.args());
+      problem.check();
+    });
+  };
+  broken([](ConvCudaArgs& args) { args.packed = static_cast<const uint8_t*>(args.packed) + 2; });
+  broken([](ConvCudaArgs& args) { args.extent.batch += 1; });
 }
 
 void broken_instructions_are_noticed() {
@@ -214,13 +300,20 @@ void broken_instructions_are_noticed() {
   for (const int barrier : {0, 2}) broken([=] { simt::sabotage.skip_barrier = barrier; });
   broken([] { simt::sabotage.skip_warp_barriers = true; });
   broken([] { simt::sabotage.copy_all_bytes = true; });
+  expect_fault("shared byte", [&] {  // where the sum of a channel is joined
+    simt::sabotage.skip_barrier = 0;
+    Problem(square(32, 40, 1, 6, 3, 1, 1), rng);
+  });
 }
 
 }  // namespace
 
 int main() {
   usual_layers_give_the_bits_of_the_reference();
-  random_convolutions_give_the_bits_of_the_reference();
+  random_convolutions_give_the_bits_of_the_reference(260);
+  turing_gives_the_bits_of_the_reference();
+  a_linear_layer_is_packed_as_a_convolution_of_one_tap();
+  narrow_groups_give_the_bits_of_the_reference();
   tiles_read_the_image_16_bytes_at_a_time();
   broken_instructions_are_noticed();
 }

@@ -115,8 +115,20 @@ void a_missing_barrier_is_noticed() {
       flags.data()};
   broken([&] {
     foreach_fake_quant_cuda({&item, 1, GridRule{-128, 127, false, 1e-6f}, true}, clipped.data(),
-                            nullptr);
+                            nullptr, nullptr);
   });
+  // A row of several blocks: in the launch that finds what their pieces have.
+  Floats large(100000);
+  const ForeachQuantItem row{
+      {large.x.data(), FloatType::kFloat32, 1, 100000, large.scale.data(), large.zero_point.data()},
+      large.y.data(),
+      large.q.data(),
+      flags.data()};
+  const ForeachQuantArgs args{&row, 1, GridRule{-128, 127, false, 1e-6f}, true};
+  Guarded<uint8_t> found(foreach_cuda_workspace(args), Touches::kStart);
+  CHECK_EQ(found.size(), 4 * 16);
+  broken([&] { foreach_fake_quant_cuda(args, clipped.data(), found.data(), nullptr); });
+  fault_of([&] { foreach_fake_quant_cuda(args, clipped.data(), nullptr, nullptr); });
 }
 
 // The backward of DoReFa sums what the block has left in shared memory: behind the barrier of the

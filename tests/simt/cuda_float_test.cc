@@ -79,9 +79,37 @@ void aligned_tensors_move_16_bytes_at_a_time() {
   CHECK_EQ(simt::counters.vector_stores, 1024u);
 }
 
+// As a tensor of more than 2^32 elements has them: the index and the channel do not wrap.
+void elements_behind_the_first_2_to_the_32_are_reached() {
+  constexpr uint64_t kFar = (uint64_t{1} << 33) + 12;
+  constexpr int64_t kChannels = 3, kInner = 5;
+  Guarded<float> x(8), y(8), scale(kChannels);
+  Guarded<int32_t> zero_point(kChannels);
+  for (int64_t i = 0; i < 8; ++i) x[i] = static_cast<float>(i) - 3.3f;
+  for (int32_t c = 0; c < kChannels; ++c) {
+    scale[c] = 0.1f * static_cast<float>(c + 1), zero_point[c] = c;
+  }
+  const FakeQuant<float> op{x.data() - kFar,
+                            y.data() - kFar,
+                            -50,
+                            50,
+                            {scale.data(), zero_point.data(), int64_t{1} << 34, kChannels, kInner}};
+  simt::launch(1u, 1u, 0, [&] {
+    op.run<4>(kFar);
+    for (uint64_t i = 4; i < 8; ++i) op.run<1>(kFar + i);
+  });
+  for (uint64_t i = 0; i < 8; ++i) {
+    const auto c = static_cast<int64_t>((kFar + i) / kInner % kChannels);
+    const float expected =
+        fake_quant(x[static_cast<int64_t>(i)], scale[c], 1.0f / scale[c], zero_point[c], -50, 50);
+    CHECK_EQ(y[static_cast<int64_t>(i)], expected, "element ", i);
+  }
+}
+
 }  // namespace
 
 int main() {
+  elements_behind_the_first_2_to_the_32_are_reached();
   for (const Shape& shape : {Shape{1, 1, 1},
                              {1, 1, 1024},
                              {1, 1, 2051},

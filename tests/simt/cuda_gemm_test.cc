@@ -3,130 +3,15 @@
 #include "csrc/gemm/cuda.cu"
 #include "csrc/gemm/cuda_s8.cu"
 #include "csrc/gemm/cuda_u8.cu"
-#include "csrc/gemm/linear.h"
+#include "csrc/gemm/cuda_wgmma_sm90a.cu"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
-#include "tests/simt/layers.h"
+#include "tests/simt/linear_problem.h"
 
 using namespace qk;
 using namespace qk::test;
 
 namespace {
-
-struct Case {
-  int64_t m, n, k;
-  OutputType output = OutputType::kU8;
-  bool input_signed = false, weight_zero_points = false, table = false, residual = false,
-       residual_signed = false, per_tensor = false, extremes = false;
-  int64_t misalign = 0;  // of the input
-  int64_t slack = -1;    // bytes between rows; -1: the least that keeps rows aligned
-};
-
-std::string describe(const Case& c) {
-  return text_of("m=", c.m, " n=", c.n, " k=", c.k, " output=", c.output,
-                 " signed=", c.input_signed, " zero_points=", c.weight_zero_points,
-                 " table=", c.table, " residual=", c.residual, " misalign=", c.misalign,
-                 " slack=", c.slack);
-}
-
-class Problem {
- public:
-  Problem(const Case& c, Rng& rng)
-      : c_(c),
-        stride_(c.slack < 0 ? (c.k + 15) / 16 * 16 : c.k + c.slack),
-        input_(c.misalign + c.m * stride_, Touches::kStart),
-        weight_(static_cast<size_t>(c.n * c.k)),
-        grids_(c.n, rng),
-        residual_(c.m * c.n, Touches::kStart) {
-    rng.fill(input_), rng.fill(weight_), rng.fill(residual_);
-    if (c.extremes) {
-      for (uint8_t& v : input_) v = c.input_signed ? 0x80 : 0xff;
-      for (int8_t& v : weight_) v = -128;
-    }
-    source_ = {.weight = weight_.data(),
-               .n = c.n,
-               .taps = 1,
-               .depth = c.k,
-               .stride_n = c.k,
-               .stride_tap = 0,
-               .stride_k = 1,
-               .weight_scale = grids_.scales.data(),
-               .weight_zero_point = c.weight_zero_points ? grids_.zero_points.data() : nullptr,
-               .per_tensor = c.per_tensor,
-               .bias = grids_.bias.data(),
-               .input_scale = 0.02f,
-               .input_zero_point = c.input_signed ? -7 : 113,
-               .input_signed = c.input_signed,
-               .output_scale = 0.07f,
-               .epilogue = some_epilogue(c.output, c.table, c.residual, rng)};
-    const CudaPackedFacts facts = cuda_packed_facts(source_);
-    packed_ =
-        std::make_unique<Guarded<uint8_t>>(packed_cuda_bytes(c.n, 1, c.k, facts), Touches::kStart);
-    CHECK_EQ(pack_igemm_cuda(source_, packed_->data()), Status::kOk);
-    CudaPackedFacts read;
-    CHECK_EQ(read_cuda_facts(packed_->size(), c.n, 1, c.k, &read), Status::kOk);
-    CHECK_EQ(read.code(), facts.code());
-    args_ = {.packed = packed_->data(),
-             .facts = read,
-             .n = c.n,
-             .depth = c.k,
-             .input = input_.data() + c.misalign,
-             .rows = c.m,
-             .input_row_stride = stride_,
-             .out = nullptr,
-             .residual = c.residual ? residual_.data() : nullptr,
-             .residual_row_stride = c.n,
-             .residual_signed = c.residual_signed,
-             .workspace = nullptr};
-    expect();
-  }
-
-  // The plan of the formula, or any other.
-  void check(const CudaGemmPlan& plan) {
-    CONTEXT(describe(c_), " tile=", plan.tile, " splits=", plan.splits);
-    Guarded<uint8_t> out(static_cast<int64_t>(expected_.size()), Touches::kStart);
-    Guarded<uint8_t> workspace(cuda_gemm_workspace(plan, c_.m, c_.n, 1), Touches::kStart);
-    rng_.fill(workspace);
-    args_.out = out.data();
-    args_.workspace = workspace.data();
-    CHECK_EQ(linear_cuda(args_, plan, nullptr), cudaSuccess);
-    for (int64_t i = 0; i < out.size(); ++i) CHECK_EQ(out[i], expected_[i], "at byte ", i);
-  }
-  void check() {
-    CudaMachine machine;
-    CHECK_EQ(cuda_machine(&machine), cudaSuccess);
-    check(plan_linear_cuda(args_, machine));
-  }
-
- private:
-  // What linear gives on this machine's CPU.
-  void expect() {
-    const Isa isa = isa_active();
-    Guarded<uint8_t> packed(packed_igemm_bytes(c_.n, 1, c_.k, isa));
-    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
-    PackedMatrix matrix;
-    CHECK_EQ(view_packed(packed.data(), packed.size(), &matrix), Status::kOk);
-    expected_.resize(static_cast<size_t>(c_.m * c_.n * output_bytes(c_.output)));
-    linear({matrix, args_.input, c_.m, stride_, expected_.data(), args_.residual, c_.n,
-            c_.residual_signed},
-           kSerial);
-  }
-
-  Case c_;
-  Rng rng_;
-  int64_t stride_;
-  Guarded<uint8_t> input_;
-  std::vector<int8_t> weight_;
-  LayerGrids grids_;
-  Guarded<uint8_t> residual_;
-  PackSource source_;
-  std::unique_ptr<Guarded<uint8_t>> packed_;
-  LinearCudaArgs args_;
-  std::vector<uint8_t> expected_;
-};
-
-constexpr OutputType kOutputs[] = {OutputType::kU8,  OutputType::kS8,   OutputType::kS32,
-                                   OutputType::kF32, OutputType::kBF16, OutputType::kF16};
 
 // Each tile around its edges, whole and split.
 void every_tile_gives_the_bits_of_the_cpu() {
@@ -172,6 +57,50 @@ void small_and_odd_shapes_give_the_bits_of_the_cpu() {
     simt::seed = rng.bits();
     Problem(c, rng).check();
   }
+}
+
+// The same kernels with the instructions of capability 7.5.
+void turing_gives_the_bits_of_the_cpu() {
+  const simt::Device before = simt::device;
+  simt::device = {7, 5, 40, 64 << 10, 64 << 10};
+  CudaMachine machine;
+  CHECK_EQ(cuda_machine(&machine), cudaSuccess);
+  simt::counters = {};
+  Rng rng(6);
+  for (int tile = 0; tile < kCudaTileCount; ++tile) {
+    const CudaTile& t = kCudaTiles[tile];
+    if (t.needs_async_copies()) continue;
+    for (const int splits : {1, 2}) {
+      Case c{.m = t.rows + rng.pick({-1, 0, 1}),
+             .n = t.columns + rng.pick({-16, -1, 0, 1}),
+             .k = 5 * t.depth + rng.pick({-16, -3, 0, 5}),
+             .output = kOutputs[rng.integer(0, 5)],
+             .input_signed = rng.chance(0.5)};
+      simt::seed = rng.bits();
+      Problem(c, rng).check({tile, splits, 0});
+    }
+  }
+  for (int i = 0; i < 20; ++i) {
+    Problem({.m = rng.integer(1, 40),
+             .n = rng.integer(1, 80),
+             .k = rng.integer(1, 200),
+             .input_signed = rng.chance(0.5),
+             .weight_zero_points = rng.chance(0.5),
+             .misalign = rng.integer(0, 3)},
+            rng)
+        .check();
+  }
+  CHECK_EQ(simt::counters.mmas, 0u);
+  CHECK_EQ(simt::counters.copies, 0u);
+  CHECK(simt::counters.small_mmas > 0);
+  Problem problem({.m = 50, .n = 70, .k = 900}, rng);
+  for (const int barrier : {0, 4}) {
+    expect_fault("shared byte", [&] {
+      simt::sabotage.skip_barrier = barrier;
+      problem.check({4, 1, 0});
+    });
+  }
+  simt::device = before;
 }
 
 void the_largest_sums_do_not_saturate() {
@@ -223,7 +152,8 @@ void broken_instructions_are_noticed() {
 
 void the_plan_fits_the_machine_and_has_no_cliffs() {
   const CudaMachine a100{80, 108, 163 << 10, 164 << 10}, l4{89, 58, 99 << 10, 100 << 10};
-  for (const CudaMachine& machine : {a100, l4}) {
+  const CudaMachine t4{75, 40, 64 << 10, 64 << 10};
+  for (const CudaMachine& machine : {a100, l4, t4}) {
     for (const int64_t n : {64, 1000, 4096, 12288}) {
       for (const int64_t k : {16, 576, 4096, 16384}) {
         double before = 0;
@@ -248,6 +178,14 @@ void the_plan_fits_the_machine_and_has_no_cliffs() {
   CHECK_EQ(plan_cuda_gemm(4096, 4096, 4096, 1, a100, kGeneralCudaTiles).tile, kCudaGeneralTile);
 }
 
+void a_build_says_which_gpu_it_needs() {
+  CHECK_EQ(least_cuda_capability("sm_80 sm_90 compute_90 sm_90a"), 80);
+  CHECK_EQ(least_cuda_capability("sm_90 compute_120"), 90);
+  CHECK_EQ(least_cuda_capability("sm_75"), 75);
+  CHECK_EQ(least_cuda_capability("sm_100a"), 100);
+  CHECK_EQ(least_cuda_capability("sm_70 sm_80"), kCudaLeastCapability);
+}
+
 void wrong_lengths_are_refused() {
   CudaPackedFacts facts;
   const int64_t bytes = cuda_packed_layout(40, 1, 64).bytes;
@@ -262,9 +200,11 @@ void wrong_lengths_are_refused() {
 
 int main() {
   wrong_lengths_are_refused();
+  a_build_says_which_gpu_it_needs();
   the_plan_fits_the_machine_and_has_no_cliffs();
   small_and_odd_shapes_give_the_bits_of_the_cpu();
   every_tile_gives_the_bits_of_the_cpu();
+  turing_gives_the_bits_of_the_cpu();
   the_largest_sums_do_not_saturate();
   tiles_meet_no_bank_conflict();
   broken_instructions_are_noticed();

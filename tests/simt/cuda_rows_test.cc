@@ -2,6 +2,7 @@
 #include "csrc/gemm/cuda.cu"
 #include "csrc/gemm/cuda_s8.cu"
 #include "csrc/gemm/cuda_u8.cu"
+#include "csrc/gemm/cuda_wgmma_sm90a.cu"
 #include "csrc/linear_rows/linear_rows.h"
 #include "csrc/quantize_rows/cuda.cu"
 #include "tests/csrc/check.h"

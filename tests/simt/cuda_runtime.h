@@ -30,6 +30,7 @@ struct alignas(16) float4 {
 inline void __syncthreads() { simt::sync_threads(); }
 inline void __syncwarp(uint32_t mask = simt::kFullMask) { simt::sync_warp(mask); }
 inline void __threadfence() {}
+inline int __popcll(uint64_t value) { return __builtin_popcountll(value); }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int lane_mask) {
   return simt::shuffle_xor(mask, value, lane_mask);

@@ -192,7 +192,8 @@ void lists_give_the_bits_of_the_cpu(FloatType type) {
   std::vector<ForeachQuantItem> cpu, gpu;
   std::vector<ForeachBackwardItem> cpu_back, gpu_back;
   for (int i = 0; i < 60; ++i) {
-    const int64_t rows = rng.integer(0, 5), inner = rng.pick<int64_t>({0, 1, 3, 16, 27, 64, 700});
+    int64_t rows = rng.integer(0, 5), inner = rng.pick<int64_t>({0, 1, 3, 16, 27, 64, 700});
+    if (i % 20 == 7) rows = i / 20 + 1, inner = 2 * 32768 + rng.integer(-3, 90);  // several blocks
     weights.push_back(std::make_unique<Weight>(rows, inner));
     Weight& w = *weights.back();
     for (T& v : w.x) from_float(rng.real(-1, 1), &v);
@@ -214,8 +215,10 @@ void lists_give_the_bits_of_the_cpu(FloatType type) {
   Guarded<bool> clipped(count);
   simt::seed = rng.bits();
   foreach_fake_quant({cpu.data(), count, rule, true}, kSerial);
-  CHECK_EQ(foreach_fake_quant_cuda({gpu.data(), count, rule, true}, clipped.data(), nullptr),
-           cudaSuccess);
+  const ForeachQuantArgs on_gpu{gpu.data(), count, rule, true};
+  Guarded<uint8_t> workspace(foreach_cuda_workspace(on_gpu), Touches::kStart);
+  CHECK(workspace.size() > 0);
+  CHECK_EQ(foreach_fake_quant_cuda(on_gpu, clipped.data(), workspace.data(), nullptr), cudaSuccess);
   foreach_fake_quant_backward({cpu_back.data(), count, -20, 20}, kSerial);
   CHECK_EQ(foreach_fake_quant_backward_cuda({gpu_back.data(), count, -20, 20}, nullptr),
            cudaSuccess);
@@ -238,6 +241,31 @@ void lists_give_the_bits_of_the_cpu(FloatType type) {
   }
 }
 
+// Wherever in a row of several blocks it is.
+void a_row_that_is_not_finite_becomes_nan() {
+  constexpr int64_t kSize = 100000;
+  for (const int64_t where : {int64_t{5}, kSize - 1}) {
+    Guarded<float> x(kSize), y(kSize), scale(1);
+    Guarded<int32_t> zero_point(1);
+    Guarded<uint8_t> flags(1);
+    Guarded<bool> clipped(1);
+    for (float& v : x) v = 1.0f;
+    x[where] = std::numeric_limits<float>::infinity();
+    const ForeachQuantItem item{
+        {x.data(), FloatType::kFloat32, 1, kSize, scale.data(), zero_point.data()},
+        y.data(),
+        nullptr,
+        flags.data()};
+    const ForeachQuantArgs args{&item, 1, GridRule{-128, 127, false, 1e-6f}, true};
+    Guarded<uint8_t> workspace(foreach_cuda_workspace(args), Touches::kStart);
+    CHECK_EQ(foreach_fake_quant_cuda(args, clipped.data(), workspace.data(), nullptr), cudaSuccess);
+    CHECK_EQ(flags[0], kRowNotFinite);
+    CHECK(clipped[0]);
+    CHECK(scale[0] != scale[0]);
+    for (const float v : y) CHECK(v != v);
+  }
+}
+
 void zero_points_are_rounded_as_on_the_cpu() {
   Rng rng(2);
   Guarded<float> learned(37);
@@ -246,6 +274,25 @@ void zero_points_are_rounded_as_on_the_cpu() {
   round_zero_points(learned.data(), expected.data(), 37, -8, 7);
   CHECK_EQ(round_zero_points_cuda(learned.data(), got.data(), 37, -8, 7, nullptr), cudaSuccess);
   CHECK(same_bytes(got.data(), expected.data(), 37));
+}
+
+// x and the gradient are read once, what goes back is written once: 12 bytes an element, and a few
+// sums.
+void gradients_move_as_few_bytes_as_there_are() {
+  constexpr int64_t kSize = 16 * 4096;
+  Rng rng(4);
+  const Shape shape{1, 1, kSize};
+  const Grids grids(shape, rng, -7, 8);
+  Guarded<float> x(kSize), grad(kSize), out(kSize), sums(2);
+  Guarded<double> workspace(lsq_cuda_workspace(grids.dense()));
+  simt::counters = {};
+  CHECK_EQ(lsq_backward_cuda({grad.data(), x.data(), out.data(), FloatType::kFloat32, -7, 8, false,
+                              grids.dense(), 1.0, workspace.data(), sums.data(), sums.data() + 1},
+                             nullptr),
+           cudaSuccess);
+  CHECK_EQ(simt::counters.vector_loads, uint64_t{2} * kSize / 4);
+  CHECK_EQ(simt::counters.vector_stores, uint64_t{kSize} / 4);
+  CHECK(workspace.size() * 8 < kSize / 64, "of workspace");
 }
 
 void a_missing_barrier_is_noticed() {
@@ -286,6 +333,8 @@ int main() {
   }
   lists_give_the_bits_of_the_cpu<float>(FloatType::kFloat32);
   lists_give_the_bits_of_the_cpu<Float16>(FloatType::kFloat16);
+  a_row_that_is_not_finite_becomes_nan();
   zero_points_are_rounded_as_on_the_cpu();
+  gradients_move_as_few_bytes_as_there_are();
   a_missing_barrier_is_noticed();
 }

@@ -32,6 +32,35 @@ inline void ldmatrix_x4(uint32_t (&result)[4], uint32_t address) {
   });
 }
 
+// mma.m8n8k16.row.col with s32 sums; A is u8 or s8, B is s8. Sums wrap.
+template <bool kASigned>
+void mma_m8n8k16(int32_t* sum0, int32_t* sum1, uint32_t a, uint32_t b) {
+  struct Arguments {
+    int32_t* sums[2];
+    uint32_t a, b;
+  } mine{{sum0, sum1}, a, b};
+  meet("mma.m8n8k16", kFullMask, mine, [](Arguments** all) {
+    uint8_t rows[8][16];
+    int8_t columns[8][16];
+    for (int l = 0; l < kWarp; ++l) {
+      std::memcpy(&rows[l / 4][l % 4 * 4], &all[l]->a, 4);
+      std::memcpy(&columns[l / 4][l % 4 * 4], &all[l]->b, 4);
+    }
+    for (int l = 0; l < kWarp; ++l) {
+      for (int i = 0; i < 2; ++i) {
+        int32_t dot = 0;
+        for (int k = 0; k < 16; ++k) {
+          const uint8_t byte = rows[l / 4][k];
+          dot += (kASigned ? static_cast<int8_t>(byte) : byte) * columns[l % 4 * 2 + i][k];
+        }
+        int32_t& sum = *all[l]->sums[i];
+        sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(dot));
+      }
+    }
+    ++counters.small_mmas;
+  });
+}
+
 // mma.m16n8k32.row.col with s32 sums; A is u8 or s8, B is s8. Sums wrap.
 template <bool kASigned>
 void mma_m16n8k32(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

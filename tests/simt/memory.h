@@ -134,18 +134,39 @@ void shared_store(uint32_t address, const T& value) {
   std::memcpy(&state.block.shared[address], &value, sizeof(T));
 }
 
-// `count` of `bytes` (4 or 16) are copied, the rest is zero.
-inline void copy_async(uint32_t to, const void* from, int bytes, int count) {
-  if (reinterpret_cast<uintptr_t>(from) % static_cast<unsigned>(bytes) != 0) {
-    fault("cp.async of ", bytes, " bytes from a misaligned address");
+// Adds one to a word, as a whole: threads that count there do not race with one another, but with
+// every other access.
+inline void shared_count(uint32_t address) {
+  check_bounds(address, 4, "count");
+  Block& b = state.block;
+  for (uint32_t i = address; i < address + 4; ++i) {
+    Shadow& s = b.shadow[i];
+    if (s.in_flight) fault("count at shared byte ", i, " while cp.async may still write it");
+    if (!s.written) fault("count at shared byte ", i, ", which was never written");
+    if (s.writer != kEverybody && s.writer != this_thread().index && s.write_epoch == b.epoch) {
+      race("count", i, s.writer);
+    }
+    if (s.read_epoch == b.epoch) race("count", i, s.reader);
+    s.writer = kEverybody;
+    s.write_epoch = b.epoch;
   }
-  if (sabotage.copy_all_bytes) count = bytes;
-  check_bounds(to, static_cast<uint32_t>(bytes), "cp.async");
-  shadow_write(this_thread(), to, static_cast<uint32_t>(bytes), true);
-  this_thread().accesses.push_back({AccessKind::kCopy, static_cast<uint8_t>(bytes), to});
-  Copy copy{to, static_cast<uint8_t>(bytes), static_cast<uint8_t>(count), {}};
+  uint32_t value;
+  std::memcpy(&value, &b.shared[address], 4);
+  ++value;
+  std::memcpy(&b.shared[address], &value, 4);
+}
+
+// `count` of 16 bytes are copied, the rest is zero.
+inline void copy_async(uint32_t to, const void* from, int count) {
+  constexpr uint32_t kBytes = 16;
+  if (reinterpret_cast<uintptr_t>(from) % kBytes != 0) fault("cp.async from a misaligned address");
+  if (sabotage.copy_all_bytes) count = kBytes;
+  check_bounds(to, kBytes, "cp.async");
+  shadow_write(this_thread(), to, kBytes, true);
+  this_thread().accesses.push_back({AccessKind::kCopy, kBytes, to});
+  Copy copy{to, {}};
   for (int i = 0; i < count; ++i) copy.data[i] = static_cast<const uint8_t*>(from)[i];
-  std::memset(&state.block.shared[to], 0xa5, static_cast<size_t>(bytes));
+  std::memset(&state.block.shared[to], 0xa5, kBytes);
   this_thread().open.push_back(copy);
   ++counters.copies;
 }
@@ -161,13 +182,13 @@ inline void wait_copies(int pending) {
   const size_t keep = static_cast<size_t>(pending + sabotage.wait_for_fewer_groups);
   while (t.groups.size() > keep) {
     for (const Copy& copy : t.groups.front()) {
-      for (int i = 0; i < copy.bytes; ++i) {
+      for (size_t i = 0; i < sizeof copy.data; ++i) {
         Shadow& s = state.block.shadow[copy.to + static_cast<uint32_t>(i)];
         s.in_flight = false;
         s.write_epoch = state.block.epoch;  // others see it after the next barrier
         s.write_warp_epoch = this_warp().epoch;
       }
-      std::memcpy(&state.block.shared[copy.to], copy.data, copy.bytes);
+      std::memcpy(&state.block.shared[copy.to], copy.data, sizeof copy.data);
     }
     t.groups.erase(t.groups.begin());
   }

@@ -11,6 +11,7 @@
 //                   warp is enough inside a warp)
 //   cp.async        lands as late as it may, at the wait that forces it; until then its target
 //                   holds poison and any access to it is a fault
+//   Hopper          see hopper.h: barriers in shared memory, boxes by TMA, wgmma
 //   warps           lanes meet in the same operation with the same mask
 //   barriers        every thread that is left arrives, or nothing moves on: a deadlock is a fault
 //
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "tests/simt/block.h"
+#include "tests/simt/hopper.h"
 #include "tests/simt/matrix.h"
 #include "tests/simt/memory.h"
 
@@ -63,6 +65,7 @@ inline void run_block(Dim3 index, unsigned threads, size_t shared_bytes) {
     for (const Thread& t : b.threads) {
       if (t.waiting == Waiting::kNothing) ready.push_back(t.index);
     }
+    if (ready.empty() && land_a_box()) continue;
     if (ready.empty()) fault("deadlock: every thread that is left waits for one that is gone");
     // One warp goes as far as it can.
     const unsigned warp = ready[random_bits() % ready.size()] / kWarp;
@@ -75,6 +78,7 @@ inline void run_block(Dim3 index, unsigned threads, size_t shared_bytes) {
     }
   }
   for (unsigned w = 0; w < b.warps.size(); ++w) count_conflicts(w);
+  if (!b.boxes.empty()) fault("the block has ended before a box of it has landed");
   state.thread = nullptr;
   ++counters.blocks;
 }

@@ -1,7 +1,7 @@
 // The emulator itself: its instructions do what PTX says, and each kind of mistake is noticed.
 #include <cuda_runtime.h>
 
-#include "csrc/base/cuda.cuh"
+#include "csrc/base/cuda_sm90.cuh"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
 
@@ -190,6 +190,70 @@ void threads_that_do_not_meet_are_faults() {
   });
 }
 
+// 64 rows of A and 128 of B, as boxes, and the sums of the first warpgroup.
+void wgmma_multiplies_boxes() {
+  Rng rng;
+  Guarded<uint8_t> a(64 * 128, Touches::kStart);
+  Guarded<int8_t> b(128 * 128, Touches::kStart);
+  rng.fill(a), rng.fill(b);
+  Guarded<int32_t> sums(64 * 128);
+  TensorMap map_a, map_b;
+  CHECK_EQ(make_tensor_map(&map_a, a.data(), 96, 64, 128, 64), cudaSuccess);
+  CHECK_EQ(make_tensor_map(&map_b, b.data(), 128, 128, 128, 128), cudaSuccess);
+  CHECK_EQ(make_tensor_map(&map_b, b.data() + 8, 96, 128, 128, 128), cudaErrorInvalidValue);
+  CHECK_EQ(make_tensor_map(&map_b, b.data(), 96, 128, 120, 128), cudaErrorInvalidValue);
+  CHECK_EQ(make_tensor_map(&map_b, b.data(), 128, 128, 128, 128), cudaSuccess);
+  const auto body = [&](bool fence, uint32_t to) {
+    constexpr uint32_t kB = 64 * 128, kBarrier = kB + 128 * 128 + 1024;
+    if (threadIdx.x == 0) {
+      barrier_init(kBarrier, 1);
+      barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      barrier_arrive_expecting(kBarrier, 192 * 128);
+      copy_box(to, map_a, 0, 0, kBarrier);
+      copy_box(to + kB, map_b, 0, 0, kBarrier);
+    }
+    barrier_wait(kBarrier, 0);
+    int32_t c[16][4] = {};
+    if (fence) wgmma_fence();
+    for (uint64_t slice = 0; slice < 4; ++slice) {
+      wgmma_m64n128k32<false>(c, box_descriptor(to) + slice * 2,
+                              box_descriptor(to + kB) + slice * 2);
+    }
+    wgmma_commit();
+    CHECK_EQ(static_cast<uint32_t>(c[0][0]), 0xa5a5a5a5u);  // not there yet
+    wgmma_wait<0>();
+    for (uint32_t i = 0; i < 64; ++i) {
+      const uint32_t row = threadIdx.x / 32 * 16 + lane() / 4 + i / 2 % 2 * 8;
+      sums[row * 128 + i / 4 * 8 + lane() % 4 * 2 + i % 2] = c[i / 4][i % 4];
+    }
+  };
+  constexpr uint32_t kShared = 192 * 128 + 1024 + 8;
+  run(128, kShared, [&] { body(true, 0); });
+  for (int64_t i = 0; i < 64; ++i) {
+    for (int64_t j = 0; j < 128; ++j) {
+      int32_t expected = 0;
+      for (int64_t k = 0; k < 96; ++k) expected += a[i * 128 + k] * b[j * 128 + k];
+      CHECK_EQ(sums[i * 128 + j], expected);
+    }
+  }
+  expect_fault("without a wgmma.fence", [&] { run(128, kShared, [&] { body(false, 0); }); });
+  expect_fault("goes to a multiple of 1024", [&] { run(128, kShared, [&] { body(true, 512); }); });
+}
+
+void barriers_that_nobody_ends_are_faults() {
+  expect_fault("deadlock", [] {
+    run(32, 8, [] {
+      if (lane() == 0) barrier_init(0, 2);
+      __syncthreads();
+      if (lane() == 0) barrier_arrive(0);
+      barrier_wait(0, 0);
+    });
+  });
+}
+
 // 8 rows of 128 bytes read column by column, with and without a swizzle.
 uint64_t conflicts_of_columns(bool swizzled) {
   const uint64_t before = simt::counters.ldmatrix_conflicts;
@@ -239,6 +303,8 @@ int main() {
   an_ignored_predicate_reads_past_the_end();
   addresses_are_checked();
   threads_that_do_not_meet_are_faults();
+  wgmma_multiplies_boxes();
+  barriers_that_nobody_ends_are_faults();
   bank_conflicts_are_counted();
   blocks_add_up();
   return 0;
