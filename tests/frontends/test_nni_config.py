@@ -11,7 +11,7 @@ from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.nni.config import Setting, parse
 
 INT8, INT4, UINT8 = Setting(8, True, "affine"), Setting(4, True, "affine"), Setting(8, False, "affine")
-WHOLE, ROWS = Setting(8, True, "symmetric"), Setting(8, True, "symmetric", per_channel=True)
+WHOLE_4D, ROWS = Setting(8, True, "symmetric", rank=4), Setting(8, True, "symmetric", per_channel=True)
 EACH, COLUMNS = replace(ROWS, block=(1, 1, 1, 1)), replace(ROWS, block=(-1, 1, 0))
 CHANNELS = Setting(8, True, "affine", True, (-1, 1, 0))
 LINES = replace(CHANNELS, block=(1, 2, -1, -1))
@@ -62,13 +62,13 @@ def test_modules_are_selected_by_names_patterns_and_types_without_what_is_exclud
         ({"target_names": ["weight"], "target_settings": weight(granularity=[1, 1, 3, 3])}, {"weight": ROWS}),
         ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back", -1))}, {"weight": ROWS}),
         ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back"))}, {"weight": EACH}),
-        ({"target_names": ["weight"], "target_settings": weight(granularity="in_channel")}, {"weight": WHOLE}),
+        ({"target_names": ["weight"], "target_settings": weight(granularity="in_channel")}, {"weight": WHOLE_4D}),
         ({"op_names": ["conv2"], "target_names": ["weight"], "target_settings": weight(granularity="in_channel")},
          {"weight": COLUMNS}),
         ({"target_names": ["_input_"], "granularity": "per_channel"}, {"_input_0": CHANNELS}),
         ({"target_names": ["_input_"], "granularity": [2, -1, -1]}, {"_input_0": LINES}),
         ({"target_names": ["bias"], "granularity": "out_channel"}, {"bias": replace(INT8, per_channel=True)}),
-        ({"target_names": ["weight"], "granularity": [-1, -1, -1, -1]}, {"weight": INT8}),
+        ({"target_names": ["weight"], "granularity": [-1, -1, -1, -1]}, {"weight": replace(INT8, rank=4)}),
         ({"target_names": ["weight"], "target_settings": weight(quant_scheme="affine")}, {"weight": INT8}),
         ({"target_names": ["weight"], "apply_method": "qat_clamp_round"}, {"weight": INT8}),
         ({"target_names": ["weight", "_input_"], "target_settings": {"_input_": {"quant_dtype": "int4"}}},

@@ -31,13 +31,17 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of one target; scheme is "affine", "symmetric" or None."""
+    """The settings of one target; scheme is "affine", "symmetric" or None.
+
+    `rank`: a granularity that comes to one grid for the whole tensor has a scale of so many dimensions, all 1.
+    """
 
     bits: int = 8
     signed: bool = True
     scheme: str | None = None
     per_channel: bool = False
     block: tuple[int, ...] | None = None
+    rank: int = 0
 
     def spec(self, is_parameter: bool) -> QSpec:
         kind = {"symmetric": self.scheme != "affine", "per_channel": self.per_channel, "min_scale": EPS}
@@ -203,7 +207,10 @@ def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, where: st
     check_one_of(entry.get("apply_method"), METHODS, f"{where}.apply_method")
     given = entry.get("granularity") or "default"
     shape = module._parameters[target].shape if target in PARAMETERS else None
-    block = _block(given, shape, _rank(module) if shape is None else len(shape), f"{where}.granularity")
+    rank = _rank(module) if shape is None else len(shape)
+    block = _block(given, shape, rank, f"{where}.granularity")
+    if block is None and given != "default":
+        return Setting(bits, not match[1], scheme, rank=rank or 0)
     if block is None or block == (1, 0):
         return Setting(bits, not match[1], scheme, block is not None)
     return Setting(bits, not match[1], scheme, True, block)
