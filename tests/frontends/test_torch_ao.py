@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from mobilenet_v2 import FULL, SMALL, MobileNetV2
 from torch import nn
 
 import qkernels
-from qkernels.core.recipe import make_recipe
+from qkernels.core.prepare import quantizers
+from qkernels.core.recipe import Match, make_recipe
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends import torch_ao
 
@@ -448,6 +450,44 @@ def test_mapping_order_is_that_of_torch():
     assert recipe.for_module("conv1", ["Conv2d"]).skip
     assert not recipe.for_module("conv2", ["Conv2d"]).weight.spec.per_channel  # the first regex wins
     assert recipe.for_module("other", ["Conv2d"]).weight.spec.per_channel
+
+
+FUNCTION_RULES = [
+    (operator.add, {"add"}),
+    (torch.add, set()),  # the model writes x + y
+    (torch.relu, {"relu", "relu_1"}),
+    ("add", set()),
+    (nn.functional.adaptive_avg_pool2d, {"adaptive_avg_pool2d"}),
+]
+
+
+@pytest.mark.parametrize("api", [torch_ao, ao], ids=["ours", "torch"])
+@pytest.mark.parametrize(("function", "floats"), FUNCTION_RULES)
+def test_object_types_may_be_functions_as_the_model_calls_them(api, function, floats):
+    mapping = api.QConfigMapping().set_global(per_channel(api)).set_object_type(function, None)
+    prepared = torch_ao.prepare_fx(Residual().eval(), mapping, (images(),))
+    assert {row.name for row in prepared.report.stayed_float if row.reason == "skipped by the recipe"} == floats
+    prepared(images())
+    assert qkernels.verify(prepared, torch_ao.convert_fx(prepared), [images()]).total_mismatches == 0
+
+
+def test_a_function_gets_the_grid_that_its_rule_says():
+    own = torch_ao.QConfig(torch_ao.MinMaxObserver.with_args(quant_max=15, quant_min=0), per_channel(torch_ao).weight)
+    mapping = torch_ao.QConfigMapping().set_global(per_channel(torch_ao)).set_object_type(operator.add, own)
+    prepared = torch_ao.prepare_fx(Residual().eval(), mapping, (images(),))
+    codes = {q.source: q.spec.qmax for q in quantizers(prepared)}
+    assert {source for source, highest in codes.items() if highest == 15} == {"add"}
+    assert torch_ao.mapping_recipe(mapping).overrides[0].match == Match("type", "operator.add")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_torchs_own_default_mappings_ask_for_nothing_that_the_core_does_not_do(trained):
+    name = "get_default_qat_qconfig_mapping" if trained else "get_default_qconfig_mapping"
+    theirs, mine = (torch_ao.mapping_recipe(getattr(api, name)("onednn")) for api in (ao, torch_ao))
+    assert (theirs.activation, theirs.weight) == (mine.activation, mine.weight)
+    for rule in theirs.overrides:
+        assert not rule.skip
+        assert rule.activation in (None, mine.activation) or rule.match.pattern == "PReLU"
 
 
 def test_training_a_graph():

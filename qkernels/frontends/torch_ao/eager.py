@@ -184,8 +184,10 @@ def recipe(model: nn.Module) -> Recipe:
 def override(match: Match, qconfig: Any) -> Override:
     if qconfig is None:
         return Override(match, skip=True)
-    recipes = []
-    for made in (qconfig.activation(), qconfig.weight()):
+    recipes, activation = [], qconfig.activation()
+    if type(activation).__name__ == "ReuseInputObserver":  # torch's default for a reshape, which the core knows
+        return Override(match)
+    for made in (activation, qconfig.weight()):
         # torch's defaults give a type without weight a float32 placeholder, and a sigmoid a fixed grid.
         silent = getattr(made, "dtype", None) is torch.float32 or "FixedQParams" in type(made).__name__
         recipes.append(None if silent else parse.tensor_recipe(made))

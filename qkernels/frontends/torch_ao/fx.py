@@ -18,7 +18,11 @@ from qkernels.frontends.torch_ao.observers import get_default_qat_qconfig, get_d
 
 
 class QConfigMapping:
-    """Which module gets which qconfig: global, by type, by a regex of the path, by path; the latter win."""
+    """Which module gets which qconfig: global, by type, by a regex of the path, by path; the latter win.
+
+    A type is a class of modules, a function as the model calls it (`torch.add`; `operator.add` for `x + y`), or the
+    name of a method of tensors.
+    """
 
     def __init__(self) -> None:
         self.global_qconfig: Any = None
@@ -56,12 +60,8 @@ def mapping_recipe(mapping: Any) -> Recipe:
     base = mapping.global_qconfig
     overrides: list[Override] = []
     for kind, qconfig in mapping.object_type_qconfigs.items():
-        if isinstance(kind, type) and issubclass(kind, nn.Module):
-            overrides.append(override(Match.of(kind), qconfig))
-        elif hasattr(mapping, "set_global") and type(mapping).__module__.startswith("torch."):
-            continue  # torch's defaults list every function that shares a grid; here the core knows them
-        else:
-            raise Unsupported(f"QConfigMapping: object_type {kind!r}: name the modules or their paths instead")
+        match = Match("type", kind) if isinstance(kind, str) else Match.of(kind)  # a method of tensors has its name
+        overrides.append(override(match, qconfig))
     # In torch.ao the first regex that fits wins, in a Recipe the last rule.
     for pattern, qconfig in reversed(mapping.module_name_regex_qconfigs.items()):
         overrides.append(override(Match("regex", pattern + r"[\s\S]*"), qconfig))
