@@ -129,7 +129,16 @@ def write_results(path: Path | None, seed: int, command: str | None = None, **re
             "threads": torch.get_num_threads(),
         },
     }
-    path.write_text(json.dumps(facts | results, indent=1) + "\n")
+    path.write_text(json.dumps(_rounded(facts | results), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, at any depth."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def quantize_and_compare(

@@ -110,14 +110,14 @@ def main():
         print(f"{name:<30} {percent:6.2f} %")
     print(f"verify: {mismatches} codes differ")
     networks = {"float": model.eval(), "simulation": sim.model.eval(), "integers": converted}
-    times = {name: round(milliseconds(network, sample_input), 3) for name, network in networks.items()}
+    times = {name: milliseconds(network, sample_input) for name, network in networks.items()}
     for name, time in times.items():
         print(f"{name:<30} {time:6.2f} ms a batch of {len(sample_input)}")
     write_results(
         options.json,
         options.seed,
         images=[len(loader.dataset) for loader in (train_loader, test_loader)],
-        accuracy={name: round(percent, 3) for name, percent in accuracy.items()},
+        accuracy=accuracy,
         batch_of_128_ms=times,
         mismatches=mismatches,
         original={"float": 91.7, "simulated, after calibration": 91.2, "simulated, after training": 92.1},
