@@ -49,7 +49,7 @@ class QuantizeDequantize(Quantizer):
         axis = how.pop("axis", wide[0] if wide else None)
         recipe = tensor_recipe(bitwidth, symmetric, axis, signed, **how)
         super().__init__(recipe, "", None if axis is None else shape[axis], trained=True, is_weight=signed)
-        self.shape, self.bitwidth, self.symmetric = tuple(shape), bitwidth, symmetric
+        self.shape, self.how = tuple(shape), (bitwidth, symmetric, signed, {**how, "axis": axis})
         self.min, self.max = self.rule.low, self.rule.high
         self.state = State.FAKE_QUANT
 
@@ -64,6 +64,32 @@ class QuantizeDequantize(Quantizer):
         scale, offset = torch.tensor(grid.scale), torch.tensor(grid.offset)
         made.set_qparams(QParams(scale, spec.qmin - offset, made.axis, spec.qmin, spec.qmax, spec.dtype))
         return made
+
+    @property
+    def bitwidth(self) -> int:
+        return self.how[0]
+
+    @bitwidth.setter
+    def bitwidth(self, bitwidth: int) -> None:
+        self._become(bitwidth, self.symmetric)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.how[1]
+
+    @symmetric.setter
+    def symmetric(self, symmetric: bool) -> None:
+        self._become(self.bitwidth, symmetric)
+
+    def _become(self, bitwidth: int, symmetric: bool) -> None:
+        """Another kind of grid on the same range; `min` and `max` are new Parameters."""
+        ends = (self.min.detach(), self.max.detach()) if self.has_grid() else None
+        source, device = self.source, self.min.device
+        self.__init__(self.shape, bitwidth, symmetric, self.how[2], **self.how[3])
+        self.to(device)
+        self.source = self.observer.source = source
+        if ends is not None:
+            self.take_range(*ends)
 
     def choose(self) -> None:
         """Takes the grid of what was seen; training starts from the very ends that were seen."""
