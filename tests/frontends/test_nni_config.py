@@ -113,6 +113,17 @@ def test_keys_of_2_are_taken():
         ({"target_settings": weight(granularty="default")}, InvalidArgument, "granularty: unknown key; did you mean"),
         ({"apply_method": "truncate"}, InvalidArgument, "apply_method: must be one of"),
         ({"quant_dtype": "int0"}, InvalidArgument, "quant_dtype: must be None, int"),
+        ({"op_names": "conv1"}, InvalidArgument, r"config_list\[0\]\.op_names: must be a list of strings, got 'conv1'"),
+        ({"op_types": [torch.nn.Conv2d]}, InvalidArgument, "op_types: must be a list of strings"),
+        ({"op_names_re": ["conv["]}, InvalidArgument, r"op_names_re: 'conv\[' is no regular expression: untermin"),
+        ({"target_names": "weight"}, InvalidArgument, "target_names: must be a list of strings, got 'weight'"),
+        ({"target_settings": {"wieght": {"quant_dtype": "int8"}}}, InvalidArgument,
+         r"target_settings: unknown target 'wieght'"),
+        ({"fuse_names": "conv1"}, InvalidArgument, r"fuse_names: must be \(layer, norm\)"),
+        ({"quant_types": ["weight"], "quant_bits": {"wieght": 8}}, InvalidArgument,
+         "quant_bits.wieght: unknown key; did you mean 'weight'"),
+        ({"exclude": "yes"}, InvalidArgument, r"exclude: must be one of \[True, False\], got 'yes'"),
+        ({"exclude": True}, InvalidArgument, "config_list: no module is left to quantize"),
         ({"exclude_op_types": ["Conv4d"]}, InvalidArgument, "exclude_op_types: no module is a 'Conv4d'; did you mean"),
         ({"exclude_op_names": ["conv7"]}, InvalidArgument, "exclude_op_names: the model has no module 'conv7'"),
         ({"quant_start_step": 3}, Unsupported, r"QATQuantizer\(..., quant_start_step=n\)"),
@@ -137,6 +148,9 @@ def test_a_calibration_config_of_another_kind_is_refused():
         made.track_forward(torch.randn(2, 1, 16, 16))
         return made
 
+    incomplete = {"conv1": {"weight": {"quant_dtype": "int8", "quant_scheme": "affine", "zero_point": 0}}}
+    with pytest.raises(InvalidArgument, match=r"calibration_config\.conv1\.weight\.scale: missing; there are"):
+        quantizer().update_calibration_config(incomplete)
     config = quantizer(quant_dtype="int4").get_calibration_config()
     with pytest.raises(InvalidState, match=r"conv1\.\w+: .*is not a grid of kind"):
         quantizer().update_calibration_config(config)

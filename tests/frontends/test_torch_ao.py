@@ -13,7 +13,7 @@ from torch import nn
 import qkernels
 from qkernels.core.prepare import quantizers
 from qkernels.core.recipe import Match, make_recipe
-from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
 from qkernels.frontends import torch_ao
 
 ao = pytest.importorskip("torch.ao.quantization")
@@ -435,6 +435,38 @@ def test_mapping_and_qconfigs_and_our_options_are_one_recipe():
     expected = make_recipe("int8-minmax", skip=["conv2"])
     assert torch_ao.mapping_recipe(mapping) == expected
     assert torch_ao.recipe(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m: m.set_global("x86"), InvalidArgument, r"QConfigMapping: must be a QConfig, such as .* got 'x86'"),
+        (lambda m: m.set_object_type(nn.Conv2d, "x86"), InvalidArgument, "QConfigMapping: Conv2d: must be a QConfig"),
+        (lambda m: m.set_module_name("conv9", None), InvalidArgument, "has the name 'conv9'; did you mean"),
+        (lambda m: m.set_module_name_regex("conv[", None), InvalidArgument, r"'conv\[' is no regular expression"),
+        (lambda m: m.set_object_type(3, None), InvalidType, "got 3"),
+        (lambda m: m.set_module_name_object_type_order("", nn.Conv2d, 0, None), Unsupported, "a path of its own"),
+    ],
+)
+def test_a_wrong_mapping_is_refused_with_what_is_wrong(change, error, message):
+    mapping = torch_ao.QConfigMapping().set_global(per_channel(torch_ao))
+    with pytest.raises(error, match=message):
+        torch_ao.prepare_fx(Residual().eval(), change(mapping), (images(),))
+
+
+def test_rules_of_torchs_mapping_that_have_no_counterpart_are_refused():
+    mapping = ao.QConfigMapping().set_global(per_channel(ao)).set_module_name_object_type_order("", nn.Conv2d, 0, None)
+    with pytest.raises(Unsupported, match="module_name_object_type_order"):
+        torch_ao.prepare_fx(Residual().eval(), mapping, (images(),))
+    with pytest.raises(Unsupported, match=r"prepare_fx: backend_config has no counterpart.*set_object_type"):
+        torch_ao.prepare_fx(Residual().eval(), torch_ao.QConfigMapping(), (images(),), backend_config={"a": 1})
+
+
+def test_a_qconfig_that_is_none_is_refused():
+    model = ours().eval()
+    model.qconfig = "x86"
+    with pytest.raises(InvalidArgument, match=r"MobileNetV2\.qconfig: must be a QConfig, such as get_default_qconfig"):
+        torch_ao.prepare(model)
 
 
 def test_mapping_order_is_that_of_torch():

@@ -111,6 +111,7 @@ def _in_tables(entries: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {table: {} for table in TABLES}
     for i, entry in enumerate(entries):
         where = f"{LIST}[{i}]"
+        _needs(entry, ("name", "output_dtype"), where)
         dtype = re.fullmatch(r"(u?)int(\d+)", str(entry.get("output_dtype")))
         if dtype is None or "y_scale" not in entry or "block_size" in entry:
             raise Unsupported(f"{where}: only intN and uintN with y_scale and without block_size, got {entry!r:.200}")
@@ -167,6 +168,7 @@ def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:
         return {name: [rows] if isinstance(rows, Mapping) else list(rows) for name, rows in table.items()}
     found = {}
     for i, entry in enumerate(table):
+        _needs(entry, ("name", "bw", "is_sym", "scale", "offset"), f"{where}[{i}]")
         kind = entry.get("enc_type", "PER_TENSOR")
         if entry.get("dtype", "INT") != "INT" or kind not in ("PER_TENSOR", "PER_CHANNEL"):
             raise Unsupported(f"{where}[{i}]: dtype {entry.get('dtype')}, enc_type {kind} has no integer layers here")
@@ -176,12 +178,18 @@ def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _needs(entry: Any, keys: Collection[str], where: str) -> None:
+    for key in keys:
+        if not isinstance(entry, Mapping) or key not in entry:
+            got = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
+            raise InvalidArgument(f"{where}: encoding without {key!r}, got {got}")
+
+
 def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
     """The grid of the encodings of one tensor."""
-    first = rows[0]
-    for key in ("bitwidth", "scale", "offset", "is_symmetric"):
-        if key not in first:
-            raise InvalidArgument(f"{where}: encoding without {key!r}, got {sorted(first)}")
+    first = rows[0] if rows else {}
+    for row in rows or [first]:
+        _needs(row, ("bitwidth", "scale", "offset", "is_symmetric"), where)
     if first.get("dtype", "int").lower() != "int":
         raise Unsupported(f"{where}: dtype {first['dtype']!r} has no integer layers")
     bits, symmetric = int(first["bitwidth"]), str(first["is_symmetric"]) == "True"

@@ -28,8 +28,8 @@ def tensor_recipe(
     options: tuple = (),
 ) -> TensorRecipe:
     """AIMET's kind of grid. `signed`: int8, for weights; else uint8. `strict`: as many codes on both sides."""
-    if not 2 <= bitwidth <= MAX_BITS:
-        raise Unsupported(f"bitwidth must be from 2 to {MAX_BITS}, got {bitwidth}; more than 8 are only simulated")
+    if not isinstance(bitwidth, int) or not 2 <= bitwidth <= MAX_BITS:
+        raise Unsupported(f"bitwidth must be from 2 to {MAX_BITS}, got {bitwidth!r}; more than 8 are only simulated")
     spec = QSpec.weight(bitwidth) if signed else QSpec.activation(bitwidth)
     lowest = -(2 ** (bitwidth - 1)) if signed else 0
     qmin = lowest + 1 if strict else lowest

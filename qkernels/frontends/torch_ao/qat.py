@@ -15,7 +15,7 @@ from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.torch_ao import parse
 from qkernels.frontends.torch_ao.eager import _is_observed, note_example, observe_output, propagate_qconfig
 from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS, Fused
-from qkernels.frontends.torch_ao.fx import mapping_recipe
+from qkernels.frontends.torch_ao.fx import mapping_recipe, refuse
 
 
 def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -> nn.Module:
@@ -82,11 +82,15 @@ def _trained_layer(module: nn.Module, path: str) -> nn.Module | None:
     return layer.train(module.training)
 
 
-def prepare_qat_fx(model: nn.Module, qconfig_mapping: Any, example_inputs: Any, **unsupported: Any) -> nn.Module:
+def prepare_qat_fx(
+    model: nn.Module,
+    qconfig_mapping: Any,
+    example_inputs: Any,
+    prepare_custom_config: None = None,
+    backend_config: None = None,
+) -> nn.Module:
     """The graph of the model, ready to train; then `convert_fx`."""
-    given = {name for name, value in unsupported.items() if value}
-    if given:
-        raise Unsupported(f"prepare_qat_fx: {sorted(given)} have no counterpart; skip modules with qconfig None")
+    refuse("prepare_qat_fx", prepare_custom_config=prepare_custom_config, backend_config=backend_config)
     return core_prepare_qat(model, example_inputs, mapping_recipe(qconfig_mapping))
 
 
