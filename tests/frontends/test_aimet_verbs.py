@@ -327,6 +327,23 @@ def test_what_2_cannot_say_and_what_it_says_otherwise_is_refused():
         calibrated().load_encodings({"encodings": [entry]})
 
 
+def test_a_quantizer_of_ones_own_takes_a_range_or_watches_its_own_data():
+    sim = calibrated()
+    weight = aimet.quantization.affine.QuantizeDequantize(shape=(8, 1, 1, 1), bitwidth=4, symmetric=True)
+    weight.set_range(-0.8, 0.7)
+    output = aimet.quantization.affine.QuantizeDequantize(shape=(), bitwidth=8, symmetric=False)
+    with output.compute_encodings():
+        output(torch.tensor([-1.0, 4.0]))
+        output(torch.tensor([2.0, 5.0]))
+    torch.testing.assert_close(
+        torch.stack([output.get_min(), output.get_max()]), torch.tensor([-1.0, 5.0]), atol=2e-2, rtol=0
+    )
+    torch.testing.assert_close(weight.get_scale().flatten(), torch.full((8,), 0.1))
+    sim.model.conv1.param_quantizers["weight"], sim.model.linear.output_quantizers[0] = weight, output
+    assert len(sim.model.linear(torch.randn(8, 784)).unique()) <= 256
+    assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
+
+
 def test_bits_and_symmetry_of_a_quantizer_may_be_set():
     sim = calibrated()
     weight, output = sim.model.conv1.param_quantizers["weight"], sim.model.module_relu.output_quantizers[0]

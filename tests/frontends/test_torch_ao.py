@@ -338,6 +338,18 @@ def test_training_script_of_the_tutorial():
             assert (converted(x) - model(x)).norm() < 0.15 * model(x).norm()
 
 
+def test_quantize_and_quantize_qat_do_all_in_one():
+    x, model = images(), ours().eval().fuse()
+    model.qconfig = torch_ao.get_default_qconfig("x86")
+    converted = torch_ao.quantize(model, lambda m, batch: m(batch), [x])
+    assert (converted(x) - model(x)).norm() < 0.1 * model(x).norm()
+    model = ours().fuse(is_qat=True)
+    model.qconfig = torch_ao.get_default_qat_qconfig("x86")
+    converted = torch_ao.quantize_qat(model, train, [2])
+    assert any("QConv" in type(m).__name__ for m in converted.modules())
+    assert not any("QConv" in type(m).__name__ for m in model.modules())
+
+
 def test_disable_observer_and_freeze_bn_stats_stop_what_they_name():
     model = ours().fuse(is_qat=True)
     model.qconfig = torch_ao.default_qat_qconfig

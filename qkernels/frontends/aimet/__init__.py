@@ -14,6 +14,7 @@ from qkernels.frontends.aimet import (
     encodings,
     model_preparer,
     nn,
+    quantization,
     quantsim,
 )
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize
@@ -29,5 +30,6 @@ __all__ = [
     "encodings",
     "model_preparer",
     "nn",
+    "quantization",
     "quantsim",
 ]

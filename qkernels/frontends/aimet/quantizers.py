@@ -109,6 +109,21 @@ class QuantizeDequantize(Quantizer):
             self.watch(parameter)
             self.choose()
 
+    def set_range(self, low: Any, high: Any) -> None:
+        """Takes the range from `low` to `high`: numbers, or tensors of one for each grid."""
+        self.take_range(*(torch.as_tensor(end, dtype=self.min.dtype).expand(self.shape) for end in (low, high)))
+
+    @contextmanager
+    def compute_encodings(self) -> Iterator[None]:
+        """Inside, what passes is watched; at the end the range is that of all of it."""
+        self.observer.reset()
+        self.state = State.OBSERVE
+        try:
+            yield
+            self.choose()
+        finally:
+            self.state = State.FAKE_QUANT
+
     def is_initialized(self) -> bool:
         return self.has_grid()
 

@@ -1,7 +1,7 @@
 """prepare_qat, and the switches that a training loop applies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,13 @@ from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.training import prepare_qat as core_prepare_qat
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.torch_ao import parse
-from qkernels.frontends.torch_ao.eager import _is_observed, note_example, observe_output, propagate_qconfig
+from qkernels.frontends.torch_ao.eager import (
+    _is_observed,
+    convert,
+    note_example,
+    observe_output,
+    propagate_qconfig,
+)
 from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS, Fused
 from qkernels.frontends.torch_ao.fx import mapping_recipe, refuse
 
@@ -39,6 +45,13 @@ def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -
         quantizer.state = State.TRAIN
     model.register_forward_pre_hook(note_example, with_kwargs=True)
     return model
+
+
+def quantize_qat(model: nn.Module, run_fn: Any, run_args: Iterable[Any], inplace: bool = False) -> nn.Module:
+    """prepare_qat, train by `run_fn(model, *run_args)`, convert."""
+    model = prepare_qat(model.train(), inplace=inplace)
+    run_fn(model, *run_args)
+    return convert(model.eval(), inplace=True)
 
 
 def _train(model: nn.Module, path: str) -> None:
