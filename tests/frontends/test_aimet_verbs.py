@@ -104,7 +104,10 @@ def test_a_folded_model_is_equalized_with_its_pairs():
 def with_norms(api, model=Network):
     """A simulation whose batch norms were not folded."""
     torch.manual_seed(0)
-    prepared = api.model_preparer.prepare_model(model().eval())
+    network = model().eval()
+    with torch.no_grad():
+        next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d)).weight[1] = -0.5  # turns a channel around
+    prepared = api.model_preparer.prepare_model(network)
     sim = api.quantsim.QuantizationSimModel(prepared, dummy_input=images(model), default_param_bw=4)
     with api.nn.compute_encodings(sim.model):
         sim.model(images(model))
@@ -128,6 +131,7 @@ def test_statistics_are_reestimated_on_the_first_batches_and_come_back():
 
 def test_an_error_while_reestimating_leaves_everything_as_it_was():
     sim = with_norms(aimet)
+    bn_reestimation.reestimate_bn_stats(sim.model, [images()])
     before = state(sim.model)
     with pytest.raises(InvalidArgument, match=r"pass the inputs alone"):
         bn_reestimation.reestimate_bn_stats(sim.model, [(images(), torch.zeros(8))])
