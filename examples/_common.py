@@ -3,9 +3,14 @@
 import argparse
 import copy
 import importlib.util
+import json
+import platform
+import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +100,45 @@ def milliseconds(model: nn.Module, x: Tensor, calls: int = 15) -> float:
             model(x)
             best = min(best, time.perf_counter() - start)
     return 1e3 * best
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, help="also write the results there, with the command and the machine")
+
+
+def write_results(path: Path | None, seed: int, command: str | None = None, **results: Any) -> None:
+    """Writes `results` with what one needs to get them again; nothing if `path` is None.
+
+    `command`: by default the line that started this script, without --json.
+    """
+    if path is None:
+        return
+    if command is None:
+        words = list(sys.argv[1:])
+        at = next(i for i, word in enumerate(words) if word.startswith("--json"))
+        del words[at : at + (1 if "=" in words[at] else 2)]
+        command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *words])
+    facts = {
+        "command": command,
+        "seed": seed,
+        "qkernels": qkernels.__version__,
+        "torch": torch.__version__,
+        "machine": {
+            "isa": qkernels.info()["isa_active"],
+            "system": platform.platform(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+    path.write_text(json.dumps(_rounded(facts | results), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, at any depth."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def quantize_and_compare(

@@ -14,7 +14,6 @@ makes of the others, run by the integer kernels. The codes that differ from the 
 import argparse
 import copy
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _common import add_json, write_results
 from torch import Tensor, nn
 
 import qkernels
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autocast", action="store_true", help="the epoch after float training in bfloat16 autocast")
     parser.add_argument("--float-weights", type=Path, help="keep the float network there, and take it from there")
-    parser.add_argument("--json", type=Path, help="write the rows there; rows of other runs in it stay")
+    add_json(parser)  # rows of other runs in the file stay
     options = parser.parse_args()
     images = load_images(options.data, options.root)
     experiment = Experiment(SETUPS[options.network], images, options.seed, options.autocast)
@@ -275,18 +275,9 @@ def main() -> None:
             "seconds": round(time.perf_counter() - start, 1),
         }
         rows = {key: rows[key] for key in RUNS if key in rows}
-        if options.json is not None:
-            facts = {
-                "network": options.network,
-                "data": options.data,
-                "seed": options.seed,
-                "command": f"python examples/accuracy.py {options.network} --data {options.data} --seed {options.seed}",
-                "qkernels": qkernels.__version__,
-                "torch": torch.__version__,
-                "machine": {"isa": qkernels.info()["isa_active"], "system": platform.platform()},
-                "rows": rows,
-            }
-            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        command = f"python examples/accuracy.py {options.network} --data {options.data} --seed {options.seed}"
+        facts = {"network": options.network, "data": options.data, "rows": rows}
+        write_results(options.json, options.seed, command, **facts)
     print(table(rows))
 
 

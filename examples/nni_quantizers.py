@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import digits, fastest_float, milliseconds
+from _common import add_json, digits, fastest_float, milliseconds, write_results
 from torch import nn
 
 import qkernels
@@ -101,8 +101,10 @@ def main():
     parser.add_argument("--epochs", type=int, default=3, help="of each training (default: %(default)s)")
     parser.add_argument("--data", help="digits, mnist-5k or fashion-mnist (default: the richest one that is here)")
     parser.add_argument("--images", type=int, help="of the training part (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    add_json(parser)
     options = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     images = digits(options.data)
     images = replace(images, train_x=images.train_x[: options.images], train_y=images.train_y[: options.images])
     image = images.test_x[:1]
@@ -129,6 +131,15 @@ def main():
         shares = [f"{'':>8}" if share is None else f"{share:8.2%}" for share in (simulated, modules, plan)]
         print(f"{name:<22} {'  '.join(shares)}    " + "   ".join("" if t is None else f"{t:9.3f}" for t in times))
     print("verify: 0 codes differ in every row")
+    columns = ("simulation", "modules", "plan", "modules_ms", "plan_ms")
+    write_results(
+        options.json,
+        options.seed,
+        data=images.name,
+        images=[len(images.train_x), len(images.test_x)],
+        rows={name: dict(zip(columns, values, strict=True)) for name, *values in rows},
+        mismatches=0,
+    )
 
 
 if __name__ == "__main__":

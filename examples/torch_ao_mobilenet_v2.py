@@ -9,7 +9,7 @@ import argparse
 import io
 
 import torch.nn.functional as F
-from _common import milliseconds, random_views
+from _common import add_json, milliseconds, random_views, write_results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -141,7 +141,8 @@ def efficientnet(count):
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in views.split(16)]).argmax(1)
         print(f"{'EfficientNet-Lite0':<28} {'top-1 agreement':>16} {'batch of 1':>12}")
-        print(f"{'float':<28} {'':>16} {milliseconds(model, views[:1]):9.2f} ms")
+        rows = {"float": {"batch_1_ms": milliseconds(model, views[:1])}}
+        print(f"{'float':<28} {'':>16} {rows['float']['batch_1_ms']:9.2f} ms")
         for name, qconfig in QCONFIGS:
             mapping = torch.ao.quantization.QConfigMapping().set_global(qconfig)
             prepared = torch.ao.quantization.prepare_fx(model, mapping, (views[:1],))
@@ -151,7 +152,9 @@ def efficientnet(count):
             assert qkernels.verify(prepared, quantized, [views[:4]]).total_mismatches == 0
             found = torch.cat([quantized(batch) for batch in views.split(16)]).argmax(1)
             agreement = (found == expected).double().mean().item()
-            print(f"{name:<28} {agreement:16.1%} {milliseconds(quantized, views[:1]):9.2f} ms")
+            rows[name] = {"agreement": agreement, "batch_1_ms": milliseconds(quantized, views[:1])}
+            print(f"{name:<28} {agreement:16.1%} {rows[name]['batch_1_ms']:9.2f} ms")
+    return {"views": count, "rows": rows, "original_points_lost": {QCONFIGS[0][0]: 15.2, QCONFIGS[1][0]: 4.6}}
 
 
 def time_scripted():
@@ -172,25 +175,14 @@ def time_scripted():
     model(x)
     quantized = torch.ao.quantization.convert(model)
     found |= {"int8": scripted(quantized), "int8, a plan": qkernels.compile(quantized, x)}
-    for name, network in found.items():
-        print(f"{name:<28} {milliseconds(network, x, 50):9.2f} ms")
+    times = {name: milliseconds(network, x, 50) for name, network in found.items()}
+    for name, time in times.items():
+        print(f"{name:<28} {time:9.2f} ms")
+    return {"one_image_ms": times, "original": {"float": 61, "int8": 20}}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8, help="of float training (default: %(default)s)")
-    parser.add_argument("--qat-epochs", type=int, default=4, help="of quantized training (default: %(default)s)")
-    parser.add_argument("--width", type=float, default=0.5, help="width of the network (default: %(default)s)")
-    parser.add_argument("--data", default="digits", help="digits, mnist-5k or fashion-mnist (default: %(default)s)")
-    parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
-    parser.add_argument("--efficientnet", type=int, metavar="VIEWS", help="only EfficientNet-Lite0, on so many views")
-    parser.add_argument("--latency", action="store_true", help="only the time of the network for ImageNet")
-    options = parser.parse_args()
-    if options.latency:
-        return time_scripted()
-    if options.efficientnet:
-        return efficientnet(options.efficientnet)
-    torch.manual_seed(191009)
+def trained(options):
+    """The tutorial from beginning to end."""
     images = load_images(options.data)
 
     def loader(x, y, shuffle):
@@ -257,6 +249,36 @@ def main():
     print(f"{'':<28} {'accuracy':>9} {'size':>9} {'batch of ' + str(len(sample)):>12}")
     for name, accuracy, size, latency in rows:
         print(f"{name:<28} {accuracy:7.2f} % {size:6.2f} MB {latency:9.2f} ms")
+    columns = ("accuracy", "size_mb", "batch_of_32_ms")
+    return {
+        "data": images.name,
+        "images": [len(loader.dataset) for loader in (data_loader, data_loader_test)],
+        "mismatches": report.total_mismatches,
+        "rows": {name: dict(zip(columns, values, strict=True)) for name, *values in rows},
+        "original": {"float": 71.9, "min-max, per tensor": 56.7, "histogram, per channel": 67.3, "trained": 71.5},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=8, help="of float training (default: %(default)s)")
+    parser.add_argument("--qat-epochs", type=int, default=4, help="of quantized training (default: %(default)s)")
+    parser.add_argument("--width", type=float, default=0.5, help="width of the network (default: %(default)s)")
+    parser.add_argument("--data", default="digits", help="digits, mnist-5k or fashion-mnist (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
+    parser.add_argument("--efficientnet", type=int, metavar="VIEWS", help="only EfficientNet-Lite0, on so many views")
+    parser.add_argument("--latency", action="store_true", help="only the time of the network for ImageNet")
+    parser.add_argument("--seed", type=int, default=191009)
+    add_json(parser)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    if options.latency:
+        results = time_scripted()
+    elif options.efficientnet:
+        results = efficientnet(options.efficientnet)
+    else:
+        results = trained(options)
+    write_results(options.json, options.seed, **results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ layer on whose samples the result is no better than rounding to nearest keeps th
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,7 +33,7 @@ from qkernels.core.corrections import AdaRound
 from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import Clamp
-from qkernels.core.prepare import PreparedModel
+from qkernels.core.prepare import PreparedModel, prepared_layers
 from qkernels.core.samples import Call, Samples
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
@@ -53,6 +54,25 @@ def learn_rounding(prepared: nn.Module, layers: Sequence[Prepared], samples: Sam
         codes = problem.solve(generator)
         if problem.error(codes) < problem.error(problem.nearest()):
             layer.weight_correction.copy_(problem.weight_of(codes) - layer.rows(layer.weight))
+
+
+@torch.no_grad()
+def rounded_weights(
+    prepared: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    options: Callable[[int], AdaRound],
+) -> dict[str, Tensor]:
+    """The weights of all layers of `prepared`, whose grids are chosen, rounded as AdaRound finds, by their names.
+
+    `forward(prepared, batch)` runs a batch, `options(n)` says how to learn from n samples.
+    """
+    layers, samples = [layer.with_corrections(["adaround"]) for layer in prepared_layers(prepared)], Samples(2**31)
+    with prepared.register_forward_pre_hook(samples, with_kwargs=True):
+        for batch in batches:
+            forward(prepared, batch)
+    learn_rounding(prepared, layers, samples, options(samples.count))
+    return {layer.quantizers["weight"].source: layer.quantized_weight() for layer in layers}
 
 
 class _Problem:
@@ -181,7 +201,7 @@ def _clamp_behind(node: fx.Node, modules: dict[str, nn.Module]) -> Clamp | None:
     if len(node.users) != 1:
         return None
     (reader,) = node.users
-    op = o.operation(reader, modules) if reader.meta.get("integer", False) else None
+    op = o.operation(reader, modules)
     if op is None or op.kind not in o.CLAMPS or not is_fused(o.operation(node, modules).kind, op.kind):
         return None
     return clamp_of(op)

@@ -4,6 +4,7 @@
 layer: no grid between them.
 """
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,32 @@ def foldable(traced: fx.GraphModule) -> list[tuple[str, str]]:
             continue
         if MODULES.get(type(modules[before.target])) in WEIGHTED and calls.count(before.target) == 1:
             found.append((before.target, node.target))
+    return found
+
+
+def chain_from(
+    node: fx.Node,
+    kinds: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    kind_of: Callable[[nn.Module], str],
+    passed: Collection[str],
+) -> list[fx.Node]:
+    """The calls of modules of `kinds` that follow each other from `node` on, each read by the next alone.
+
+    Empty if they do not. An Identity, and the modules at the paths `passed`, may stand between them.
+    """
+    passed = (*passed, *(path for path, module in modules.items() if type(module) is nn.Identity))
+    found: list[fx.Node] = []
+    for kind in kinds:
+        while found and node.op == "call_module" and node.target in passed and len(node.users) == 1:
+            node = next(iter(node.users))
+        if node.op != "call_module" or kind_of(modules[node.target]) != kind:
+            return []
+        found.append(node)
+        if len(found) < len(kinds):
+            if len(node.users) != 1:
+                return []
+            node = next(iter(node.users))
     return found
 
 

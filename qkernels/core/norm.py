@@ -81,3 +81,13 @@ def scale_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
     scale = weight / torch.sqrt(var + norm.eps)
     return scale, bias - mean * scale
+
+
+def scaled_range(norm: nn.Module, low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The ranges of the channels of a weight after `norm` is folded into it.
+
+    A negative factor turns a range around; a symmetric one stays as it is, so that the grid keeps its codes.
+    """
+    scale, _ = scale_shift(norm)
+    ends = torch.stack((low, high)) * (scale.abs() if symmetric else scale)
+    return ends.amin(0), ends.amax(0)

@@ -23,7 +23,7 @@ from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.placement import Placement
 from qkernels.core.plain import plain_copy
 from qkernels.core.quantizer import Quantizer
-from qkernels.core.recipe import Override, Recipe, make_recipe, type_name
+from qkernels.core.recipe import Override, Recipe, function_name, make_recipe, type_name
 from qkernels.core.report import Decision, PrepareReport
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported, close_matches
 
@@ -46,7 +46,7 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
             kinds and ranks of tensors, not their sizes: other batch and image sizes work afterwards.
         recipe: a name ("int8"), or a `Recipe`.
         **options: changes to the recipe, see `qkernels.core.recipe.make_recipe`: observer, weight_granularity, bits,
-            skip=[path, Module class or compiled regex, ...], ...
+            skip=[path, Module class, function or compiled regex, ...], ...
 
     Returns:
         A module with the same forward. Its attribute `report` lists what becomes integer, what stays float, and why.
@@ -128,7 +128,10 @@ def prepare_graph(
 
     def rule(node: fx.Node) -> Override:
         path = ".".join(p for p in (prefix, node.meta["path"]) if p)
-        return recipe.for_module(path, [type_name(t) for t in node.meta["types"]])
+        called = [node.target] if node.op == "call_method" else []
+        if node.op == "call_function":
+            called = [function_name(node.target)]
+        return recipe.for_module(path, [*called, *(type_name(t) for t in node.meta["types"])])
 
     norms = fold_batch_norms(traced, lambda node: rule(node).skip, keep_norms=trained)
     plan = Placement(traced, rule, norms, [correction.name for correction in recipe.corrections], trained)

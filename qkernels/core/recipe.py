@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import resolve_name
 
 from qkernels.core.corrections import Correction, correction_from_config, correction_to_config
 from qkernels.core.corrections import corrections as correction_values
@@ -79,7 +80,11 @@ class TensorRecipe:
 
 @dataclass(frozen=True)
 class Match:
-    """Which modules or calls a rule is for: `by` is "name" (the path or a parent's), "type" or "regex" (whole path)."""
+    """Which modules or calls a rule is for.
+
+    `by` is "name" (the path or a parent's), "regex" (of the whole path) or "type": a class of modules, or what a graph
+    calls, a function ("torch.add", "operator.add", see `function_name`) or a method of tensors ("add").
+    """
 
     by: str
     pattern: str
@@ -91,7 +96,7 @@ class Match:
             re.compile(self.pattern)
 
     @classmethod
-    def of(cls, what: "str | type | re.Pattern | Match") -> "Match":
+    def of(cls, what: "str | type | Callable | re.Pattern | Match") -> "Match":
         if isinstance(what, Match):
             return what
         if isinstance(what, str):
@@ -100,7 +105,11 @@ class Match:
             return cls("regex", what.pattern)
         if isinstance(what, type) and issubclass(what, nn.Module):
             return cls("type", type_name(what))
-        raise InvalidType(f"a module is named by its path, a Module class or a compiled regex, got {what!r}")
+        if callable(what) and not isinstance(what, (type, nn.Module)):
+            return cls("type", function_name(what))
+        raise InvalidType(
+            f"a module is named by its path, a Module class or a compiled regex, a call by its function, got {what!r}"
+        )
 
     def __call__(self, path: str, types: Iterable[str]) -> bool:
         """Whether it fits something at `path` that lies in modules of `types` (its own first)."""
@@ -115,6 +124,12 @@ def type_name(cls: type) -> str:
     """`Conv2d` for torch.nn classes, the full dotted name for others."""
     cls = getattr(cls, "stands_for", cls)
     return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def function_name(function: Callable) -> str:
+    """`torch.add`, `torch.nn.functional.relu`, `operator.add`: `x + y` in a graph is the last, not the first."""
+    own = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', function)}"
+    return resolve_name(function) or own.removeprefix("_")
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ class Recipe:
     Attributes:
         activation: grids of inputs and outputs of layers.
         weight: grids of weights.
-        overrides: rules for some modules by path, type or regex; where several fit, the last one wins.
+        overrides: rules for some modules and calls by path, type or regex; where several fit, the last one wins.
         corrections: what is done against rounding errors at the end of calibration, in this order.
 
     >>> Recipe.from_json(RECIPES["int8"].to_json()) == RECIPES["int8"]
@@ -189,8 +204,8 @@ class Recipe:
                 )
         return found
 
-    def skipping(self, *what: "str | type | re.Pattern") -> "Recipe":
-        """The same recipe that leaves the named modules float."""
+    def skipping(self, *what: "str | type | Callable | re.Pattern") -> "Recipe":
+        """The same recipe that leaves the named modules and calls float."""
         return replace(self, overrides=(*self.overrides, *(Override(Match.of(w), skip=True) for w in what)))
 
     def to_json(self) -> str:
@@ -259,7 +274,7 @@ def make_recipe(
     weight_rule: str | None = None,
     activation_rule: str | None = None,
     non_finite: str | None = None,
-    skip: Iterable["str | type | re.Pattern"] = (),
+    skip: Iterable["str | type | Callable | re.Pattern"] = (),
 ) -> Recipe:
     """A recipe from a name or a Recipe, changed by keyword options.
 
@@ -275,7 +290,8 @@ def make_recipe(
             values of `qkernels.core.corrections`; () for nothing.
         rule: how grids behave in training, see `qkernels.core.rules`; weight_rule and activation_rule set one of them.
         non_finite: NaN and infinities in activations are an "error", or "ignore" leaves them out and counts them.
-        skip: modules to leave float, each by path (its children included), Module class or compiled regex.
+        skip: modules to leave float, each by path (its children included), Module class or compiled regex; and calls,
+            by the function as the model calls it (`torch.add`, `operator.add` for `x + y`).
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
@@ -316,7 +332,7 @@ def make_recipe(
         activation = replace(activation, rule=activation_rule, rule_options=())
     if non_finite is not None:
         activation = replace(activation, non_finite=non_finite)
-    if isinstance(skip, (str, type, re.Pattern)):
+    if isinstance(skip, (str, type, re.Pattern)) or callable(skip):
         skip = (skip,)
     corrections = recipe.corrections if corrections is None else correction_values(corrections)
     return replace(recipe, activation=activation, weight=weight, corrections=corrections).skipping(*skip)

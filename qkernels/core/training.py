@@ -1,7 +1,7 @@
 """`prepare_qat` and the phases of training: what is watched, rounded and frozen, and when."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -180,21 +180,48 @@ def reestimate_bn(
         model: from `prepare_qat`.
         batches, forward: as for `calibrate`.
     """
-    run = forward or run_batch
-    found = list(norms(model))
-    before = [(norm, norm.training, norm.momentum) for norm in found]
     with phase(model, disable_observer, unfreeze_bn):
-        try:
-            for norm in found:
-                norm.reset_running_stats()
-                norm.momentum = None  # torch then averages over all batches
-                norm.train()
-            for batch in batches:
-                run(model, batch)
-        finally:
-            for norm, training, momentum in before:
-                norm.training, norm.momentum = training, momentum
+        average_statistics(model, list(norms(model)), batches, forward)
     return model
+
+
+@torch.no_grad()
+def average_statistics(
+    model: nn.Module,
+    found: Sequence[nn.Module],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
+    """Replaces the running statistics of the batch normalizations `found` by the mean over `batches`.
+
+    If that fails, everything is as before.
+    """
+    before = [(norm, norm.training, norm.momentum) for norm in found]
+    statistics = running_statistics(found)
+    try:
+        for norm in found:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch then averages over all batches
+            norm.train()
+        for batch in batches:
+            (forward or run_batch)(model, batch)
+    except BaseException:
+        restore(statistics)
+        raise
+    finally:
+        for norm, training, momentum in before:
+            norm.training, norm.momentum = training, momentum
+
+
+def running_statistics(found: Iterable[nn.Module]) -> dict[torch.Tensor, torch.Tensor]:
+    """The buffers of the batch normalizations `found`, each with a copy of what it holds; for `restore`."""
+    return {buffer: buffer.clone() for norm in found for buffer in norm.buffers(recurse=False)}
+
+
+@torch.no_grad()
+def restore(statistics: dict[torch.Tensor, torch.Tensor]) -> None:
+    for buffer, value in statistics.items():
+        buffer.copy_(value)
 
 
 def trained_quantizers(model: nn.Module) -> Iterable[Quantizer]:

@@ -25,8 +25,15 @@ def check_one_of(value: Any, known: Iterable[Any], where: str) -> None:
         raise InvalidArgument(f"{where}: must be one of {list(known)}, got {value!r}")
 
 
+def check_words(words: Any, where: str) -> None:
+    """Refuses what is no list of strings; one string is not one."""
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        raise InvalidArgument(f"{where}: must be a list of strings, got {words!r}")
+
+
 def with_names(modules: Mapping[str, nn.Module], names: Iterable[str], where: str) -> set[str]:
     """The paths `names`, all of which must exist."""
+    check_words(names, where)
     for name in names:
         if name not in modules:
             raise InvalidArgument(f"{where}: the model has no module {name!r}{close_matches(name, modules)}")
@@ -38,6 +45,7 @@ def with_types(modules: Mapping[str, nn.Module], names: Iterable[str], known: It
 
     The classes `known` may be named though the model has none of them.
     """
+    check_words(names, where)
     names, types = set(names), {path: type(m).__name__ for path, m in modules.items()}
     there = {*types.values(), *(cls.__name__ for cls in known), "default"}
     for name in names - there:

@@ -24,7 +24,7 @@ from qkernels.core.qspec import MAX_BITS, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported, close_matches
-from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, with_names, with_types
+from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, check_words, with_names, with_types
 
 TYPES = ("weight", "input", "output")
 SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
@@ -69,16 +69,24 @@ def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...]) -> dict[s
     for i, entry in enumerate(config_list):
         where = f"config_list[{i}]"
         check_keys(entry, KEYS, where)
+        check_one_of(entry.get("exclude", False), (True, False), f"{where}.exclude")
         parsed = None if entry.get("exclude") else _entry(entry, where, kinds)
         chosen = _selected(modules, entry, where)
+        for path in chosen if parsed is not None and parsed.tensors.keys() <= {"weight"} else ():
+            if not isinstance(modules[path], WEIGHTED):
+                raise InvalidArgument(
+                    f"{where}.quant_types: {path} is a {type(modules[path]).__name__}, without weight"
+                )
         found |= {path: parsed for path in modules if path in chosen}
+    if not any(found.values()):
+        raise InvalidArgument("config_list: no module is left to quantize")
     return {path: entry for path, entry in found.items() if entry is not None}
 
 
 def _selected(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], where: str) -> set[str]:
     if "op_names" not in entry and "op_types" not in entry:
         raise InvalidArgument(f"{where}: needs op_types or op_names")
-    chosen = with_names(modules, entry.get("op_names", modules), f"{where}.op_names")
+    chosen = with_names(modules, entry.get("op_names", list(modules)), f"{where}.op_names")
     if "op_types" in entry:
         chosen &= with_types(modules, entry["op_types"], (*WEIGHTED, nn.ReLU, nn.ReLU6), f"{where}.op_types")
     if not chosen:
@@ -98,8 +106,9 @@ def _entry(entry: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> _Ent
         check_keys(given, TYPES, f"{where}.{key}")
         return given.get(kind, default)
 
-    tensors = {}
-    for kind in entry.get("quant_types", ("weight",)):
+    tensors, types = {}, entry.get("quant_types", ("weight",))
+    check_words(types, f"{where}.quant_types")
+    for kind in types:
         check_one_of(kind, kinds, f"{where}.quant_types")
         scheme, dtype = (said(key, kind, _defaults[kind][i]) for i, key in enumerate(("quant_scheme", "quant_dtype")))
         check_one_of(scheme, SCHEMES, f"{where}.quant_scheme.{kind}")
@@ -245,6 +254,9 @@ class _Folding(_Quantizer):
             kind, entry = _kind(key), calibration_config.get(path, {})
             bits = self.entries[path].tensors[kind].bits
             check_one_of(entry.get(f"{kind}_bits"), [bits], f"calibration_config.{path}.{kind}_bits")
+            for end in ("min", "max") if kind != "weight" else ():
+                if f"tracked_{end}_{kind}" not in entry:
+                    raise InvalidArgument(f"calibration_config.{path}.tracked_{end}_{kind}: missing; got {list(entry)}")
             if kind != "weight":
                 self._load(quantizer, *(torch.as_tensor(entry[f"tracked_{end}_{kind}"]) for end in ("min", "max")))
 

@@ -1,6 +1,7 @@
 """Recipes are values: equality, json, options, rules for some modules."""
 
 import json
+import operator
 import re
 
 import pytest
@@ -61,6 +62,15 @@ def test_names_cover_children_and_regexes_whole_paths():
     assert recipe.for_module("layer2.conv2").skip
     assert not recipe.for_module("layer2.conv22").skip
     assert recipe.for_module("norm", ["LayerNorm"]).skip
+
+
+def test_calls_are_named_by_the_function_as_the_model_calls_it():
+    recipe = make_recipe(skip=[torch.add, nn.functional.relu, operator.mul])
+    patterns = [rule.match.pattern for rule in recipe.overrides]
+    assert patterns == ["torch.add", "torch.nn.functional.relu", "operator.mul"]
+    assert make_recipe(skip=torch.add).for_module("add", ["torch.add"]).skip
+    assert not recipe.for_module("add", ["operator.add"]).skip
+    assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_the_last_rule_that_fits_wins():

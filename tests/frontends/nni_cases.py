@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD
 
 BATCHES, STEPS = 4, 8
+SEEDS = range(4)
 
 
 class Net(nn.Module):
@@ -59,6 +60,8 @@ def weights(granularity, **changed):
 
 
 CHANNELS = {"_input_": {"quant_dtype": "int8", "quant_scheme": "affine", "granularity": "per_channel"}}
+CONVS_BY_CHANNEL = entry(op_names=["conv1", "conv2"], target_settings=CHANNELS)
+WHOLE = {"granularity": [-1, -1, -1, -1]}
 BLOCKS_OF_LINES = {"_output_": {"quant_dtype": "int8", "quant_scheme": "affine", "granularity": [-1, 2, -1, -1]}}
 BACK = entry(op_names=["fc"], **weights([[2], "back", -1], quant_scheme="affine"))
 BIAS = ["_input_", "weight", "bias", "_output_"]
@@ -83,8 +86,9 @@ CASES = {
     "qat blocks": ("QATQuantizer", [entry(op_names=["conv2"], **weights([2, 2, -1, -1])), BACK], {}),
     "qat short blocks": ("QATQuantizer", [entry(op_names=["conv2"], **weights([3, 3])), BACK], {}),
     "qat elements": ("QATQuantizer", [entry(op_names=["conv1"], **weights([[1], "back"]))], {}),
-    "qat in_channel": ("QATQuantizer", [entry(op_names=["conv2"], **weights("in_channel"))], {}),
-    "qat per_channel inputs": ("QATQuantizer", [entry(op_names=["conv2"], target_settings=CHANNELS), RELU], {}),
+    "qat in_channel": ("QATQuantizer", [entry(**weights("in_channel"))], {}),
+    "qat whole tensors": ("QATQuantizer", [entry(op_names=["conv1", "conv2"], **WHOLE)], {}),
+    "qat per_channel inputs": ("QATQuantizer", [CONVS_BY_CHANNEL, entry(op_names=["fc"]), RELU], {}),
     "qat output blocks": ("QATQuantizer", [entry(op_names=["conv2"], target_settings=BLOCKS_OF_LINES)], {}),
     "qat bias": ("QATQuantizer", [entry(target_names=BIAS)], {}),
     "qat bias rows": ("QATQuantizer", [entry(target_names=BIAS, target_settings=BIAS_ROWS)], {}),
@@ -97,11 +101,12 @@ CASES = {
     "qat uint12 weights": ("QATQuantizer", [entry(target_settings={"weight": {"quant_dtype": "uint12"}})], {}),
     "lsq": ("LsqQuantizer", [entry(quant_scheme="symmetric")], {}),
     "lsq out_channel": ("LsqQuantizer", [entry(target_settings=PER_CHANNEL)], {}),
+    "lsq whole tensors": ("LsqQuantizer", [entry(op_names=["conv2"], **weights([-1, -1, -1, -1]))], {}),
     "lsq blocks": ("LsqQuantizer", [entry(op_names=["conv2"], **weights([2, 2, -1, -1]))], {}),
     "lsq bias": ("LsqQuantizer", [entry(target_names=BIAS, quant_scheme="symmetric")], {}),
     "lsq int16": ("LsqQuantizer", [entry(quant_dtype="int16", quant_scheme="symmetric")], {}),
     "lsq plus": ("LsqPlusQuantizer", [entry()], {}),
-    "lsq plus uint8": ("LsqPlusQuantizer", [entry(op_names=["conv1", "fc"], quant_dtype="uint8")], {}),
+    "lsq plus uint8": ("LsqPlusQuantizer", [entry(quant_dtype="uint8")], {}),
     "lsq plus int4": ("LsqPlusQuantizer", [entry(quant_dtype="int4"), RELU], {}),
     "dorefa": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4")], {}),
     "dorefa outputs": ("DoReFaQuantizer", [entry(target_names=WEIGHTS, quant_dtype="int4"), RELU], {}),
@@ -116,10 +121,15 @@ CASES = {
 }
 
 
-def run(api, name):
+def copied(value):
+    """The original's may change with the next forward."""
+    return value.detach().clone() if torch.is_tensor(value) else value
+
+
+def run(api, name, seed=0):
     """Calibration config, losses and logits of one case."""
     kind, config_list, options = CASES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Net()
     images, labels = torch.randn(BATCHES, 8, 1, 16, 16), torch.randint(0, 10, (BATCHES, 8))
     losses = []
@@ -147,9 +157,9 @@ def run(api, name):
     quantizer = getattr(api, kind)(model, config_list, evaluator, **options)
     quantizer.track_forward(images[0])
     _, calibration = quantizer.compress(0 if kind == "PtqQuantizer" else STEPS, None)
+    plain = {m: {t: {k: copied(v) for k, v in e.items()} for t, e in ts.items()} for m, ts in calibration.items()}
     with torch.no_grad():
         logits = model.eval()(images[1])
-    plain = {m: {t: dict(e) for t, e in targets.items()} for m, targets in calibration.items()}
     return SimpleNamespace(calibration=plain, losses=losses, logits=logits, quantizer=quantizer, images=images)
 
 
@@ -244,13 +254,13 @@ def main():
     classes = {kind: getattr(quantization, kind) for kind, _, _ in CASES.values()}
     api = SimpleNamespace(trace=nni.trace, TorchEvaluator=TorchEvaluator, **classes)
 
-    def all_cases():
-        results = {name: run(api, name) for name in CASES}
+    def all_cases(seed):
+        results = {name: run(api, name, seed) for name in CASES}
         return {n: {"calibration": r.calibration, "losses": r.losses, "logits": r.logits} for n, r in results.items()}
 
-    found = {"as it is": all_cases()}
+    found = {"as it is": all_cases(0)}
     corrected()
-    torch.save(found | {"corrected": all_cases()}, sys.argv[1])
+    torch.save(found | {"corrected": [all_cases(seed) for seed in SEEDS]}, sys.argv[1])
 
 
 if __name__ == "__main__":

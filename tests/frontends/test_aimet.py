@@ -251,6 +251,16 @@ def test_configuration_file(tmp_path):
         ({"op_type": {"Convv": {}}}, r"config\.op_type\.Convv: unknown operation; did you mean 'Conv'"),
         ({"supergroups": [{"op_list": ["Conv", "Rel"]}]}, r"config\.supergroups\[0\]\.op_list.*'Relu'"),
         ({"params": {"bias": {"is_quantized": "maybe"}}}, r"config\.params\.bias\.is_quantized"),
+        ({"params": {"bais": {"is_quantized": True}}}, r"config\.params\.bais: unknown key; did you mean 'bias'"),
+        ({"op_type": {"Conv": {"params": {"wieght": {}}}}}, r"config\.op_type\.Conv\.params\.wieght: unknown key; did"),
+        (
+            {"op_type": {"Conv": {"params": {"weight": {"is_quantised": True}}}}},
+            r"params\.weight\.is_quantised: unknown",
+        ),
+        ({"op_type": []}, r"config\.op_type: must be an object, got \[\]"),
+        ({"supergroups": [{"op_lst": ["Conv"]}]}, r"config\.supergroups\[0\]\.op_lst: unknown key; did you mean"),
+        ({"supergroups": [{"op_list": "Conv"}]}, r"supergroups\[0\]\.op_list: must be a list of strings, got 'Conv'"),
+        ([1], r'config_file must be "default", a JSON file or a dict, got \[1\]'),
     ],
 )
 def test_configuration_errors_say_where(config, message):
@@ -263,6 +273,7 @@ def test_configuration_errors_say_where(config, message):
     [
         ({"quant_scheme": "tf_enhance"}, "did you mean 'tf_enhanced'"),
         ({"default_output_bw": 32}, "bitwidth must be from 2 to 21"),
+        ({"default_param_bw": "4"}, "bitwidth must be from 2 to 21, got '4'"),
         ({"default_data_type": "float"}, "int"),
     ],
 )
@@ -389,6 +400,35 @@ def test_unknown_names_in_encodings_are_errors_with_close_matches():
         sim.load_encodings({"param_encodings": {"conv2.weight": content["param_encodings"]["conv3.weight"]}})
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"param_encodings": {"conv1.weight": []}}, r"param_encodings\.conv1\.weight: encoding without 'bitwidth'"),
+        ({"param_encodings": {"conv1.weight": [{"bitwidth": 8}]}}, "without 'scale', got"),
+        ({"param_encodings": [{"name": "conv1.weight", "bw": 8}]}, r"param_encodings\[0\]: encoding without 'is_sym'"),
+        ({"encodings": [{"output_dtype": "int8", "y_scale": 0.1}]}, r"encodings\[0\]: encoding without 'name'"),
+        ({"encoding": []}, r"no encodings, only the keys \['encoding'\]"),
+    ],
+)
+def test_incomplete_encodings_are_errors_that_say_what_is_missing(content, message):
+    with pytest.raises(InvalidArgument, match=message):
+        calibrated().load_encodings(content)
+
+
+def test_a_file_that_covers_a_part_leaves_the_rest_alone_or_takes_it_out():
+    sim, content = calibrated(), calibrated(default_param_bw=4).module_encodings()
+    part = {"param_encodings": {"conv2.weight": content["param_encodings"]["conv2.weight"]}}
+    before = sim.module_encodings()
+    sim.load_encodings(part)
+    after = sim.module_encodings()
+    assert after["param_encodings"].pop("conv2.weight")[0]["bitwidth"] == 4
+    assert after["activation_encodings"] == before["activation_encodings"]
+    assert after["param_encodings"].items() <= before["param_encodings"].items()
+    assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
+    sim.load_encodings(part, partial=False)
+    assert [name for name, _ in sim.named_quantizers()] == ["conv2.param_quantizers.weight"]
+
+
 def test_frozen_encodings_stay():
     sim = calibrated()
     content = {"param_encodings": copy.deepcopy(sim.module_encodings()["param_encodings"])}
@@ -472,6 +512,15 @@ PARAMS = {
     "affine bias": {"params": {"bias": {"is_quantized": "True", "is_symmetric": "False"}}},
     "unmentioned bias": {},
     "no bias": {"params": {"bias": {"is_quantized": "False"}}},
+    "float weights": {"params": {"weight": {"is_quantized": "False"}, "bias": {"is_quantized": "False"}}},
+    "affine weights of one type": {
+        "params": {"bias": {"is_quantized": "False"}},
+        "op_type": {"Gemm": {"params": {"weight": {"is_symmetric": "False"}}}},
+    },
+    "bias of one type": {
+        "params": {"bias": {"is_quantized": "False"}},
+        "op_type": {"Gemm": {"params": {"bias": {"is_quantized": "True"}}}},
+    },
 }
 
 

@@ -11,7 +11,7 @@ from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.nni.config import Setting, parse
 
 INT8, INT4, UINT8 = Setting(8, True, "affine"), Setting(4, True, "affine"), Setting(8, False, "affine")
-WHOLE, ROWS = Setting(8, True, "symmetric"), Setting(8, True, "symmetric", per_channel=True)
+WHOLE_4D, ROWS = Setting(8, True, "symmetric", rank=4), Setting(8, True, "symmetric", per_channel=True)
 EACH, COLUMNS = replace(ROWS, block=(1, 1, 1, 1)), replace(ROWS, block=(-1, 1, 0))
 CHANNELS = Setting(8, True, "affine", True, (-1, 1, 0))
 LINES = replace(CHANNELS, block=(1, 2, -1, -1))
@@ -62,13 +62,13 @@ def test_modules_are_selected_by_names_patterns_and_types_without_what_is_exclud
         ({"target_names": ["weight"], "target_settings": weight(granularity=[1, 1, 3, 3])}, {"weight": ROWS}),
         ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back", -1))}, {"weight": ROWS}),
         ({"target_names": ["weight"], "target_settings": weight(granularity=([1], "back"))}, {"weight": EACH}),
-        ({"target_names": ["weight"], "target_settings": weight(granularity="in_channel")}, {"weight": WHOLE}),
+        ({"target_names": ["weight"], "target_settings": weight(granularity="in_channel")}, {"weight": WHOLE_4D}),
         ({"op_names": ["conv2"], "target_names": ["weight"], "target_settings": weight(granularity="in_channel")},
          {"weight": COLUMNS}),
         ({"target_names": ["_input_"], "granularity": "per_channel"}, {"_input_0": CHANNELS}),
         ({"target_names": ["_input_"], "granularity": [2, -1, -1]}, {"_input_0": LINES}),
         ({"target_names": ["bias"], "granularity": "out_channel"}, {"bias": replace(INT8, per_channel=True)}),
-        ({"target_names": ["weight"], "granularity": [-1, -1, -1, -1]}, {"weight": INT8}),
+        ({"target_names": ["weight"], "granularity": [-1, -1, -1, -1]}, {"weight": replace(INT8, rank=4)}),
         ({"target_names": ["weight"], "target_settings": weight(quant_scheme="affine")}, {"weight": INT8}),
         ({"target_names": ["weight"], "apply_method": "qat_clamp_round"}, {"weight": INT8}),
         ({"target_names": ["weight", "_input_"], "target_settings": {"_input_": {"quant_dtype": "int4"}}},
@@ -113,6 +113,17 @@ def test_keys_of_2_are_taken():
         ({"target_settings": weight(granularty="default")}, InvalidArgument, "granularty: unknown key; did you mean"),
         ({"apply_method": "truncate"}, InvalidArgument, "apply_method: must be one of"),
         ({"quant_dtype": "int0"}, InvalidArgument, "quant_dtype: must be None, int"),
+        ({"op_names": "conv1"}, InvalidArgument, r"config_list\[0\]\.op_names: must be a list of strings, got 'conv1'"),
+        ({"op_types": [torch.nn.Conv2d]}, InvalidArgument, "op_types: must be a list of strings"),
+        ({"op_names_re": ["conv["]}, InvalidArgument, r"op_names_re: 'conv\[' is no regular expression: untermin"),
+        ({"target_names": "weight"}, InvalidArgument, "target_names: must be a list of strings, got 'weight'"),
+        ({"target_settings": {"wieght": {"quant_dtype": "int8"}}}, InvalidArgument,
+         r"target_settings: unknown target 'wieght'"),
+        ({"fuse_names": "conv1"}, InvalidArgument, r"fuse_names: must be \(layer, norm\)"),
+        ({"quant_types": ["weight"], "quant_bits": {"wieght": 8}}, InvalidArgument,
+         "quant_bits.wieght: unknown key; did you mean 'weight'"),
+        ({"exclude": "yes"}, InvalidArgument, r"exclude: must be one of \[True, False\], got 'yes'"),
+        ({"exclude": True}, InvalidArgument, "config_list: no module is left to quantize"),
         ({"exclude_op_types": ["Conv4d"]}, InvalidArgument, "exclude_op_types: no module is a 'Conv4d'; did you mean"),
         ({"exclude_op_names": ["conv7"]}, InvalidArgument, "exclude_op_names: the model has no module 'conv7'"),
         ({"quant_start_step": 3}, Unsupported, r"QATQuantizer\(..., quant_start_step=n\)"),
@@ -137,6 +148,9 @@ def test_a_calibration_config_of_another_kind_is_refused():
         made.track_forward(torch.randn(2, 1, 16, 16))
         return made
 
+    incomplete = {"conv1": {"weight": {"quant_dtype": "int8", "quant_scheme": "affine", "zero_point": 0}}}
+    with pytest.raises(InvalidArgument, match=r"calibration_config\.conv1\.weight\.scale: missing; there are"):
+        quantizer().update_calibration_config(incomplete)
     config = quantizer(quant_dtype="int4").get_calibration_config()
     with pytest.raises(InvalidState, match=r"conv1\.\w+: .*is not a grid of kind"):
         quantizer().update_calibration_config(config)

@@ -94,6 +94,9 @@ def test_a_calibration_config_goes_back_in(kind, tmp_path):
     _, other, _ = trained_v2(kind, EVERYTHING, steps=0)
     with pytest.raises(InvalidArgument, match=r"calibration_config\.conv1\.weight_bits: must be one of \[8\], got 4"):
         other.load_calibration_config(exported | {"conv1": exported["conv1"] | {"weight_bits": 4}})
+    short = exported | {"conv1": {k: v for k, v in exported["conv1"].items() if k != "tracked_min_input"}}
+    with pytest.raises(InvalidArgument, match=r"calibration_config\.conv1\.tracked_min_input: missing; got"):
+        other.load_calibration_config(short)
     with pytest.raises(InvalidArgument, match="nothing is quantized at 'conv9'; did you mean"):
         other.load_calibration_config({"conv9": {}})
 
@@ -171,6 +174,11 @@ def test_set_quant_scheme_dtype_changes_what_entries_leave_open():
         ({"quant_types": ["bias"]}, InvalidArgument, "must be one of"),
         ({"quant_start_step": -1}, InvalidArgument, "quant_start_step"),
         ({"op_names": ["conv9"]}, InvalidArgument, "did you mean"),
+        ({"op_types": "Conv2d"}, InvalidArgument, r"op_types: must be a list of strings, got 'Conv2d'"),
+        ({"quant_types": "weight"}, InvalidArgument, r"quant_types: must be a list of strings, got 'weight'"),
+        ({"op_types": ["ReLU"]}, InvalidArgument, r"config_list\[0\]\.quant_types: relu1 is a ReLU, without weight"),
+        ({"exclude": 1.5}, InvalidArgument, r"exclude: must be one of \[True, False\]"),
+        ({"exclude": True}, InvalidArgument, "no module is left to quantize"),
     ],
 )
 def test_a_wrong_config_list_of_2_is_refused(change, error, message):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import warnings
 
 import pytest
@@ -10,8 +11,9 @@ from mobilenet_v2 import FULL, SMALL, MobileNetV2
 from torch import nn
 
 import qkernels
-from qkernels.core.recipe import make_recipe
-from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.core.prepare import quantizers
+from qkernels.core.recipe import Match, make_recipe
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
 from qkernels.frontends import torch_ao
 
 ao = pytest.importorskip("torch.ao.quantization")
@@ -336,6 +338,18 @@ def test_training_script_of_the_tutorial():
             assert (converted(x) - model(x)).norm() < 0.15 * model(x).norm()
 
 
+def test_quantize_and_quantize_qat_do_all_in_one():
+    x, model = images(), ours().eval().fuse()
+    model.qconfig = torch_ao.get_default_qconfig("x86")
+    converted = torch_ao.quantize(model, lambda m, batch: m(batch), [x])
+    assert (converted(x) - model(x)).norm() < 0.1 * model(x).norm()
+    model = ours().fuse(is_qat=True)
+    model.qconfig = torch_ao.get_default_qat_qconfig("x86")
+    converted = torch_ao.quantize_qat(model, train, [2])
+    assert any("QConv" in type(m).__name__ for m in converted.modules())
+    assert not any("QConv" in type(m).__name__ for m in model.modules())
+
+
 def test_disable_observer_and_freeze_bn_stats_stop_what_they_name():
     model = ours().fuse(is_qat=True)
     model.qconfig = torch_ao.default_qat_qconfig
@@ -435,6 +449,38 @@ def test_mapping_and_qconfigs_and_our_options_are_one_recipe():
     assert torch_ao.recipe(model) == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m: m.set_global("x86"), InvalidArgument, r"QConfigMapping: must be a QConfig, such as .* got 'x86'"),
+        (lambda m: m.set_object_type(nn.Conv2d, "x86"), InvalidArgument, "QConfigMapping: Conv2d: must be a QConfig"),
+        (lambda m: m.set_module_name("conv9", None), InvalidArgument, "has the name 'conv9'; did you mean"),
+        (lambda m: m.set_module_name_regex("conv[", None), InvalidArgument, r"'conv\[' is no regular expression"),
+        (lambda m: m.set_object_type(3, None), InvalidType, "got 3"),
+        (lambda m: m.set_module_name_object_type_order("", nn.Conv2d, 0, None), Unsupported, "a path of its own"),
+    ],
+)
+def test_a_wrong_mapping_is_refused_with_what_is_wrong(change, error, message):
+    mapping = torch_ao.QConfigMapping().set_global(per_channel(torch_ao))
+    with pytest.raises(error, match=message):
+        torch_ao.prepare_fx(Residual().eval(), change(mapping), (images(),))
+
+
+def test_rules_of_torchs_mapping_that_have_no_counterpart_are_refused():
+    mapping = ao.QConfigMapping().set_global(per_channel(ao)).set_module_name_object_type_order("", nn.Conv2d, 0, None)
+    with pytest.raises(Unsupported, match="module_name_object_type_order"):
+        torch_ao.prepare_fx(Residual().eval(), mapping, (images(),))
+    with pytest.raises(Unsupported, match=r"prepare_fx: backend_config has no counterpart.*set_object_type"):
+        torch_ao.prepare_fx(Residual().eval(), torch_ao.QConfigMapping(), (images(),), backend_config={"a": 1})
+
+
+def test_a_qconfig_that_is_none_is_refused():
+    model = ours().eval()
+    model.qconfig = "x86"
+    with pytest.raises(InvalidArgument, match=r"MobileNetV2\.qconfig: must be a QConfig, such as get_default_qconfig"):
+        torch_ao.prepare(model)
+
+
 def test_mapping_order_is_that_of_torch():
     mapping = (
         torch_ao.QConfigMapping()
@@ -448,6 +494,44 @@ def test_mapping_order_is_that_of_torch():
     assert recipe.for_module("conv1", ["Conv2d"]).skip
     assert not recipe.for_module("conv2", ["Conv2d"]).weight.spec.per_channel  # the first regex wins
     assert recipe.for_module("other", ["Conv2d"]).weight.spec.per_channel
+
+
+FUNCTION_RULES = [
+    (operator.add, {"add"}),
+    (torch.add, set()),  # the model writes x + y
+    (torch.relu, {"relu", "relu_1"}),
+    ("add", set()),
+    (nn.functional.adaptive_avg_pool2d, {"adaptive_avg_pool2d"}),
+]
+
+
+@pytest.mark.parametrize("api", [torch_ao, ao], ids=["ours", "torch"])
+@pytest.mark.parametrize(("function", "floats"), FUNCTION_RULES)
+def test_object_types_may_be_functions_as_the_model_calls_them(api, function, floats):
+    mapping = api.QConfigMapping().set_global(per_channel(api)).set_object_type(function, None)
+    prepared = torch_ao.prepare_fx(Residual().eval(), mapping, (images(),))
+    assert {row.name for row in prepared.report.stayed_float if row.reason == "skipped by the recipe"} == floats
+    prepared(images())
+    assert qkernels.verify(prepared, torch_ao.convert_fx(prepared), [images()]).total_mismatches == 0
+
+
+def test_a_function_gets_the_grid_that_its_rule_says():
+    own = torch_ao.QConfig(torch_ao.MinMaxObserver.with_args(quant_max=15, quant_min=0), per_channel(torch_ao).weight)
+    mapping = torch_ao.QConfigMapping().set_global(per_channel(torch_ao)).set_object_type(operator.add, own)
+    prepared = torch_ao.prepare_fx(Residual().eval(), mapping, (images(),))
+    codes = {q.source: q.spec.qmax for q in quantizers(prepared)}
+    assert {source for source, highest in codes.items() if highest == 15} == {"add"}
+    assert torch_ao.mapping_recipe(mapping).overrides[0].match == Match("type", "operator.add")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_torchs_own_default_mappings_ask_for_nothing_that_the_core_does_not_do(trained):
+    name = "get_default_qat_qconfig_mapping" if trained else "get_default_qconfig_mapping"
+    theirs, mine = (torch_ao.mapping_recipe(getattr(api, name)("onednn")) for api in (ao, torch_ao))
+    assert (theirs.activation, theirs.weight) == (mine.activation, mine.weight)
+    for rule in theirs.overrides:
+        assert not rule.skip
+        assert rule.activation in (None, mine.activation) or rule.match.pattern == "PReLU"
 
 
 def test_training_a_graph():

@@ -6,16 +6,30 @@
 See docs/frontends.md.
 """
 
-from qkernels.frontends.aimet import batch_norm_fold, encodings, model_preparer, nn, quantsim
+from qkernels.frontends.aimet import (
+    adaround_weight,
+    batch_norm_fold,
+    bn_reestimation,
+    cross_layer_equalization,
+    encodings,
+    model_preparer,
+    nn,
+    quantization,
+    quantsim,
+)
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize
 from qkernels.frontends.aimet.quantsim import QuantizationSimModel
 
 __all__ = [
     "QuantizationSimModel",
     "QuantizeDequantize",
+    "adaround_weight",
     "batch_norm_fold",
+    "bn_reestimation",
+    "cross_layer_equalization",
     "encodings",
     "model_preparer",
     "nn",
+    "quantization",
     "quantsim",
 ]

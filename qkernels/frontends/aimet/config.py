@@ -11,6 +11,7 @@ from torch import nn
 from qkernels.core import operations as o
 from qkernels.errors import InvalidArgument, close_matches
 from qkernels.frontends.aimet import model_preparer as functions
+from qkernels.frontends.common import check_words
 
 DEFAULT: dict[str, Any] = {
     "defaults": {
@@ -31,6 +32,8 @@ DEFAULT: dict[str, Any] = {
     "model_input": {"is_input_quantized": True},
     "model_output": {},
 }
+FLAGS = ("is_quantized", "is_symmetric")
+PARAMS = ("weight", "bias", "running_mean", "running_var")
 OP_TYPES: dict[str, tuple[type, ...]] = {
     "Conv": o.CONVS[:3],
     "ConvTranspose": o.CONVS[3:],
@@ -112,6 +115,8 @@ def read_config(source: "str | Path | Mapping[str, Any] | None") -> Config:
         return _parse(DEFAULT)
     if isinstance(source, Mapping):
         return _parse(source)
+    if not isinstance(source, (str, Path)):
+        raise InvalidArgument(f'config_file must be "default", a JSON file or a dict, got {source!r}')
     path = Path(source)
     if not path.is_file():
         raise InvalidArgument(f'config_file must be "default", a JSON file or a dict, got {source!r}')
@@ -129,14 +134,9 @@ def _parse(config: Mapping[str, Any]) -> Config:
     )
     base = _tensors(Tensors(), defaults, "config.defaults")
     base = replace(base, bias_quantized=base.params_quantized, bias_symmetric=base.params_symmetric)
-    for name, values in config.get("params", {}).items():
-        where = f"config.params.{name}"
-        _known(values, "is_quantized is_symmetric", where)
-        quantized = _bool(values, "is_quantized", base.bias_quantized, where)
-        symmetric = _bool(values, "is_symmetric", base.params_symmetric, where)
-        if name == "bias":
-            base = replace(base, bias_quantized=quantized, bias_symmetric=symmetric)
+    base = _named_params(base, config.get("params", {}), "config.params")
     by_type = {}
+    _known(config.get("op_type", {}), "", "config.op_type", any_key=True)
     for name, values in config.get("op_type", {}).items():
         where = f"config.op_type.{name}"
         if name not in OP_TYPES:
@@ -149,11 +149,13 @@ def _parse(config: Mapping[str, Any]) -> Config:
         by_type[name] = _tensors(base, {**values, "ops": values}, where)
     groups = []
     for i, group in enumerate(config.get("supergroups", ())):
-        for name in group.get("op_list", ()):
+        _known(group, "op_list", f"config.supergroups[{i}]")
+        check_words(group.get("op_list"), f"config.supergroups[{i}].op_list")
+        for name in group["op_list"]:
             if name not in OP_TYPES:
                 where = f"config.supergroups[{i}].op_list"
                 raise InvalidArgument(f"{where}: unknown operation {name!r}{close_matches(name, OP_TYPES)}")
-        groups.append(tuple(group.get("op_list", ())))
+        groups.append(tuple(group["op_list"]))
     inputs, outputs = config.get("model_input", {}), config.get("model_output", {})
     _known(inputs, "is_input_quantized", "config.model_input")
     _known(outputs, "is_output_quantized", "config.model_output")
@@ -170,8 +172,9 @@ def _parse(config: Mapping[str, Any]) -> Config:
 
 def _tensors(base: Tensors, values: Mapping[str, Any], where: str) -> Tensors:
     ops, params = values.get("ops", {}), values.get("params", {})
-    if "is_quantized" not in params and "is_symmetric" not in params:
-        params = params.get("weight", {})  # by the parameter's name
+    _known(params, f"{' '.join(FLAGS)} {' '.join(PARAMS)}", f"{where}.params")
+    base = _named_params(base, {k: v for k, v in params.items() if k not in FLAGS}, f"{where}.params")
+    params = {k: v for k, v in params.items() if k in FLAGS}
     per_channel = _bool(values, "per_channel_quantization", base.per_channel, where)
     return replace(
         base,
@@ -184,10 +187,25 @@ def _tensors(base: Tensors, values: Mapping[str, Any], where: str) -> Tensors:
     )
 
 
-def _known(values: Mapping[str, Any], keys: str, where: str) -> None:
+def _named_params(base: Tensors, params: Mapping[str, Any], where: str) -> Tensors:
+    """`base` with what is said for parameters by their names."""
+    _known(params, " ".join(PARAMS), where)
+    for name, values in params.items():
+        here = f"{where}.{name}"
+        _known(values, " ".join(FLAGS), here)
+        prefix = {"weight": "params", "bias": "bias"}.get(name, "params")
+        said = {
+            f"{prefix}_{flag[3:]}": _bool(values, flag, getattr(base, f"{prefix}_{flag[3:]}"), here) for flag in FLAGS
+        }
+        if name in ("weight", "bias"):  # statistics are never rounded
+            base = replace(base, **said)
+    return base
+
+
+def _known(values: Mapping[str, Any], keys: str, where: str, any_key: bool = False) -> None:
     if not isinstance(values, Mapping):
         raise InvalidArgument(f"{where}: must be an object, got {values!r}")
-    for key in values:
+    for key in values if not any_key else ():
         if key not in keys.split():
             raise InvalidArgument(f"{where}.{key}: unknown key{close_matches(key, keys.split())}")
 

@@ -1,7 +1,8 @@
 """Encodings, AIMET's form of grids, to and from JSON.
 
 The grid is `x = (code + offset) * scale` with codes from 0. An encoding holds `bitwidth` (0.6.1) or `bw` (1.0.0), and
-scale and offset of one or of each channel; in 0.6.1 also the ends `min` and `max`.
+scale and offset of one or of each channel; in 0.6.1 also the ends `min` and `max`. In 2.0.0 it holds what ONNX says:
+`output_dtype`, `y_scale`, `y_zero_point` and, with a grid for each channel, `axis`; all stand in one list.
 """
 
 import re
@@ -13,8 +14,9 @@ from qkernels.core.grids import Grid, Grids
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.common import check_one_of
 
-VERSIONS = ("0.6.1", "1.0.0")
+VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 TABLES = ("activation_encodings", "param_encodings")
+LIST = "encodings"  # of 2.0.0
 
 
 def rows_of(grid: Grid) -> list[dict[str, Any]]:
@@ -37,9 +39,31 @@ def entry_of(name: str, grid: Grid) -> dict[str, Any]:
     }
 
 
-def write(grids: Grids, version: str, name_of: Callable[[str, str], str]) -> dict[str, Any]:
-    """Grids by tensor name, in the form of `version`; `name_of(path, key)` names the activations."""
+def entry_of_2(name: str, grid: Grid, axis: int) -> dict[str, Any]:
+    """A grid in the form of 2.0.0."""
+    grid.check_no_blocks(f"encodings: {name}")
+    if grid.is_even:
+        raise Unsupported(f"{name}: encodings of 2.0.0 have no grid of {grid.codes} codes; those of 0.6.1 do")
+    lowest = -(grid.codes // 2) if grid.symmetric else 0
+    scale, zero_point = list(grid.scale), [lowest - offset for offset in grid.offset]
+    entry = {"name": name, "output_dtype": f"{'' if grid.symmetric else 'u'}int{grid.bits}"}
+    entry |= {"y_scale": scale if grid.per_channel else scale[0]}
+    if any(zero_point):
+        entry |= {"y_zero_point": zero_point if grid.per_channel else zero_point[0]}
+    return entry | ({"axis": axis} if grid.per_channel else {})
+
+
+def write(
+    grids: Grids, version: str, name_of: Callable[[str, str], str], axis_of: Callable[[str], int] = lambda path: 0
+) -> dict[str, Any]:
+    """Grids by tensor name, in the form of `version`.
+
+    `name_of(path, key)` names the activations, `axis_of(path)` says along which dimension a weight has its channels.
+    """
     check_one_of(version, VERSIONS, "encoding_version")
+    if version == "2.0.0":
+        named = [(p, k, g, k in PARAMETERS) for p, table in grids.items() for k, g in table.items()]
+        return {LIST: [entry_of_2(f"{p}.{k}" if w else name_of(p, k), g, axis_of(p)) for p, k, g, w in named]}
     tables: list[Any] = []
     for weights in (False, True):
         places = [(p, k, g) for p, table in grids.items() for k, g in table.items() if (k in PARAMETERS) is weights]
@@ -69,6 +93,8 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
         strict: a name that fits none of them is an error.
     """
     found: Grids = {}
+    if LIST in encodings:
+        encodings = _in_tables(encodings[LIST])
     entries = [*_activations(encodings.get(TABLES[0], {}), paths), *_parameters(encodings.get(TABLES[1], {}))]
     for where, path, key, rows in entries:
         if path in paths:
@@ -77,6 +103,28 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
             known = [f"{p}.{key}" if key in PARAMETERS else p for p in paths]
             named = f"{path}.{key}" if key in PARAMETERS else path
             raise InvalidArgument(f"{where}: the model has no such tensor{close_matches(named, known)}")
+    return found
+
+
+def _in_tables(entries: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The list of 2.0.0 as the two tables of 0.6.1."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {table: {} for table in TABLES}
+    for i, entry in enumerate(entries):
+        where = f"{LIST}[{i}]"
+        _needs(entry, ("name", "output_dtype"), where)
+        dtype = re.fullmatch(r"(u?)int(\d+)", str(entry.get("output_dtype")))
+        if dtype is None or "y_scale" not in entry or "block_size" in entry:
+            raise Unsupported(f"{where}: only intN and uintN with y_scale and without block_size, got {entry!r:.200}")
+        scale, bits = entry["y_scale"], int(dtype[2])
+        wide = isinstance(scale, list)
+        scale = scale if wide else [scale]
+        zero_point = entry.get("y_zero_point", 0)
+        zero_point = zero_point if isinstance(zero_point, list) else [zero_point] * len(scale)
+        symmetric, lowest = not dtype[1] and not any(zero_point), 0 if dtype[1] else -(2 ** (bits - 1))
+        common = {"bitwidth": bits, "is_symmetric": str(symmetric), "enc_type": "PER_CHANNEL" if wide else "PER_TENSOR"}
+        name = entry["name"]
+        table = found[TABLES[name.rpartition(".")[2] in PARAMETERS]]
+        table[name] = [{**common, "scale": s, "offset": lowest - z} for s, z in zip(scale, zero_point, strict=True)]
     return found
 
 
@@ -120,6 +168,7 @@ def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:
         return {name: [rows] if isinstance(rows, Mapping) else list(rows) for name, rows in table.items()}
     found = {}
     for i, entry in enumerate(table):
+        _needs(entry, ("name", "bw", "is_sym", "scale", "offset"), f"{where}[{i}]")
         kind = entry.get("enc_type", "PER_TENSOR")
         if entry.get("dtype", "INT") != "INT" or kind not in ("PER_TENSOR", "PER_CHANNEL"):
             raise Unsupported(f"{where}[{i}]: dtype {entry.get('dtype')}, enc_type {kind} has no integer layers here")
@@ -129,12 +178,18 @@ def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _needs(entry: Any, keys: Collection[str], where: str) -> None:
+    for key in keys:
+        if not isinstance(entry, Mapping) or key not in entry:
+            got = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
+            raise InvalidArgument(f"{where}: encoding without {key!r}, got {got}")
+
+
 def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
     """The grid of the encodings of one tensor."""
-    first = rows[0]
-    for key in ("bitwidth", "scale", "offset", "is_symmetric"):
-        if key not in first:
-            raise InvalidArgument(f"{where}: encoding without {key!r}, got {sorted(first)}")
+    first = rows[0] if rows else {}
+    for row in rows or [first]:
+        _needs(row, ("bitwidth", "scale", "offset", "is_symmetric"), where)
     if first.get("dtype", "int").lower() != "int":
         raise Unsupported(f"{where}: dtype {first['dtype']!r} has no integer layers")
     bits, symmetric = int(first["bitwidth"]), str(first["is_symmetric"]) == "True"

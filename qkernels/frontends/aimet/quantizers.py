@@ -28,8 +28,8 @@ def tensor_recipe(
     options: tuple = (),
 ) -> TensorRecipe:
     """AIMET's kind of grid. `signed`: int8, for weights; else uint8. `strict`: as many codes on both sides."""
-    if not 2 <= bitwidth <= MAX_BITS:
-        raise Unsupported(f"bitwidth must be from 2 to {MAX_BITS}, got {bitwidth}; more than 8 are only simulated")
+    if not isinstance(bitwidth, int) or not 2 <= bitwidth <= MAX_BITS:
+        raise Unsupported(f"bitwidth must be from 2 to {MAX_BITS}, got {bitwidth!r}; more than 8 are only simulated")
     spec = QSpec.weight(bitwidth) if signed else QSpec.activation(bitwidth)
     lowest = -(2 ** (bitwidth - 1)) if signed else 0
     qmin = lowest + 1 if strict else lowest
@@ -49,7 +49,7 @@ class QuantizeDequantize(Quantizer):
         axis = how.pop("axis", wide[0] if wide else None)
         recipe = tensor_recipe(bitwidth, symmetric, axis, signed, **how)
         super().__init__(recipe, "", None if axis is None else shape[axis], trained=True, is_weight=signed)
-        self.shape, self.bitwidth, self.symmetric = tuple(shape), bitwidth, symmetric
+        self.shape, self.how = tuple(shape), (bitwidth, symmetric, signed, {**how, "axis": axis})
         self.min, self.max = self.rule.low, self.rule.high
         self.state = State.FAKE_QUANT
 
@@ -64,6 +64,32 @@ class QuantizeDequantize(Quantizer):
         scale, offset = torch.tensor(grid.scale), torch.tensor(grid.offset)
         made.set_qparams(QParams(scale, spec.qmin - offset, made.axis, spec.qmin, spec.qmax, spec.dtype))
         return made
+
+    @property
+    def bitwidth(self) -> int:
+        return self.how[0]
+
+    @bitwidth.setter
+    def bitwidth(self, bitwidth: int) -> None:
+        self._become(bitwidth, self.symmetric)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.how[1]
+
+    @symmetric.setter
+    def symmetric(self, symmetric: bool) -> None:
+        self._become(self.bitwidth, symmetric)
+
+    def _become(self, bitwidth: int, symmetric: bool) -> None:
+        """Another kind of grid on the same range; `min` and `max` are new Parameters."""
+        ends = (self.min.detach(), self.max.detach()) if self.has_grid() else None
+        source, device = self.source, self.min.device
+        self.__init__(self.shape, bitwidth, symmetric, self.how[2], **self.how[3])
+        self.to(device)
+        self.source = self.observer.source = source
+        if ends is not None:
+            self.take_range(*ends)
 
     def choose(self) -> None:
         """Takes the grid of what was seen; training starts from the very ends that were seen."""
@@ -82,6 +108,21 @@ class QuantizeDequantize(Quantizer):
         else:
             self.watch(parameter)
             self.choose()
+
+    def set_range(self, low: Any, high: Any) -> None:
+        """Takes the range from `low` to `high`: numbers, or tensors of one for each grid."""
+        self.take_range(*(torch.as_tensor(end, dtype=self.min.dtype).expand(self.shape) for end in (low, high)))
+
+    @contextmanager
+    def compute_encodings(self) -> Iterator[None]:
+        """Inside, what passes is watched; at the end the range is that of all of it."""
+        self.observer.reset()
+        self.state = State.OBSERVE
+        try:
+            yield
+            self.choose()
+        finally:
+            self.state = State.FAKE_QUANT
 
     def is_initialized(self) -> bool:
         return self.has_grid()

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qkernels import __version__
 from qkernels.core import operations as o
 from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT
 from qkernels.core.convert import convert
+from qkernels.core.fusion import chain_from, foldable
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.placed import Places, prepare_placed
@@ -98,7 +99,10 @@ class QuantizationSimModel:
             self.model.train(training)
         modules, config = modules_of(traced), self._config
         calls = [n for n in traced.graph.nodes if n.op == "call_module" and not is_quantized(modules[n.target])]
-        inside = _inside_supergroups(traced, modules, config)
+        # A batch normalization that could be folded is part of its layer: the quantizer of the output stands behind it.
+        self.foldable = foldable(traced)
+        layers = {norm: layer for layer, norm in self.foldable}
+        inside = _inside_supergroups(traced, modules, config, layers)
         for node in calls:
             module = modules[node.target]
             if is_quantized(module) or type(module) is nn.Identity:
@@ -106,10 +110,11 @@ class QuantizationSimModel:
             tensors = [a for a in node.args if isinstance(a, fx.Node) and a.meta["value"].kind == "tensor"]
             wanted, final = config.of(module), any(user.op == "output" for user in node.users)
             inputs = [self._reads_model_input(a) or wanted.is_input_quantized for a in tensors]
-            output = wanted.is_output_quantized
+            output = (config.of(modules[layers[node.target]]) if node.target in layers else wanted).is_output_quantized
             if final and config.output_quantized is not None:
                 output = config.output_quantized
             output = output and node not in inside and op_type(module) not in PASSING
+            output = output and node.target not in layers.values()
             qz.make_quantized(module, len(tensors))
             for i, quantized in enumerate(inputs):
                 if quantized:
@@ -255,7 +260,8 @@ class QuantizationSimModel:
         """Writes the model without quantizers (`.pth`, weights rounded to their grids) and its encodings.
 
         `<prefix>.encodings` names activations as ONNX exporters do (/path/Op_output_0), `<prefix>_torch.encodings` by
-        module. The version is "1.0.0" unless `encoding_version` or the variable AIMET_ENCODING_VERSION says "0.6.1".
+        module. The version is "1.0.0" unless `encoding_version` or the variable AIMET_ENCODING_VERSION says "0.6.1" or
+        "2.0.0".
         """
         given = [name for name, value in unsupported.items() if value]
         if given:
@@ -294,7 +300,7 @@ class QuantizationSimModel:
 
     def encodings(self, version: str = "1.0.0") -> dict[str, Any]:
         """The encodings by tensor name, in the form of `version`."""
-        return enc.write(self.grids(), version, self._tensor_name) | self._header(version)
+        return enc.write(self.grids(), version, self._tensor_name, self._channel_axis) | self._header(version)
 
     def module_encodings(self) -> dict[str, Any]:
         """The encodings by module."""
@@ -305,11 +311,15 @@ class QuantizationSimModel:
         which = "output_0" if key == OUTPUT else f"input_{key.removeprefix('input')}"
         return f"/{path.replace('.', '/')}/{kind}_{which}"
 
+    def _channel_axis(self, path: str) -> int:
+        return CHANNEL_AXIS.get(type(self.model.get_submodule(path)).float_type, 0)
+
     def _header(self, version: str) -> dict[str, Any]:
         defaults = self._config.defaults
-        return {
-            "version": version,
-            "producer": {"package": "qkernels", "version": __version__},
+        common = {"version": version, "producer": {"package": "qkernels", "version": __version__}}
+        if version == "2.0.0":
+            return common
+        return common | {
             "excluded_layers": [],
             "quantizer_args": {
                 "activation_bitwidth": self._bits[0],
@@ -329,7 +339,7 @@ class QuantizationSimModel:
         requires_grad: bool | None = None,
         allow_overwrite: bool = True,
     ) -> None:
-        """Takes the grids of an encodings file or dict: 0.6.1, 1.0.0, by tensor name or by module.
+        """Takes the grids of an encodings file or dict: 0.6.1, 1.0.0 or 2.0.0, by tensor name or by module.
 
         Args:
             strict: a name that fits nothing is an error.
@@ -338,7 +348,7 @@ class QuantizationSimModel:
             allow_overwrite: whether compute_encodings may change them later.
         """
         source = encodings if isinstance(encodings, Mapping) else json.loads(Path(encodings).read_text())
-        if not source.keys() & set(enc.TABLES):
+        if not source.keys() & {*enc.TABLES, enc.LIST}:
             raise InvalidArgument(f"load_encodings: no encodings, only the keys {sorted(source)}")
         kept: set[QuantizeDequantize] = set()
         modules = dict(self.named_qmodules())
@@ -398,27 +408,14 @@ class QuantizationSimModel:
         return f"QuantizationSimModel({self.model})"
 
 
-def _inside_supergroups(traced: fx.GraphModule, modules: dict[str, nn.Module], config: Config) -> set[fx.Node]:
-    """The calls whose output goes nowhere but into the next operation of their group."""
+def _inside_supergroups(
+    traced: fx.GraphModule, modules: dict[str, nn.Module], config: Config, norms: Collection[str]
+) -> set[fx.Node]:
+    """The calls whose output goes nowhere but into the next operation of their group, or into one of `norms` before."""
     inside: set[fx.Node] = set()
     for group in config.supergroups:
         for node in traced.graph.nodes:
-            chain = _chain(node, group, modules)
+            chain = chain_from(node, group, modules, op_type, norms)
             inside.update(chain[:-1])
+            inside.update(reader for part in chain[:-1] for reader in part.users if reader.target in norms)
     return inside
-
-
-def _chain(node: fx.Node, group: tuple[str, ...], modules: dict[str, nn.Module]) -> list[fx.Node]:
-    """The calls that match the group from `node` on; empty if they do not."""
-    found: list[fx.Node] = []
-    for kind in group:
-        while found and node.op == "call_module" and type(modules[node.target]) is nn.Identity and len(node.users) == 1:
-            node = next(iter(node.users))
-        if node.op != "call_module" or op_type(modules[node.target]) != kind:
-            return []
-        found.append(node)
-        if len(found) < len(group):
-            if len(node.users) != 1:
-                return []
-            node = next(iter(node.users))
-    return found

@@ -23,6 +23,9 @@ def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]], mode
             slot = re.fullmatch(r"(weight|bias)|_output_0|_input_(\d+)", target)
             if dtype is None or slot is None:
                 raise InvalidArgument(f"{where}: must be weight, bias, _input_N or _output_0, of dtype intN or uintN")
+            for needed in ("scale", "zero_point", "quant_scheme"):
+                if needed not in entry:
+                    raise InvalidArgument(f"{where}.{needed}: missing; there are {list(entry)}")
             bits, scale = int(dtype[2]), torch.as_tensor(entry["scale"])
             lowest = 0 if dtype[1] else 1 - 2 ** (bits - 1)
             offset = (lowest - torch.as_tensor(entry["zero_point"]).float()).round().int()

@@ -15,7 +15,7 @@ from qkernels.core.blocks import counts
 from qkernels.core.qspec import MAX_BITS, QSpec
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, with_names, with_types
+from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, check_words, with_names, with_types
 
 TYPES = (*WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.MaxPool2d)
 SELECTING = ("op_names", "op_names_re", "op_types")
@@ -31,13 +31,17 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of one target; scheme is "affine", "symmetric" or None."""
+    """The settings of one target; scheme is "affine", "symmetric" or None.
+
+    `rank`: a granularity that comes to one grid for the whole tensor has a scale of so many dimensions, all 1.
+    """
 
     bits: int = 8
     signed: bool = True
     scheme: str | None = None
     per_channel: bool = False
     block: tuple[int, ...] | None = None
+    rank: int = 0
 
     def spec(self, is_parameter: bool) -> QSpec:
         kind = {"symmetric": self.scheme != "affine", "per_channel": self.per_channel, "min_scale": EPS}
@@ -92,6 +96,8 @@ def parse(model: nn.Module, config_list: Iterable[Mapping[str, Any]]) -> Setting
         chosen = _selected(modules, entry, where) - excluded
         for path in (path for path in modules if path in chosen):
             targets[path] = _targets(path, modules[path], entry, where) | targets.get(path, {})
+    if not targets:
+        raise InvalidArgument("config_list: no module is left to quantize")
     for path, parts in fused.items():
         if path not in targets:
             raise InvalidArgument(f"config_list: {path} is fused with {parts} (fuse_names) and has no settings")
@@ -104,15 +110,18 @@ def _modern(entry: Any, where: str) -> dict[str, Any]:
     """A checked copy; keys of the API of 2.x become those of 3.0."""
     check_keys(entry, KEYS, where)
     entry = dict(entry)
+    check_one_of(entry.get("exclude", False), (True, False), f"{where}.exclude")
     if "quant_start_step" in entry:
         raise Unsupported(f"{where}.quant_start_step: give it to the quantizer, QATQuantizer(..., quant_start_step=n)")
     if "op_partial_names" in entry:
         entry["op_names_re"] = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
     types, bits = entry.pop("quant_types", None), entry.pop("quant_bits", 8)
     if types is not None:
+        check_words(types, f"{where}.quant_types")
         for name in types:
             check_one_of(name, LEGACY_TARGETS, f"{where}.quant_types")
         widths = bits if isinstance(bits, Mapping) else dict.fromkeys(types, bits)
+        check_keys(widths, LEGACY_TARGETS, f"{where}.quant_bits")
         entry["target_names"] = [LEGACY_TARGETS[name] for name in types]
         own = {LEGACY_TARGETS[n]: {"quant_dtype": f"int{bits}"} for n, bits in widths.items() if n in types}
         entry["target_settings"] = own
@@ -142,7 +151,11 @@ def _selected(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], where:
 
 
 def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], where: str) -> set[str]:
-    hits = {pattern: {path for path in modules if re.match(pattern, path)} for pattern in patterns}
+    check_words(patterns, where)
+    try:
+        hits = {pattern: {path for path in modules if re.match(pattern, path)} for pattern in patterns}
+    except re.error as error:
+        raise InvalidArgument(f"{where}: {error.pattern!r} is no regular expression: {error}") from None
     for pattern in (pattern for pattern, paths in hits.items() if not paths):
         raise InvalidArgument(f"{where}: no module of the model matches {pattern!r}")
     return set().union(*hits.values())
@@ -155,13 +168,14 @@ def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str)
     parameters = [name for name in PARAMETERS if module._parameters.get(name) is not None]
     names = entry.get("target_names", ["_input_", *parameters, "_output_"])
     own = entry.get("target_settings", {})
+    check_words(names, f"{where}.target_names")
     check_keys(own, own, f"{where}.target_settings")
     common = {key: entry[key] for key in SETTINGS if key in entry}
     found = {}
     for name in dict.fromkeys([*names, *own]):
         here = f"{where}.target_settings.{name}" if name in own else where
         check_keys(own.get(name, {}), SETTINGS, here)
-        target = _canonical(name, path, module, f"{where}.target_names")
+        target = _canonical(name, path, module, f"{where}.target_{'names' if name in names else 'settings'}")
         if target not in PARAMETERS or target in parameters:
             setting = _setting({**common, **own.get(name, {})}, target, module, here)
             if found.setdefault(target, setting) != setting:
@@ -203,7 +217,10 @@ def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, where: st
     check_one_of(entry.get("apply_method"), METHODS, f"{where}.apply_method")
     given = entry.get("granularity") or "default"
     shape = module._parameters[target].shape if target in PARAMETERS else None
-    block = _block(given, shape, _rank(module) if shape is None else len(shape), f"{where}.granularity")
+    rank = _rank(module) if shape is None else len(shape)
+    block = _block(given, shape, rank, f"{where}.granularity")
+    if block is None and given != "default":
+        return Setting(bits, not match[1], scheme, rank=rank or 0)
     if block is None or block == (1, 0):
         return Setting(bits, not match[1], scheme, block is not None)
     return Setting(bits, not match[1], scheme, True, block)
@@ -256,7 +273,7 @@ def _fused(
     """(norm or None, clamp or None) by the path of the layer that they belong to."""
     found = {}
     for i, group in enumerate(groups):
-        here = f"{where}[{i}]"
+        here = f"{where}[{i}]" if isinstance(groups, (list, tuple)) else where
         if not isinstance(group, (list, tuple)) or not 2 <= len(group) <= 3:
             raise InvalidArgument(f"{here}: must be (layer, norm), (layer, activation) or all three, got {group!r}")
         with_names(modules, group, here)

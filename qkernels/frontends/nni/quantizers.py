@@ -87,8 +87,12 @@ class _Quantizer(Holder):
         for path, key, quantizer in self._places():
             name = calibration.target(key)
             entry = found[path][name]
-            entry["quant_scheme"] = self.settings.targets[path][name].scheme or "symmetric"
+            setting = self.settings.targets[path][name]
+            entry["quant_scheme"] = setting.scheme or "symmetric"
             self._describe(entry, quantizer)
+            if setting.rank:
+                ones = (1,) * setting.rank
+                entry |= {key: value.reshape(ones) for key, value in entry.items() if isinstance(value, Tensor)}
         return found
 
     def _places(self) -> list[tuple[str, str, Quantizer]]:

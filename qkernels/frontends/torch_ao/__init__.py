@@ -71,6 +71,7 @@ from qkernels.frontends.torch_ao.qat import (
     freeze_bn_stats,
     prepare_qat,
     prepare_qat_fx,
+    quantize_qat,
     update_bn_stats,
 )
 from qkernels.frontends.torch_ao.stubs import DeQuantStub, FloatFunctional, QuantStub, QuantWrapper

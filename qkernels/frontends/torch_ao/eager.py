@@ -51,9 +51,16 @@ def prepare(
 def propagate_qconfig(model: nn.Module, qconfig: QConfig | None = None) -> None:
     """Gives every module the qconfig of the nearest module around it that has one."""
     model.qconfig = getattr(model, "qconfig", qconfig)
+    if model.qconfig is not None:
+        check_qconfig(model.qconfig, f"{type(model).__name__}.qconfig")
     for name, child in model.named_children():
         if not name.startswith("activation_post_process"):
             propagate_qconfig(child, model.qconfig)
+
+
+def check_qconfig(qconfig: Any, where: str) -> None:
+    if not hasattr(qconfig, "activation") or not hasattr(qconfig, "weight"):
+        raise InvalidArgument(f"{where}: must be a QConfig, such as get_default_qconfig('x86'), got {qconfig!r}")
 
 
 def _observe(model: nn.Module, allow_list: Iterable[type] | None, non_leaf: tuple[type, ...]) -> None:
@@ -184,8 +191,11 @@ def recipe(model: nn.Module) -> Recipe:
 def override(match: Match, qconfig: Any) -> Override:
     if qconfig is None:
         return Override(match, skip=True)
-    recipes = []
-    for made in (qconfig.activation(), qconfig.weight()):
+    check_qconfig(qconfig, f"QConfigMapping: {match.pattern}")
+    recipes, activation = [], qconfig.activation()
+    if type(activation).__name__ == "ReuseInputObserver":  # torch's default for a reshape, which the core knows
+        return Override(match)
+    for made in (activation, qconfig.weight()):
         # torch's defaults give a type without weight a float32 placeholder, and a sigmoid a fixed grid.
         silent = getattr(made, "dtype", None) is torch.float32 or "FixedQParams" in type(made).__name__
         recipes.append(None if silent else parse.tensor_recipe(made))

@@ -1,7 +1,7 @@
 """prepare_qat, and the switches that a training loop applies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -13,9 +13,15 @@ from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.training import prepare_qat as core_prepare_qat
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.torch_ao import parse
-from qkernels.frontends.torch_ao.eager import _is_observed, note_example, observe_output, propagate_qconfig
+from qkernels.frontends.torch_ao.eager import (
+    _is_observed,
+    convert,
+    note_example,
+    observe_output,
+    propagate_qconfig,
+)
 from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS, Fused
-from qkernels.frontends.torch_ao.fx import mapping_recipe
+from qkernels.frontends.torch_ao.fx import mapping_recipe, refuse
 
 
 def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -> nn.Module:
@@ -39,6 +45,13 @@ def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -
         quantizer.state = State.TRAIN
     model.register_forward_pre_hook(note_example, with_kwargs=True)
     return model
+
+
+def quantize_qat(model: nn.Module, run_fn: Any, run_args: Iterable[Any], inplace: bool = False) -> nn.Module:
+    """prepare_qat, train by `run_fn(model, *run_args)`, convert."""
+    model = prepare_qat(model.train(), inplace=inplace)
+    run_fn(model, *run_args)
+    return convert(model.eval(), inplace=True)
 
 
 def _train(model: nn.Module, path: str) -> None:
@@ -82,11 +95,15 @@ def _trained_layer(module: nn.Module, path: str) -> nn.Module | None:
     return layer.train(module.training)
 
 
-def prepare_qat_fx(model: nn.Module, qconfig_mapping: Any, example_inputs: Any, **unsupported: Any) -> nn.Module:
+def prepare_qat_fx(
+    model: nn.Module,
+    qconfig_mapping: Any,
+    example_inputs: Any,
+    prepare_custom_config: None = None,
+    backend_config: None = None,
+) -> nn.Module:
     """The graph of the model, ready to train; then `convert_fx`."""
-    given = {name for name, value in unsupported.items() if value}
-    if given:
-        raise Unsupported(f"prepare_qat_fx: {sorted(given)} have no counterpart; skip modules with qconfig None")
+    refuse("prepare_qat_fx", prepare_custom_config=prepare_custom_config, backend_config=backend_config)
     return core_prepare_qat(model, example_inputs, mapping_recipe(qconfig_mapping))
 
 

@@ -1,0 +1,134 @@
+"""Calls of functions as modules of their own, so that something can be put around each of them.
+
+`calls_to_modules` changes a traced graph: a call of `torch.add` becomes a call of a module `Add`, `F.relu` one of
+`nn.ReLU`, and a module without parameters that is called several times becomes one module a call.
+"""
+
+import copy
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qkernels.core import operations as o
+
+
+class Functional(nn.Module):
+    """A function as a module; the subclasses say which."""
+
+    traced_as_leaf = True
+    function: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).function(*args, **kwargs)
+
+
+def _functional(name: str, function: Any) -> type[Functional]:
+    return type(name, (Functional,), {"function": staticmethod(function), "__module__": __name__})
+
+
+def _concat(*tensors: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return torch.cat(tensors, dim)
+
+
+Add, Subtract = _functional("Add", torch.add), _functional("Subtract", torch.sub)
+Multiply, Divide = _functional("Multiply", torch.mul), _functional("Divide", torch.div)
+MatMul, Mean, Concat = (
+    _functional("MatMul", torch.matmul),
+    _functional("Mean", torch.mean),
+    _functional("Concat", _concat),
+)
+
+FUNCTIONALS: dict[Any, type[Functional]] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), Add),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), Subtract),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), Multiply),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), Divide),
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"), MatMul),
+    **dict.fromkeys((torch.mean, "mean"), Mean),
+    **dict.fromkeys((torch.cat, torch.concat), Concat),
+}
+_ACTIVATIONS = "ReLU ReLU6 Sigmoid Tanh Softmax GELU SiLU Hardswish Hardsigmoid Hardtanh ELU SELU CELU Softplus Mish"
+_NAMES = {name.lower(): getattr(nn, name) for name in (_ACTIVATIONS + " Softsign Dropout").split()}
+_NAMES |= {"log_softmax": nn.LogSoftmax, "leaky_relu": nn.LeakyReLU, "relu_": nn.ReLU}
+for _kind, _stem in (("max_pool", "MaxPool"), ("avg_pool", "AvgPool"), ("adaptive_avg_pool", "AdaptiveAvgPool")):
+    _NAMES |= {f"{_kind}{d}d": getattr(nn, f"{_stem}{d}d") for d in (1, 2, 3)}
+MODULES: dict[Any, type[nn.Module]] = {
+    target: cls
+    for name, cls in _NAMES.items()
+    for target in (getattr(F, name, None), getattr(torch, name, None), name)
+    if target is not None
+}
+
+
+def calls_to_modules(traced: fx.GraphModule, note: Callable[[str, str], None]) -> None:
+    """Gives `traced` a module `module_<name>` for each call that there is one for; `note(why, name)` hears of it."""
+    sizes: set[fx.Node] = set()  # what is computed from shapes
+    for node in list(traced.graph.nodes):
+        if _is_size(node, sizes):
+            sizes.add(node)
+        elif node.op in ("call_function", "call_method"):
+            _to_module(traced, node, sizes, note)
+    _one_module_a_call(traced, note)
+    traced.graph.lint()
+    traced.recompile()
+
+
+def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
+    if node.target in (getattr, "size", "dim", len):
+        return True
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(n in sizes for n in node.all_input_nodes)
+
+
+def _to_module(prepared: fx.GraphModule, node: fx.Node, sizes: set[fx.Node], note: Callable[[str, str], None]) -> None:
+    if node.target in MODULES:
+        cls, kwargs = MODULES[node.target], dict(node.kwargs)
+        if "input" in kwargs and not node.args:
+            node.args = (kwargs.pop("input"),)
+        known = inspect.signature(cls).parameters
+        kwargs = {k: v for k, v in kwargs.items() if k in known and not isinstance(v, fx.Node)}
+        if any(isinstance(a, fx.Node) for a in node.args[1:]):
+            return
+        _, names = (o.METHODS if isinstance(node.target, str) else o.FUNCTIONS).get(node.target, ("", ""))
+        names = names.split()[1:] or list(known)
+        positional = {n: v for n, v in zip(names, node.args[1:], strict=False) if n in known}
+        module, args, kwargs = cls(**positional, **kwargs), node.args[:1], {}
+    elif node.target in FUNCTIONALS and not any(n in sizes for n in node.all_input_nodes):
+        module, args, kwargs = FUNCTIONALS[node.target](), node.args, dict(node.kwargs)
+        if isinstance(module, Concat):
+            tensors = args[0] if args else kwargs.pop("tensors")
+            kwargs = {"dim": args[1] if len(args) > 1 else kwargs.get("dim", 0)}
+            args = tuple(tensors)
+    else:
+        return
+    name = f"module_{node.name}"
+    note("Functional", name)
+    prepared.add_submodule(name, module)
+    _replace_call(prepared, node, name, args, kwargs)
+
+
+def _replace_call(prepared: fx.GraphModule, node: fx.Node, name: str, args: tuple, kwargs: dict) -> None:
+    with prepared.graph.inserting_after(node):
+        made = prepared.graph.call_module(name, args, kwargs)
+    node.replace_all_uses_with(made)
+    prepared.graph.erase_node(node)
+
+
+def _one_module_a_call(prepared: fx.GraphModule, note: Callable[[str, str], None]) -> None:
+    calls: Counter = Counter()
+    for node in list(prepared.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = prepared.get_submodule(node.target)
+        count = calls[id(module)]
+        calls[id(module)] += 1
+        if count and not any(True for _ in module.parameters()):
+            name = f"module_{node.target.replace('.', '_')}_{count}"
+            note("Reused/Duplicate", name)
+            prepared.add_submodule(name, copy.deepcopy(module))
+            _replace_call(prepared, node, name, node.args, node.kwargs)
