@@ -189,11 +189,15 @@ struct Vec {
   }
   template <bool kStream>
   QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m) {
-    store64_bytes<kStream>(out, _mm512_maskz_loadu_epi32(m, in));
+    __m512i v = _mm512_loadu_si512(in);
+    __asm__("" : "+v"(v));  // as one masked load it would wait for what decides the mask
+    store64_bytes<kStream>(out, _mm512_maskz_mov_epi32(m, v));
   }
   template <bool kStream>
   QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m) {
-    const __m256i v = _mm256_maskz_loadu_epi16(m, in);
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    __asm__("" : "+v"(v));
+    v = _mm256_maskz_mov_epi16(m, v);
     __m256i* target = reinterpret_cast<__m256i*>(out);
     kStream ? _mm256_stream_si256(target, v) : _mm256_storeu_si256(target, v);
   }
