@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qkernels.bench.engines import ENGINES
+from qkernels.bench.engines import ENGINES, Case, int8_onnx
 from qkernels.bench.networks import NETWORKS, float_network
 from qkernels.bench.table import against_best_int8_peer, table
 from qkernels.cli import main
@@ -74,3 +74,15 @@ def test_networks_are_the_published_ones(name, parameters):
 
 def test_every_network_of_the_list_is_tested():
     assert set(NETWORKS) == {"mobilenet_v2", "resnet18", "resnet50", "efficientnet_lite0"}
+
+
+def test_peers_get_a_network_whose_convolutions_are_all_quantized(tmp_path):
+    """The exporter shares biases between convolutions, and ONNX Runtime's quantization skips those of them it finds."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(int8_onnx(Case("mobilenet_v2", 1, 32, 1), str(tmp_path)))
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 52
+    for node in convolutions:
+        assert [made_by.get(name) for name in node.input] == ["DequantizeLinear"] * 3, node.name
