@@ -187,17 +187,21 @@ struct Vec {
   QK_INLINE void put_two(T* x, F a, F b) {
     store2<kStream>(x, a, b);
   }
+  // Keeps gcc from making one masked load of a load and a mask: it would wait for what decides the
+  // mask, and a miss of the one tensor would follow a miss of the other.
+  template <typename T>
+  QK_INLINE T loaded(T v) {
+    __asm__("" : "+v"(v));
+    return v;
+  }
   template <bool kStream>
   QK_INLINE void copy_where(uint32_t* out, const uint32_t* in, M m) {
-    __m512i v = _mm512_loadu_si512(in);
-    __asm__("" : "+v"(v));  // as one masked load it would wait for what decides the mask
-    store64_bytes<kStream>(out, _mm512_maskz_mov_epi32(m, v));
+    store64_bytes<kStream>(out, _mm512_maskz_mov_epi32(m, loaded(_mm512_loadu_si512(in))));
   }
   template <bool kStream>
   QK_INLINE void copy_where(uint16_t* out, const uint16_t* in, M m) {
-    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
-    __asm__("" : "+v"(v));
-    v = _mm256_maskz_mov_epi16(m, v);
+    const __m256i v =
+        _mm256_maskz_mov_epi16(m, loaded(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))));
     __m256i* target = reinterpret_cast<__m256i*>(out);
     kStream ? _mm256_stream_si256(target, v) : _mm256_storeu_si256(target, v);
   }
@@ -269,8 +273,8 @@ struct Vec {
   QK_INLINE M both(M a, M b) { return _kand_mask16(a, b); }
   QK_INLINE M either(M a, M b) { return _kor_mask16(a, b); }
   QK_INLINE F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
-  QK_INLINE F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
-  QK_INLINE F drop(M m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
+  QK_INLINE F keep(M m, F a) { return _mm512_maskz_mov_ps(m, loaded(a)); }
+  QK_INLINE F drop(M m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), loaded(a)); }
   QK_INLINE uint32_t bits(M m) { return _cvtmask16_u32(m); }
   QK_INLINE M from_bits(uint32_t b) { return _cvtu32_mask16(b); }
 };
