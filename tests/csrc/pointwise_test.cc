@@ -149,22 +149,27 @@ void pools_equal_scalar(Rng& rng) {
   for (int64_t channels = 1; channels <= 330; channels += channels < 70 ? 1 : 13) {
     const int64_t taps[3] = {rng.integer(0, 2), rng.integer(1, 4), rng.integer(1, 5)};
     const bool many = channels % 8 == 0;  // enough taps for the 16-bit sums to be flushed
-    const int64_t wide = many ? 300 : taps[2];
-    CONTEXT("channels=", channels, " taps=", taps[0], "x", taps[1], "x", wide);
+    const int64_t wide = many ? 300 : taps[2], count = rng.integer(1, 11);
+    const int64_t shift = rng.integer(1, 3), width = wide + (count - 1) * shift;
+    CONTEXT("channels=", channels, " taps=", taps[0], "x", taps[1], "x", wide, " windows=", count);
     const Touches side = kSides[channels % 2];
-    Guarded<uint8_t> q(taps[0] * taps[1] * wide * channels, side), out(channels, side),
-        expected(channels, side);
+    const int64_t outputs = count * channels;
+    Guarded<uint8_t> q(taps[0] * taps[1] * width * channels, side), out(outputs, side),
+        expected(outputs, side);
     rng.fill(q);
-    PoolWindow window{.base = q.data(),
-                      .taps = {taps[0], taps[1], wide},
-                      .stride = {taps[1] * wide * channels, wide * channels, channels},
-                      .channels = channels,
-                      .out = expected.data()};
+    PoolWindows windows{.base = q.data(),
+                        .taps = {taps[0], taps[1], wide},
+                        .stride = {taps[1] * width * channels, width * channels, channels},
+                        .channels = channels,
+                        .out = expected.data(),
+                        .count = count,
+                        .step = shift * channels,
+                        .out_step = channels};
     const bool is_signed = rng.chance(0.5);
-    max_pool_scalar(window, is_signed);
-    window.out = out.data();
-    select_max_pool_kernel()(window, is_signed);
-    CHECK(same_bytes(out.data(), expected.data(), channels));
+    max_pool_scalar(windows, is_signed);
+    windows.out = out.data();
+    select_max_pool_kernel()(windows, is_signed);
+    CHECK(same_bytes(out.data(), expected.data(), outputs));
 
     const bool out_signed = rng.chance(0.5);
     const int32_t qmin = out_signed ? -128 : 0;
@@ -176,11 +181,11 @@ void pools_equal_scalar(Rng& rng) {
                         .out_zero_point = qmin + 100,
                         .qmin = qmin,
                         .qmax = qmin + 255};
-    window.out = expected.data();
-    avg_pool_scalar(window, grid);
-    window.out = out.data();
-    select_avg_pool_kernel()(window, grid);
-    CHECK(same_bytes(out.data(), expected.data(), channels));
+    windows.out = expected.data();
+    avg_pool_scalar(windows, grid);
+    windows.out = out.data();
+    select_avg_pool_kernel()(windows, grid);
+    CHECK(same_bytes(out.data(), expected.data(), outputs));
   }
 }
 
