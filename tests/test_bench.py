@@ -77,7 +77,7 @@ def test_every_network_of_the_list_is_tested():
 
 
 def test_peers_get_a_network_whose_convolutions_are_all_quantized(tmp_path):
-    """The exporter shares biases between convolutions, and ONNX Runtime's quantization skips those of them it finds."""
+    """The exporter shares biases between convolutions, and ONNX Runtime's quantization skips those."""
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     model = onnx.load(int8_onnx(Case("mobilenet_v2", 1, 32, 1), str(tmp_path)))

@@ -11,7 +11,7 @@ struct GemmPlan {
   bool runs;  // a row of the window is one contiguous run of taps * channels bytes
   // Rows of A are the pixels of an output row, evenly spaced in a padded copy of the image (or,
   // without padding, in the image itself): AMX loads its tiles where they lie; AVX512-VNNI does so
-  // with the few channels of a first layer, whose pointers cost as much as its products.
+  // with the few channels of a first layer, of which pointers and windows took a fifth.
   bool even_rows;
   bool padded_image;
   int64_t taps, depth;

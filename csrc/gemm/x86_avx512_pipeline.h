@@ -8,7 +8,8 @@
 //   accumulators here, so that the outputs find registers beside them.
 // Memory: the sums are [rows][16 * V] int32 on the caller's stack. Numbers: as epilogue.h.
 
-// Fewer accumulators do not cover the latency of a dot product; more leave no registers.
+// So many accumulators cover the latency of a dot product and leave registers for the outputs. A
+// panel of one vector makes do with fewer.
 constexpr int kLeastPipelined = 10, kMostPipelined = 16;
 constexpr bool fits_pipeline(int rows, int vectors) {
   const int sums = rows * vectors;

@@ -1,34 +1,17 @@
 // Normative: the formulas of pool.h, one channel at a time.
 #include "csrc/base/numerics.h"
+#include "csrc/base/target.h"
 #include "csrc/pool/pool.h"
 
 namespace qk {
 namespace {
 
-template <typename F>
-QK_HD void for_each_tap(const PoolWindows& window, const F& f) {
-  for (int64_t d = 0; d < window.taps[0]; ++d) {
-    for (int64_t h = 0; h < window.taps[1]; ++h) {
-      for (int64_t w = 0; w < window.taps[2]; ++w) {
-        f(window.base + d * window.stride[0] + h * window.stride[1] + w * window.stride[2]);
-      }
-    }
-  }
-}
-
-template <typename F>
-void for_each_window(PoolWindows windows, const F& f) {
-  for (; windows.count > 0; --windows.count) {
-    f(windows);
-    windows.base += windows.step;
-    windows.out += windows.out_step;
-  }
-}
+#include "csrc/pool/windows.h"
 
 void max_window(const PoolWindows& window, bool is_signed) {
   for (int64_t c = 0; c < window.channels; ++c) {
     int32_t best = is_signed ? -128 : 0;
-    for_each_tap(window, [&](const uint8_t* tap) {
+    for_each_tap(window, window.base, [&](const uint8_t* tap) {
       const int32_t q = byte_value(tap[c], is_signed);
       best = q > best ? q : best;
     });
@@ -40,7 +23,8 @@ void mean_window(const PoolWindows& window, const MeanGrid& grid) {
   const int64_t taps = window.taps[0] * window.taps[1] * window.taps[2];
   for (int64_t c = 0; c < window.channels; ++c) {
     int32_t sum = -static_cast<int32_t>(taps) * grid.q_zero_point;
-    for_each_tap(window, [&](const uint8_t* tap) { sum += byte_value(tap[c], grid.q_signed); });
+    for_each_tap(window, window.base,
+                 [&](const uint8_t* tap) { sum += byte_value(tap[c], grid.q_signed); });
     window.out[c] = static_cast<uint8_t>(
         mean_code(sum, grid.scale_ratio, grid.divisor, grid.out_zero_point, grid.qmin, grid.qmax));
   }

@@ -14,7 +14,7 @@ using namespace avx2;
 // Codes that a 16-bit sum can take: 257 * 255 = 65535.
 constexpr int kFlush = 257;
 
-#include "csrc/pool/x86_windows.h"
+#include "csrc/pool/windows.h"
 
 // n < 32 bytes; the rest are zero.
 QK_INLINE __m256i load_part(const uint8_t* p, int64_t n) {

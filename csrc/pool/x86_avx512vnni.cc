@@ -13,7 +13,7 @@ using namespace avx512;
 // Codes that a 16-bit sum can take: 257 * 255 = 65535.
 constexpr int kFlush = 257;
 
-#include "csrc/pool/x86_windows.h"
+#include "csrc/pool/windows.h"
 
 template <bool kSigned>
 QK_INLINE __m512i max_codes(__m512i a, __m512i b) {
