@@ -102,7 +102,13 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
                                                        : (widest + shape.lanes - 1) / shape.lanes);
 
   const int64_t panels = block.panel_end - block.panel_begin;
-  const int64_t ahead = block.panel_end < args.panel_end ? panels * header.panel_bytes : 0;
+  int64_t ahead = 0;
+  if (block.panel_end < args.panel_end) {
+    ahead = panels * header.panel_bytes;
+  } else if (args.next.bytes > 0) {
+    const int8_t* first = args.matrix.panels + block.panel_begin * header.panel_bytes;
+    ahead = (args.next.data - first) & ~int64_t{255};
+  }
 
   const uint8_t* strided[kMaxBlockRows];
   const uint8_t* residual[kMaxBlockRows] = {};
