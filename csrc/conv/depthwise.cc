@@ -10,8 +10,10 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kScratchBytes = 32 * 1024;  // of an interleaved strip: stays in L1
-constexpr int64_t kMinTile = 8;
+// Of an interleaved strip: stays in L1, beside the input of narrow groups, whose strip is written
+// and read more often. Outputs of a strip: a multiple of the columns that kernels take together.
+constexpr int64_t kScratchBytes = 32 * 1024, kNarrowScratchBytes = 16 * 1024;
+constexpr int64_t kTileUnit = 8;
 constexpr int64_t kMacsPerNs = 30;
 
 int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -274,17 +276,19 @@ PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t
   const DimPhase& w = run.phase.dim[2];
   run.row_pairs = ceil_div(run.count[1], run.plan.rows_out);
   const int64_t column_bytes = run.plan.row_groups * layout.block_channels() * 4;
-  const int64_t fit = (kScratchBytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
-  const int64_t most = fit < kMinTile ? kMinTile : fit;
-  run.tiles = ceil_div(run.count[2], most);
-  run.tile = ceil_div(run.count[2], run.tiles);
+  const int64_t bytes = run.plan.quads > 0 ? kNarrowScratchBytes : kScratchBytes;
+  const int64_t fit = (bytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
+  const int64_t most = fit < kTileUnit ? kTileUnit : fit / kTileUnit * kTileUnit;
+  const int64_t even = ceil_div(run.count[2], ceil_div(run.count[2], most));
+  run.tile = run.count[2] <= most ? run.count[2] : ceil_div(even, kTileUnit) * kTileUnit;
+  run.tiles = ceil_div(run.count[2], run.tile);
   run.row_columns = columns_under(w, run.count[2]);
   run.strip_columns = columns_under(w, run.tile);
   return run;
 }
 
 struct ScratchBytes {
-  int64_t offsets = 0;  // shared
+  int64_t padding = 0, offsets = 0;  // shared
   int64_t rows = 0, strip = 0, acc = 0;
   int64_t per_thread() const { return rows + strip + acc; }
 };
@@ -295,6 +299,7 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
   const ConvExtent extent = depthwise_extent(packed.shape, args.extent);
   const DepthwiseLayout layout = layout_of(packed.isa);
   ScratchBytes bytes;
+  bytes.padding = align_up(extent.in[2] * shape.in_channels);
   const auto grow = [](int64_t* to, int64_t size) {
     if (align_up(size) > *to) *to = align_up(size);
   };
@@ -310,7 +315,7 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
 
 class Worker {
  public:
-  Worker(const ConvArgs& args, const PhaseRun& run, const uint8_t* part,
+  Worker(const ConvArgs& args, const PhaseRun& run, const uint8_t* part, const uint8_t* padding_row,
          const int64_t* column_offset, uint8_t* scratch, const ScratchBytes& bytes)
       : args_(args),
         packed_(*args.packed),
@@ -320,6 +325,7 @@ class Worker {
         run_(run),
         part_(*reinterpret_cast<const DepthwisePart*>(part)),
         blocks_(part + sizeof(DepthwisePart)),
+        padding_row_(padding_row),
         column_offset_(column_offset),
         image_rows_(reinterpret_cast<const uint8_t**>(scratch)),
         rows_(image_rows_ + run.plan.rows),
@@ -329,6 +335,7 @@ class Worker {
     strip_.scratch = scratch + bytes.rows;
     strip_.rows = rows_;
     strip_.quads = run.plan.quads;
+    strip_.window = run.plan.window;
     strip_.input_rows = run.plan.rows;
     strip_.in_group = shape_.in_per_group();
     strip_.out_group = shape_.out_per_group();
@@ -348,8 +355,8 @@ class Worker {
 
   // Output rows [row * rows_out, ...) of plane z of image n, columns of tile `tile`.
   void run_strip(int64_t n, int64_t z, int64_t row, int64_t tile) {
-    const int64_t x0 = run_.count[2] * tile / run_.tiles;
-    const int64_t x1 = run_.count[2] * (tile + 1) / run_.tiles;
+    const int64_t x0 = run_.tile * tile, to_end = run_.count[2] - x0;
+    const int64_t x1 = x0 + (to_end < run_.tile ? to_end : run_.tile);
     find_rows(n, z, row);
     const int64_t element = output_bytes(packed_.epilogue.output), channels = shape_.out_channels;
     uint8_t* out[2] = {};
@@ -394,7 +401,7 @@ class Worker {
     const int64_t row_bytes = extent_.in[2] * shape_.in_channels;
     for (int64_t i = 0; i < run_.plan.rows; ++i) {
       const int64_t r = i % tap_rows, kd = i / tap_rows;
-      image_rows_[i] = nullptr;
+      image_rows_[i] = padding_row_;
       if (r >= run_.plan.window) continue;
       const int64_t step = run_.plan.rows_out == 1 ? dim[1].in_dilation : 1;
       const int64_t iz = source_index(shape_.padding_mode, dim[0].position(z, kd), extent_.in[0]);
@@ -422,7 +429,7 @@ class Worker {
     strip_.weights = reinterpret_cast<const int8_t*>(block) + parameter_bytes(layout_, run_.plan);
     const int64_t channel = first / strip_.out_group * strip_.in_group;
     for (int64_t i = 0; i < run_.plan.rows; ++i) {
-      rows_[i] = image_rows_[i] ? image_rows_[i] + channel : nullptr;
+      rows_[i] = image_rows_[i] + channel;
     }
     for (int p = 0; p < 2; ++p) strip_.out[p] = out[p] ? out[p] + first : nullptr;
     kernel_(strip_);
@@ -500,6 +507,7 @@ class Worker {
   const PhaseRun& run_;
   const DepthwisePart& part_;
   const uint8_t* blocks_;
+  const uint8_t* padding_row_;
   const int64_t* column_offset_;
   const uint8_t** image_rows_;
   const uint8_t** rows_;
@@ -513,7 +521,7 @@ class Worker {
 
 int64_t depthwise_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
   const ScratchBytes bytes = scratch_bytes(args);
-  return kFillBytes + bytes.offsets + parallel.threads * bytes.per_thread();
+  return kFillBytes + bytes.padding + bytes.offsets + parallel.threads * bytes.per_thread();
 }
 
 void depthwise(const ConvArgs& args, const Parallel& parallel) {
@@ -523,8 +531,10 @@ void depthwise(const ConvArgs& args, const Parallel& parallel) {
   const ScratchBytes bytes = scratch_bytes(args);
   const auto* base = reinterpret_cast<const uint8_t*>(&packed);
   const auto* parts = reinterpret_cast<const int64_t*>(base + packed.parts_offset);
-  uint8_t* shared = static_cast<uint8_t*>(args.workspace) + kFillBytes;
-  auto* column_offset = reinterpret_cast<int64_t*>(shared);
+  uint8_t* padding_row = static_cast<uint8_t*>(args.workspace) + kFillBytes;
+  auto* column_offset = reinterpret_cast<int64_t*>(padding_row + bytes.padding);
+  uint8_t* scratches = padding_row + bytes.padding + bytes.offsets;
+  std::memset(padding_row, packed.input_zero_point, static_cast<size_t>(bytes.padding));
   for (int64_t p = 0; p < packed.phases; ++p) {
     const PhaseRun run = phase_run(shape, extent, packed.isa, p);
     const int64_t per_image = run.count[0] * run.row_pairs * run.tiles;
@@ -541,8 +551,8 @@ void depthwise(const ConvArgs& args, const Parallel& parallel) {
     const int64_t tasks = parallel.threads < strips ? parallel.threads : strips;
     parallel.for_each_range(tasks, macs / kMacsPerNs, [&](int64_t task_begin, int64_t task_end) {
       for (int64_t task = task_begin; task < task_end; ++task) {
-        Worker worker(args, run, base + parts[p], column_offset,
-                      shared + bytes.offsets + task * bytes.per_thread(), bytes);
+        Worker worker(args, run, base + parts[p], padding_row, column_offset,
+                      scratches + task * bytes.per_thread(), bytes);
         for (int64_t s = strips * task / tasks; s < strips * (task + 1) / tasks; ++s) {
           const int64_t tile = s % run.tiles, row = s / run.tiles % run.row_pairs;
           const int64_t z = s / (run.tiles * run.row_pairs) % run.count[0];

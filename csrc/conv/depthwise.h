@@ -38,10 +38,10 @@ DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase);
 
 // One strip of one channel block.
 struct DepthwiseStrip {
-  const uint8_t* const* rows;    // [plan.rows], at the block's first channel; nullptr: padding
+  const uint8_t* const* rows;    // [plan.rows], at the block's first channel
   const int64_t* column_offset;  // [strip_columns] bytes from rows[i]; -1: padding
   int64_t strip_columns;
-  int64_t quads, input_rows;    // of the plan
+  int64_t quads, window, input_rows;  // of the plan
   int64_t in_group, out_group;  // channels; depthwise: 1 and the multiplier
   int64_t channel_phase;        // first output channel of the block % out_group
   int64_t channels;             // output channels of the block

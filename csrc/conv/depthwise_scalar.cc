@@ -15,7 +15,7 @@ int32_t accumulate(const DepthwiseStrip& s, int64_t x, int64_t p, int64_t c) {
     for (int64_t i = 0; i < s.row_groups * 4; ++i) {
       const uint8_t* row = s.quads ? s.rows[i / 4 / s.quads] : s.rows[i];
       const int64_t in = s.quads ? channel + i % (4 * s.quads) : channel;
-      const uint8_t byte = row == nullptr || offset < 0 ? s.padding : row[offset + in];
+      const uint8_t byte = offset < 0 ? s.padding : row[offset + in];
       const int64_t group = tap * s.row_groups + i / 4;
       const int8_t w = s.weights[((group * s.rows_out + p) * kLanes + c) * 4 + i % 4];
       acc += (byte ^ s.input_flip) * w;

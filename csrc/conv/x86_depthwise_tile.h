@@ -3,6 +3,7 @@
 //
 // A Kernel has
 //   kLanes, kColumns                 dwords in a vector; output columns computed together
+//   kTogether                        vectors (1 or 2) whose sums are in flight together
 //   Vector, Activations, Weights     an int32 vector; interleaved input bytes, weights, in
 //   registers load_activations, load_weights, dot(acc, activations, weights) narrow(acc, addend,
 //   mult)        RNE((float(acc) + addend) * mult), int32 Row<V>                           16-byte
@@ -43,31 +44,21 @@ QK_INLINE void interleave_columns(const DepthwiseStrip& strip, int64_t begin, in
   using Row = typename Kernel::template Row<V>;
   constexpr int64_t kGroupBytes = V * Kernel::kLanes * 4;
   const DepthwiseStrip s = strip;
-  const auto flip = Row::fill(0x80), padding = Row::fill(s.padding);
-  const auto flipped_padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding);
-  // A row outside of the image is read from here, at offset 0.
-  alignas(64) uint8_t padding_row[V * Kernel::kLanes], expanded[V * Kernel::kLanes];
-  Row::store(padding_row, padding);
+  const auto flip = Row::fill(0x80), padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding);
+  alignas(64) uint8_t expanded[V * Kernel::kLanes];
   for (int64_t group = 0; group < s.row_groups; ++group) {
-    const uint8_t* rows[4];
-    int64_t inside[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const uint8_t* row = s.rows[group * 4 + r];
-      rows[r] = row == nullptr ? padding_row : row;
-      inside[r] = row == nullptr ? 0 : -1;
-    }
+    const uint8_t* const* rows = s.rows + group * 4;
     uint8_t* dst = s.scratch + (begin * s.row_groups + group) * kGroupBytes;
     for (int64_t column = begin; column < end; ++column) {
       const int64_t offset = s.column_offset[column];
       typename Row::Type bytes[4];
       if (offset < 0) {
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) bytes[r] = flipped_padding;
+        for (int r = 0; r < 4; ++r) bytes[r] = padding;
       } else {
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-          const uint8_t* pixel = rows[r] + (offset & inside[r]);
+          const uint8_t* pixel = rows[r] + offset;
           if constexpr (Expand) {
             expand_channels<V * Kernel::kLanes>(pixel, s.channel_phase, s.out_group, s.channels,
                                                 expanded);
@@ -82,28 +73,44 @@ QK_INLINE void interleave_columns(const DepthwiseStrip& strip, int64_t begin, in
   }
 }
 
-// The same for narrow groups: [strip_columns][rows][quads][channels of the block][4 channels of the
-// lane's group].
-template <typename Kernel, bool Flip, int V>
+// The same for narrow groups of Quads times four channels: [strip_columns][rows][quads][channels of
+// the block][4 channels of the lane's group]. The orders of the permutations stay in registers: a
+// load waits for each of the many stores before it that lies as far behind a multiple of 4 KiB.
+template <typename Kernel, bool Flip, int V, int Quads>
 QK_INLINE void spread_columns(const DepthwiseStrip& strip, int64_t begin, int64_t end) {
   const DepthwiseStrip s = strip;
   using Row = typename Kernel::template Row<4>;  // a block's input is no wider than its output
   const auto padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding), flip = Row::fill(0x80);
   const int64_t bytes = s.channels / s.out_group * s.in_group;
+  typename Kernel::Vector order[Quads * V];
+#pragma GCC unroll 16
+  for (int i = 0; i < Quads * V; ++i) order[i] = Kernel::load(s.order + i * Kernel::kLanes);
   uint8_t* dst = s.scratch + begin * s.row_groups * V * Kernel::kLanes * 4;
   for (int64_t column = begin; column < end; ++column) {
     const int64_t offset = s.column_offset[column];
     for (int64_t r = 0; r < s.input_rows; ++r) {
-      const auto pixel = offset < 0 || s.rows[r] == nullptr
-                             ? padding
-                             : Row::template load<Flip>(s.rows[r] + offset, bytes, flip);
-      const int32_t* order = s.order;
-      for (int64_t i = 0; i < s.quads * V; ++i) {
-        Kernel::store(reinterpret_cast<int32_t*>(dst), Kernel::permute(pixel, Kernel::load(order)));
-        order += Kernel::kLanes;
+      const auto pixel =
+          offset < 0 ? padding : Row::template load<Flip>(s.rows[r] + offset, bytes, flip);
+#pragma GCC unroll 16
+      for (int i = 0; i < Quads * V; ++i) {
+        Kernel::store(reinterpret_cast<int32_t*>(dst), Kernel::permute(pixel, order[i]));
         dst += Kernel::kLanes * 4;
       }
     }
+  }
+}
+
+template <typename Kernel, bool Flip, int V>
+QK_INLINE void spread(const DepthwiseStrip& s, int64_t begin, int64_t end) {
+  switch (s.quads) {
+    case 1:
+      return spread_columns<Kernel, Flip, V, 1>(s, begin, end);
+    case 2:
+      return spread_columns<Kernel, Flip, V, 2>(s, begin, end);
+    case 3:
+      return spread_columns<Kernel, Flip, V, 3>(s, begin, end);
+    default:
+      return spread_columns<Kernel, Flip, V, 4>(s, begin, end);
   }
 }
 
@@ -122,24 +129,71 @@ template <typename Kernel, int V>
 static __attribute__((noinline)) void fill_scratch(const DepthwiseStrip& s, int64_t begin,
                                                    int64_t end) {
   if (s.quads > 0) {
-    s.input_flip == 0 ? spread_columns<Kernel, false, V>(s, begin, end)
-                      : spread_columns<Kernel, true, V>(s, begin, end);
+    s.input_flip == 0 ? spread<Kernel, false, V>(s, begin, end)
+                      : spread<Kernel, true, V>(s, begin, end);
   } else {
     interleave<Kernel, V>(s, begin, end);
   }
 }
 
-// The accumulators of T columns and P rows, for vector `j` of the block. The dwords of a column
-// and, without dilation, of its taps lie one after the other, like the weights: one loop.
-template <typename Kernel, int V, int T, int P>
-QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
-                          typename Kernel::Vector (&acc)[T][P]) {
+// The products of T columns of one row with three taps beside each other: a column is loaded once for
+// the three outputs that it belongs to.
+template <typename Kernel, int V, int J, int T>
+QK_INLINE void add_three_taps(const DepthwiseStrip& s, int64_t x, int j,
+                              typename Kernel::Vector (&acc)[J][T][1]) {
   constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
-  const auto init = Kernel::load(s.init + j * Kernel::kLanes);
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
+  const int64_t column_bytes = s.row_groups * kGroupBytes;
+  const int64_t tap_weights = s.row_groups * V * Kernel::kWeightBytes;
+  const uint8_t* b = s.scratch + x * column_bytes + j * kVectorBytes;
+  const int8_t* w = s.weights + j * Kernel::kWeightBytes;
+  for (int64_t group = 0; group < s.row_groups; ++group) {
+    typename Kernel::Weights weights[J][3];
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) acc[t][p] = init;
+    for (int i = 0; i < J; ++i) {
+#pragma GCC unroll 3
+      for (int tap = 0; tap < 3; ++tap) {
+        weights[i][tap] = Kernel::load_weights(w + tap * tap_weights + i * Kernel::kWeightBytes);
+      }
+    }
+    const uint8_t* column = b;
+#pragma GCC unroll 10
+    for (int c = 0; c < T + 2; ++c) {
+#pragma GCC unroll 2
+      for (int i = 0; i < J; ++i) {
+        const auto activations = Kernel::load_activations(column + i * kVectorBytes);
+#pragma GCC unroll 3
+        for (int tap = 0; tap < 3; ++tap) {
+          if (c >= tap && c - tap < T) {
+            Kernel::dot(acc[i][c >= tap ? c - tap : 0][0], activations, weights[i][tap]);
+          }
+        }
+      }
+      column += column_bytes;
+    }
+    b += kGroupBytes;
+    w += V * Kernel::kWeightBytes;
+  }
+}
+
+// The accumulators of T columns and P rows, for J vectors of the block from `j` on. The dwords of a
+// column and, without dilation, of its taps lie one after the other, like the weights: one loop.
+template <typename Kernel, int V, int J, int T, int P>
+QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
+                          typename Kernel::Vector (&acc)[J][T][P]) {
+  constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
+#pragma GCC unroll 2
+  for (int i = 0; i < J; ++i) {
+    const auto init = Kernel::load(s.init + (j + i) * Kernel::kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) acc[i][t][p] = init;
+    }
+  }
+  if constexpr (P == 1 && T > 1) {
+    if (s.taps == 3 && s.tap_step == 1 && s.column_step == 1) {
+      return add_three_taps<Kernel, V, J, T>(s, x, j, acc);
+    }
   }
   const int64_t column_bytes = s.row_groups * kGroupBytes, step = s.column_step * column_bytes;
   const bool flat = s.tap_step == 1;
@@ -149,17 +203,23 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   const int8_t* w = s.weights + j * P * Kernel::kWeightBytes;
   for (int64_t run = 0; run < runs; ++run) {
     const uint8_t* b = run_bytes;
-    for (int64_t i = 0; i < steps; ++i) {
-      typename Kernel::Weights weights[P];
+    for (int64_t k = 0; k < steps; ++k) {
+      typename Kernel::Weights weights[J][P];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        weights[p] = Kernel::load_weights(w + p * Kernel::kWeightBytes);
+      for (int i = 0; i < J; ++i) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+          weights[i][p] = Kernel::load_weights(w + (i * P + p) * Kernel::kWeightBytes);
+        }
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const auto activations = Kernel::load_activations(b + t * step);
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) Kernel::dot(acc[t][p], activations, weights[p]);
+        for (int i = 0; i < J; ++i) {
+          const auto activations = Kernel::load_activations(b + t * step + i * kVectorBytes);
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p) Kernel::dot(acc[i][t][p], activations, weights[i][p]);
+        }
       }
       b += kGroupBytes;
       w += V * P * Kernel::kWeightBytes;
@@ -168,21 +228,29 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   }
 }
 
-template <typename Kernel, int V, int T, int P>
-QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&acc)[T][P]) {
-  const auto addend = Kernel::load_floats(s.addend + j * Kernel::kLanes);
-  const auto mult = Kernel::load_floats(s.mult + j * Kernel::kLanes);
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
+template <typename Kernel, int J, int T, int P>
+QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&acc)[J][T][P]) {
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) acc[t][p] = Kernel::narrow(acc[t][p], addend, mult);
+  for (int i = 0; i < J; ++i) {
+    const auto addend = Kernel::load_floats(s.addend + (j + i) * Kernel::kLanes);
+    const auto mult = Kernel::load_floats(s.mult + (j + i) * Kernel::kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) acc[i][t][p] = Kernel::narrow(acc[i][t][p], addend, mult);
+    }
   }
 }
 
 constexpr int64_t kFillColumns = 16;
 
-// What becomes of the accumulators: stored as they are, uint8 over its whole range, or any 8 bits.
-enum class Finish { kAccumulators, kPlain, kClamped };
+// What becomes of the accumulators: stored as they are, uint8 over its whole range without a zero
+// point, or any 8 bits.
+enum class Finish { kAccumulators, kBare, kClamped };
+
+QK_INLINE bool is_bare(const DepthwiseStrip& s) {
+  return s.zero_point == 0 && s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
+}
 
 // T columns x P rows x the whole block.
 template <typename Kernel, Finish F, int V, int T, int P>
@@ -190,13 +258,13 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
   using Vector = typename Kernel::Vector;
   if constexpr (F == Finish::kAccumulators) {
     for (int j = 0; j < V; ++j) {
-      Vector acc[T][P];
-      accumulate<Kernel, V, T, P>(s, x, j, acc);
+      Vector acc[1][T][P];
+      accumulate<Kernel, V, 1, T, P>(s, x, j, acc);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
-          Kernel::store(s.acc + (((x + t) * P + p) * V + j) * Kernel::kLanes, acc[t][p]);
+          Kernel::store(s.acc + (((x + t) * P + p) * V + j) * Kernel::kLanes, acc[0][t][p]);
         }
       }
     }
@@ -205,18 +273,19 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
     Vector pairs[T][P][kPairs];
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
-      Vector first[T][P], second[T][P];
-      accumulate<Kernel, V, T, P>(s, x, 2 * pair, first);
-      narrow<Kernel, V, T, P>(s, 2 * pair, first);
-      if constexpr (V > 1) {
-        accumulate<Kernel, V, T, P>(s, x, 2 * pair + 1, second);
-        narrow<Kernel, V, T, P>(s, 2 * pair + 1, second);
+      constexpr int kBoth = V > 1 ? 2 : 1, kTogether = V > 1 ? Kernel::kTogether : 1;
+      Vector acc[kBoth / kTogether][kTogether][T][P];
+#pragma GCC unroll 2
+      for (int i = 0; i < kBoth / kTogether; ++i) {
+        accumulate<Kernel, V, kTogether, T, P>(s, x, 2 * pair + i, acc[i]);
+        narrow<Kernel, kTogether, T, P>(s, 2 * pair + i, acc[i]);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
-          pairs[t][p][pair] = Kernel::pack(first[t][p], V > 1 ? second[t][p] : first[t][p]);
+          pairs[t][p][pair] =
+              Kernel::pack(acc[0][0][t][p], acc[kBoth / kTogether - 1][kTogether - 1][t][p]);
         }
       }
     }
@@ -226,7 +295,7 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
       uint8_t* out = s.out[p] + x * s.out_step;
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        Kernel::template store_bytes<V, F == Finish::kPlain>(pairs[t][p], s, out);
+        Kernel::template store_bytes<V, F == Finish::kBare>(pairs[t][p], s, out);
         out += s.out_step;
       }
     }
@@ -241,28 +310,32 @@ template <typename Kernel, Finish F, int V, int P>
 static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
   const DepthwiseStrip s = strip;
   const int64_t reach = (s.taps - 1) * s.tap_step + 1;
+  constexpr int kColumns = Kernel::kColumns * 2 / P;
   int64_t filled = 0, x = 0;
-  for (; x + Kernel::kColumns <= s.outputs; x += Kernel::kColumns) {
-    const int64_t needed = (x + Kernel::kColumns - 1) * s.column_step + reach;
+  for (; x + kColumns <= s.outputs; x += kColumns) {
+    const int64_t needed = (x + kColumns - 1) * s.column_step + reach;
     if (needed > filled) {
       const int64_t more = filled + kFillColumns > needed ? filled + kFillColumns : needed;
       const int64_t end = more < s.strip_columns ? more : s.strip_columns;
       fill_scratch<Kernel, V>(strip, filled, end);
       filled = end;
     }
-    columns<Kernel, F, V, Kernel::kColumns, P>(s, x);
+    columns<Kernel, F, V, kColumns, P>(s, x);
   }
   if (x < s.outputs) fill_scratch<Kernel, V>(strip, filled, s.strip_columns);
+  if (x + kColumns / 2 <= s.outputs) {
+    columns<Kernel, F, V, kColumns / 2, P>(s, x);
+    x += kColumns / 2;
+  }
   for (; x < s.outputs; ++x) columns<Kernel, F, V, 1, P>(s, x);
 }
 
 template <typename Kernel, int V, int P>
 QK_INLINE void block_rows(const DepthwiseStrip& s) {
-  const bool plain = s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
   if (s.acc != nullptr) {
     all_columns<Kernel, Finish::kAccumulators, V, P>(s);
-  } else if (plain) {
-    all_columns<Kernel, Finish::kPlain, V, P>(s);
+  } else if (is_bare(s)) {
+    all_columns<Kernel, Finish::kBare, V, P>(s);
   } else {
     all_columns<Kernel, Finish::kClamped, V, P>(s);
   }

@@ -57,7 +57,7 @@ struct Row256<2> {
 };
 
 struct Ymm {
-  static constexpr int kLanes = 8, kColumns = 2;
+  static constexpr int kLanes = 8, kColumns = 2, kTogether = 1;
   using Vector = __m256i;
   template <int V>
   using Row = Row256<V>;
@@ -80,13 +80,16 @@ struct Ymm {
   }
   QK_INLINE __m256i pack(__m256i a, __m256i b) { return _mm256_packs_epi32(a, b); }
 
-  template <int V, bool Plain>
+  template <int V, bool Bare>
   QK_INLINE void store_bytes(const __m256i (&pairs)[V / 2], const DepthwiseStrip& s, uint8_t* out) {
-    const __m256i zero_point = _mm256_set1_epi16(s.zero_point);
-    const __m256i low = _mm256_adds_epi16(pairs[0], zero_point);
-    const __m256i high = V == 4 ? _mm256_adds_epi16(pairs[V / 4], zero_point) : low;
-    __m256i q = _mm256_packus_epi16(low, high);
-    if (!Plain) {
+    __m256i low = pairs[0], high = V == 4 ? pairs[V / 4] : low, q;
+    if (Bare) {
+      q = _mm256_packus_epi16(low, high);
+    } else {
+      const __m256i zero_point = _mm256_set1_epi16(s.zero_point);
+      low = _mm256_adds_epi16(low, zero_point);
+      high = V == 4 ? _mm256_adds_epi16(high, zero_point) : low;
+      q = _mm256_packus_epi16(low, high);
       q = _mm256_max_epu8(q, _mm256_set1_epi8(static_cast<char>(s.qmin)));
       q = _mm256_min_epu8(q, _mm256_set1_epi8(static_cast<char>(s.qmax)));
       q = _mm256_xor_si256(q, _mm256_set1_epi8(static_cast<char>(s.output_flip)));
