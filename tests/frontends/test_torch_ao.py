@@ -551,3 +551,8 @@ def test_the_name_torch_is_torch_but_for_quantization():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mine.nn.intrinsic.qat.freeze_bn_stats is torch_ao.freeze_bn_stats
+        assert mine.ao.nn.intrinsic.qat.update_bn_stats is torch_ao.update_bn_stats
+    assert mine.ao.nn.quantized is torch.ao.nn.quantized
+    for name in ("observer.MinMaxObserver", "fake_quantize.FakeQuantize", "qconfig.QConfig", "quantize_fx.prepare_fx"):
+        module, _, member = name.partition(".")
+        assert getattr(getattr(mine.ao.quantization, module), member) is getattr(torch_ao, member)

@@ -9,6 +9,7 @@ from torch import nn
 from qkernels.core.attach import OUTPUT, WEIGHT
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.quantizer import Quantizer
+from qkernels.errors import InvalidArgument
 from qkernels.frontends.torch_ao.observers import QSCHEMES
 from qkernels.frontends.torch_ao.parse import observed_copy, places_of
 
@@ -45,10 +46,14 @@ def _options(grid: Grid, is_weight: bool) -> dict[str, Any]:
 
 def read(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Grids:
     """The opposite of `write`, for any of torch's dtypes."""
-    return {path: {key: _grid(options) for key, options in row.items()} for path, row in table.items()}
+    return {p: {key: _grid(options, f"{p}.{key}") for key, options in row.items()} for p, row in table.items()}
 
 
-def _grid(options: Mapping[str, Any]) -> Grid:
+def _grid(options: Mapping[str, Any], where: str) -> Grid:
+    for name in ("scale", "zero_point", "quant_min", "quant_max", "qscheme"):
+        if name not in options:
+            raise InvalidArgument(f"{where}.{name}: missing; there are {list(options)}")
     scale, zero_point = (torch.as_tensor(options[name]).reshape(-1) for name in ("scale", "zero_point"))
     low, high = options["quant_min"], options["quant_max"]
-    return Grid(scale.tolist(), (low - zero_point.int()).tolist(), high - low + 1, *QSCHEMES[options["qscheme"]])
+    found = Grid(scale.tolist(), (low - zero_point.int()).tolist(), high - low + 1, *QSCHEMES[options["qscheme"]])
+    return found.checked(where)
