@@ -342,11 +342,12 @@ def test_training_script_of_the_tutorial():
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_without_rounding_a_model_for_training_calibrates_as_torchs(mode):
-    """Observers go on, in eval mode too. In training torch folds a norm by the running statistics of the step before."""
+    """Observers go on, in eval mode too. While training torch folds norms by the statistics of the step before."""
     found = []
     for api, make in ((torch_ao, ours), (ao, torchs)):
         torch.manual_seed(0)
         model = make().fuse(is_qat=True)
+        model.classifier[0].p = 0.0  # at random
         model.qconfig = api.get_default_qat_qconfig("x86")
         api.prepare_qat(model, inplace=True).apply(api.disable_fake_quant).train(mode)
         with torch.no_grad():
@@ -362,7 +363,8 @@ def test_without_rounding_a_model_for_training_calibrates_as_torchs(mode):
     for path, table in theirs.items():
         for key, grid in table.items():
             got = (mine.get(f"{path}.0", {}) | mine.get(path, {}))[key]  # ours are a layer and its clamp
-            torch.testing.assert_close(got.scale, grid.scale, rtol=5e-3 if mode else 1e-4, atol=0)
+            rtol = 2e-3 if mode and key == "weight" else 1e-5
+            torch.testing.assert_close(got.scale, grid.scale, rtol=rtol, atol=0)
             assert got.offset == grid.offset
 
 
