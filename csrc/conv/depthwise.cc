@@ -18,8 +18,8 @@ int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The channel at `position` of a block of `chunks` times 16 channels. In a block of one chunk
-// positions are channels. In wider ones the byte unpacks work in lanes of 16 bytes: quad u (0..3) of
-// all lanes comes before quad u + 1.
+// positions are channels. In wider ones the byte unpacks work in lanes of 16 bytes: quad u (0..3)
+// of all lanes comes before quad u + 1.
 constexpr int64_t channel_at(int64_t chunks, int64_t position) {
   const int64_t quad = position / 4, t = position % 4;
   return 16 * (quad % chunks) + 4 * (quad / chunks) + t;
