@@ -5,8 +5,9 @@
 //   out = epilogue(acc)                                                         see gemm/epilogue.h
 //   A padded position contributes zero: its byte is the input's zero point.
 //
-// Layout: input and output are dense N, D, H, W, C (channels innermost); the canonical weight is
-//   torch's: [O, I/groups, D, H, W], transposed [I, O/groups, D, H, W].
+// Layout: input and output are dense N, D, H, W, C (channels innermost), or the input is floats
+//   (csrc/image/image.h) where it is copied anyway; the canonical weight is torch's: [O, I/groups,
+//   D, H, W], transposed [I, O/groups, D, H, W].
 // Memory: the caller owns everything, the workspace included (conv_workspace_bytes).
 // Numbers: the same bits on every ISA and for every thread count.
 // Tricks: no im2col buffer. The GEMM kernel reads rows of A through pointers: one pointer for each
@@ -19,6 +20,7 @@
 #include "csrc/base/parallel.h"
 #include "csrc/conv/geometry.h"
 #include "csrc/gemm/igemm.h"
+#include "csrc/image/image.h"
 
 namespace qk {
 
@@ -69,6 +71,9 @@ struct ConvArgs {
   const PackedConvHeader* packed = nullptr;
   ConvExtent extent;
   const uint8_t* input = nullptr;
+  // Instead of the input, if floats.x: its codes before they are quantized. Only where
+  // conv_pads_image().
+  FloatImages floats;
   void* out = nullptr;
   // Elements from one output pixel to the next: the channels of a wider tensor, of which the output
   // is a slice; 0: dense. Only where conv_writes_slices().
@@ -87,6 +92,9 @@ NextWeights conv_first_weights(const PackedConvHeader& packed);
 inline bool conv_writes_slices(const PackedConvHeader& packed) {
   return packed.kind == ConvKind::kIgemm;
 }
+
+// Whether the input is read once, row by row, into a padded copy.
+bool conv_pads_image(const PackedConvHeader& packed);
 
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
 void conv(const ConvArgs& args, const Parallel& parallel);

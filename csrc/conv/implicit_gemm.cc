@@ -11,8 +11,8 @@ namespace {
 
 // Padded images at a time.
 constexpr int64_t kImageBytes = 512 * 1024;
-// Of one thread, for estimates: bytes per nanosecond of a row copy.
-constexpr int64_t kBytesPerNs = 16;
+// Of one thread, for estimates: bytes per nanosecond of a row copy, and of one from floats.
+constexpr int64_t kCopiedPerNs = 16, kQuantizedPerNs = 8;
 
 struct ScratchBytes {
   int64_t pointers = 0, offsets = 0, windows = 0;
@@ -137,10 +137,12 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
   for (int64_t p = 0; p < packed.phases; ++p) {
     const PhaseRun run = phase_run(args, p, parallel.threads);
     if (run.pixels == 0) continue;
-    parallel.for_each_range(run.image.rows, run.image.bytes() / kBytesPerNs,
+    const PaddedRows padded(args, run.image);
+    const int64_t per_ns = args.floats.x != nullptr ? kQuantizedPerNs : kCopiedPerNs;
+    parallel.for_each_range(run.image.rows, run.image.bytes() / per_ns,
                             [&](int64_t begin, int64_t end) {
                               for (int64_t row = begin; row < end; ++row) {
-                                pad_row(args, run.image, row, image + row * run.image.row_bytes);
+                                padded.write(row, image + row * run.image.row_bytes);
                               }
                             });
     const int64_t macs = run.pixels * run.plan.taps * run.plan.depth * shape.out_channels;
@@ -177,7 +179,11 @@ ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
   const int64_t pixels = args.extent.out_pixels();
   ConvArgs part = args;
   part.extent.batch = count;
-  part.input += first * args.extent.in_pixels() * packed.shape.in_channels;
+  if (args.floats.x != nullptr) {
+    part.floats = args.floats.from(first);
+  } else {
+    part.input += first * args.extent.in_pixels() * packed.shape.in_channels;
+  }
   part.out = static_cast<uint8_t*>(args.out) +
              first * pixels * out_stride(args) * output_bytes(packed.epilogue.output);
   if (packed.epilogue.has_residual) part.residual += first * pixels * packed.shape.out_channels;
@@ -192,6 +198,12 @@ bool conv_adds_in_place(const PackedConvHeader& packed) {
     in_place = igemm_adds_in_place(*part(packed, i).header);
   }
   return in_place;
+}
+
+bool conv_pads_image(const PackedConvHeader& packed) {
+  const ConvShape& shape = packed.shape;
+  return packed.kind == ConvKind::kIgemm && !shape.transposed &&
+         gemm_plan(shape, conv_phase(shape, 0), packed.groups_per_set, packed.isa).padded_image;
 }
 
 NextWeights conv_first_weights(const PackedConvHeader& packed) {

@@ -48,6 +48,8 @@ class Builder {
   static Ref ref(const View& view);
   void touch(int buffer);
   void find_readers();
+  // The packed weights of the convolution at `index`.
+  const PackedConvHeader* packed_conv(int index) const;
   void find_parts_of_cats();
   // The place of value `value` in the output of the cat that it is part of.
   View part_of_cat(int value);
@@ -73,7 +75,12 @@ class Builder {
 
   void lower(const Step& step);
   GridLayout grid_layout(const QuantizeStep& s, const View& out, const View& in) const;
-  void lower_image(const Step& step, const View& x, View* out);
+  // Whether what the step quantizes is images whose codes will lie channels innermost.
+  bool is_image(const Step& step) const;
+  FloatImages images_of(const Step& step) const;
+  // The step that quantizes the input of `conv`, if the convolution does that itself where it pads
+  // its input: nobody else reads the codes.
+  const Step* quantized_by(const Step& conv) const;
   void lower_quantize(const Step& step, View* out);
   void lower_dequantize(const Step& step, View* out);
   void lower_linear(const Step& step, View* out);
@@ -97,6 +104,9 @@ class Builder {
   Program& program_;
   Shapes shapes_;
   std::vector<View> views_;  // by value
+  // By value: the step that writes it, the last that reads it (-1: none), and how often it is read,
+  // as an output of the plan too.
+  std::vector<int> writer_, reader_, readers_;
   std::vector<bool> wants_channels_last_;
   std::vector<int> cat_of_;  // by value: the step in whose output it is written, or -1
   Draft draft_;

@@ -35,7 +35,7 @@ class Executor {
   }
   void operator()(const ImageOp& op) const {
     QuantizeImageArgs args = op.args;
-    args.x = at(op.x);
+    args.images.x = at(op.x);
     args.q = at(op.q);
     quantize_image(args, parallel_);
   }
@@ -55,6 +55,7 @@ class Executor {
   void operator()(const ConvOp& op) const {
     ConvArgs args = op.args;
     args.input = at(op.input);
+    args.floats.x = at(op.floats);
     args.out = at(op.out);
     args.residual = at(op.residual);
     args.workspace = at(op.workspace);

@@ -16,31 +16,19 @@ bool is_identity(const uint8_t* table) {
 // A convolution whose result goes nowhere but into a concatenation of channels, as it is, writes it
 // there.
 void Builder::find_parts_of_cats() {
-  std::vector<int> readers(model_.values.size(), 0), producer(model_.values.size(), -1);
-  for (size_t i = 0; i < model_.steps.size(); ++i) {
-    for (const int value : model_.steps[i].inputs) ++readers[value];
-    producer[model_.steps[i].output] = static_cast<int>(i);
-  }
-  for (const int value : model_.outputs) ++readers[value];
   cat_of_.assign(model_.values.size(), -1);
   for (size_t i = 0; i < model_.steps.size(); ++i) {
     const Step& cat = model_.steps[i];
     if (cat.kind != StepKind::kCat || cat.as<CatStep>().dim != 1) continue;
     for (size_t k = 0; k < cat.inputs.size(); ++k) {
       const int value = cat.inputs[k];
-      if (producer[value] < 0 || readers[value] > 1) continue;
-      const Step& step = model_.steps[producer[value]];
-      if (step.kind != StepKind::kConv ||
+      if (writer_[value] < 0 || readers_[value] > 1 ||
+          model_.steps[writer_[value]].kind != StepKind::kConv ||
           model_.values[value].dtype != model_.values[cat.output].dtype ||
           !is_identity(constants_[cat.as<CatStep>().tables] + 256 * k)) {
         continue;
       }
-      const Block& packed = packed_[producer[value]];
-      const PackedConvHeader* header;
-      if (view_packed_conv(packed.data(), packed.bytes(), &header) == Status::kOk &&
-          conv_writes_slices(*header)) {
-        cat_of_[value] = static_cast<int>(i);
-      }
+      if (conv_writes_slices(*packed_conv(writer_[value]))) cat_of_[value] = static_cast<int>(i);
     }
   }
 }

@@ -68,20 +68,22 @@ void Builder::lower_conv(const Step& step, View* out) {
     allocate(out);
   }
   if (out->size.elements() == 0) return;
-  const Block& packed = packed_[step_index_];
-  const View x = as_channels_last(input(step, 0));
+  const Step* quantize = quantized_by(step);
+  const View x = quantize != nullptr ? input(*quantize, 0) : as_channels_last(input(step, 0));
   ConvOp op;
-  view_packed_conv(packed.data(), packed.bytes(), &op.args.packed);
+  op.args.packed = packed_conv(step_index_);
   op.args.extent = extent_of(x, *out);
   op.args.out_pixel_stride = out->stride[out->rank() - 1];
-  Cost cost{out->size.elements() * s.conv.in_per_group() * s.conv.kernel_size(), packed.bytes(),
-            conv_workspace_bytes(op.args, parallel_)};
+  Cost cost{out->size.elements() * s.conv.in_per_group() * s.conv.kernel_size(),
+            packed_[step_index_].bytes(), conv_workspace_bytes(op.args, parallel_)};
   if (s.conv.transposed) {
     cost.macs = x.size.elements() * s.conv.out_per_group() * s.conv.kernel_size();
   }
-  op.input = ref(x);
+  op.input = op.floats = op.residual = {-1, 0};
+  if (quantize != nullptr) op.args.floats = images_of(*quantize);
+  (quantize != nullptr ? op.floats : op.input) = ref(x);
   op.out = ref(*out);
-  op.residual = {-1, 0};
+  const std::string kind = quantize != nullptr ? "quantize + conv" : "conv";
   const PackedConvHeader& header = *op.args.packed;
   const char* kernel = header.kind == ConvKind::kDepthwise ? depthwise_kernel_name(header.isa)
                                                            : igemm_kernel_name(header.isa);
@@ -93,9 +95,9 @@ void Builder::lower_conv(const Step& step, View* out) {
     if (residual.buffer != x.buffer && conv_adds_in_place(header)) {
       may_overwrite(residual, *out, {&x}, cache_ / 4);
     }
-    emit(op, "conv", kernel, {&x, &residual}, *out, cost);
+    emit(op, kind, kernel, {&x, &residual}, *out, cost);
   } else {
-    emit(op, "conv", kernel, {&x}, *out, cost);
+    emit(op, kind, kernel, {&x}, *out, cost);
   }
   if (cat >= 0) program_.info.back().output += " in " + model_.steps[cat].name;
 }

@@ -24,6 +24,7 @@ void for_each_ref(Op& op, const F& f) {
           f(o.residual);
         } else if constexpr (std::is_same_v<T, ConvOp>) {
           f(o.input);
+          f(o.floats);
           f(o.out);
           f(o.residual);
           f(o.workspace);

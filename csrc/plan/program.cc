@@ -188,8 +188,19 @@ View Builder::as_dense(const View& view) {
 }
 
 void Builder::find_readers() {
-  wants_channels_last_.assign(model_.values.size(), false);
-  for (const Step& step : model_.steps) {
+  const size_t count = model_.values.size();
+  wants_channels_last_.assign(count, false);
+  writer_.assign(count, -1);
+  reader_.assign(count, -1);
+  readers_.assign(count, 0);
+  for (const int value : model_.outputs) ++readers_[value];
+  for (size_t i = 0; i < model_.steps.size(); ++i) {
+    const Step& step = model_.steps[i];
+    writer_[step.output] = static_cast<int>(i);
+    for (const int value : step.inputs) {
+      reader_[value] = static_cast<int>(i);
+      ++readers_[value];
+    }
     switch (step.kind) {
       case StepKind::kConv:
       case StepKind::kMaxPool:
@@ -202,6 +213,12 @@ void Builder::find_readers() {
         break;
     }
   }
+}
+
+const PackedConvHeader* Builder::packed_conv(int index) const {
+  const PackedConvHeader* header;
+  view_packed_conv(packed_[index].data(), packed_[index].bytes(), &header);
+  return header;
 }
 
 void Builder::lower(const Step& step) {

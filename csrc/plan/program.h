@@ -43,7 +43,7 @@ struct LinearOp {
 };
 struct ConvOp {
   ConvArgs args;
-  Ref input, out, residual, workspace;
+  Ref input, floats, out, residual, workspace;  // input or floats
 };
 struct PairOp {  // add and mul
   BinaryArgs args;
