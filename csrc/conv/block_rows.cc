@@ -132,7 +132,7 @@ void BlockRows::move(int64_t count, int64_t bytes) {
 }
 
 void BlockRows::find_outputs(int64_t begin, int64_t end) {
-  const int64_t element = output_bytes(args_.packed->epilogue.output);
+  const int64_t element = out_element(args_);
   for_each_row_segment(
       run_, begin, end, [&](int64_t row, int64_t n, int64_t z, int64_t y, int64_t x0, int64_t x1) {
         const DimPhase* dim = run_.phase.dim;

@@ -32,6 +32,7 @@ struct Scratch {
   int64_t* out_offset;       // bytes
   int64_t* residual_offset;  // bytes
   uint8_t* windows;
+  uint8_t* codes;  // of a block of a set, to be dequantized
 };
 
 // What all threads read from the workspace.

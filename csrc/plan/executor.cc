@@ -50,6 +50,7 @@ class Executor {
     args.input = at(op.input);
     args.out = at(op.out);
     args.residual = at(op.residual);
+    args.workspace = at(op.workspace);
     linear(args, parallel_);
   }
   void operator()(const ConvOp& op) const {

@@ -1,4 +1,5 @@
-// quantize and dequantize.
+// quantize and dequantize, and which layers do that themselves: a convolution quantizes the image
+// that it pads, and a layer whose codes only a dequantize step reads writes floats.
 #include "csrc/plan/builder.h"
 #include "csrc/plan/kernel_names.h"
 
@@ -102,8 +103,36 @@ void Builder::lower_quantize(const Step& step, View* out) {
   if (wants_channels_last_[step.output]) *out = as_channels_last(*out);
 }
 
+const Step* Builder::dequantized_by(const Step& step) const {
+  const int reader = reader_[step.output];
+  if (reader < 0 || readers_[step.output] > 1) return nullptr;
+  const Step& dequantize = model_.steps[reader];
+  if (dequantize.kind != StepKind::kDequantize || dequantize.as<QuantizeStep>().axis >= 0 ||
+      !is_code(model_.values[step.output].dtype)) {
+    return nullptr;
+  }
+  const bool can =
+      step.kind == StepKind::kLinear ||
+      (step.kind == StepKind::kConv && conv_dequantizes(*packed_conv(writer_[step.output])));
+  return can ? &dequantize : nullptr;
+}
+
+View* Builder::stored(const Step& step, DequantizedOutput* floats) {
+  const Step* dequantize = dequantized_by(step);
+  if (dequantize == nullptr) return &views_[step.output];
+  const auto& s = dequantize->as<QuantizeStep>();
+  floats->scale = reinterpret_cast<const float*>(constants_[s.scale]);
+  floats->zero_point = reinterpret_cast<const int32_t*>(constants_[s.zero_point]);
+  View* out = &views_[dequantize->output];
+  *out = output_view(*dequantize);
+  floats->stream = bytes_of(*out) >= kStreamBytes;
+  return out;
+}
+
 void Builder::lower_dequantize(const Step& step, View* out) {
   const auto& s = step.as<QuantizeStep>();
+  const int writer = writer_[step.inputs[0]];
+  if (writer >= 0 && dequantized_by(model_.steps[writer]) == &step) return;
   const View q = as_dense(input(step, 0));
   set_order_of(out, q);
   allocate(out);

@@ -39,7 +39,7 @@ struct DequantizeOp {
 };
 struct LinearOp {
   LinearArgs args;
-  Ref input, out, residual;
+  Ref input, out, residual, workspace;
 };
 struct ConvOp {
   ConvArgs args;

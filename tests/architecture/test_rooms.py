@@ -21,7 +21,7 @@ FRIENDS = {
     "conv": {"gemm", "image", "pointwise"},
     "fake_quant": {"quantize"},
     "fake_quant_backward": {"quantize"},
-    "gemm": {"pointwise"},
+    "gemm": {"pointwise", "quantize"},
     "linear_rows": {"gemm"},
     "quantize_rows": {"observe", "quantize"},
     "image": {"quantize"},

@@ -154,7 +154,7 @@ void planar_images_are_interleaved() {
   Rng rng(5);
   for_each_isa([&](Isa) {
     for (const int64_t channels : {1, 2, 3, 4, 16}) {
-      for (const int64_t pixels : {1, 15, 16, 17, 47, 48, 511, 513, 4097}) {
+      for (const int64_t pixels : {1, 15, 16, 17, 47, 63, 64, 65, 129, 511, 513, 4097}) {
         CONTEXT("channels ", channels, ", pixels ", pixels);
         const bool per_channel = rng.chance(0.5);
         Guarded<float> x(2 * channels * pixels), scale(channels);
