@@ -5,8 +5,8 @@
 //   out = epilogue(acc)                                                         see gemm/epilogue.h
 //   A padded position contributes zero: its byte is the input's zero point.
 //
-// Layout: input and output are dense N, D, H, W, C (channels innermost), in many cases slices of the
-//   channels of wider tensors; the input may be floats (csrc/image/image.h) where it is copied
+// Layout: input and output are dense N, D, H, W, C (channels innermost), in many cases slices of
+//   the channels of wider tensors; the input may be floats (csrc/image/image.h) where it is copied
 //   anyway, the output dequantized codes. The canonical weight is torch's: [O, I/groups,
 //   D, H, W], transposed [I, O/groups, D, H, W].
 // Memory: the caller owns everything, the workspace included (conv_workspace_bytes).
