@@ -393,7 +393,7 @@ class Worker {
     const DimPhase* dim = run_.phase.dim;
     const int64_t tap_rows = run_.plan.rows / dim[0].taps;
     const int64_t y0 = dim[1].position(row * run_.plan.rows_out, 0);
-    const int64_t row_bytes = extent_.in[2] * shape_.in_channels;
+    const int64_t row_bytes = extent_.in[2] * in_stride(args_);
     for (int64_t i = 0; i < run_.plan.rows; ++i) {
       const int64_t r = i % tap_rows, kd = i / tap_rows;
       image_rows_[i] = nullptr;
@@ -550,7 +550,7 @@ void depthwise(const ConvArgs& args, const Parallel& parallel) {
     for (int64_t i = 0; i < run.row_columns; ++i) {
       const int64_t ix =
           source_index(shape.padding_mode, i + run.phase.dim[2].in_offset, extent.in[2]);
-      column_offset[i] = ix < 0 ? -1 : ix * shape.in_channels;
+      column_offset[i] = ix < 0 ? -1 : ix * in_stride(args);
     }
     const int64_t macs = extent.batch * run.count[0] * run.count[1] * run.count[2] *
                          shape.out_channels * shape.in_per_group() * run.phase.dim[0].taps *
