@@ -147,7 +147,7 @@ Extremes batch_statistics(const BatchStatisticsArgs& args, const Parallel& paral
   parallel.for_each_range(walk.plan.tasks(), walk.elements() / 8, [&](int64_t begin, int64_t end) {
     ColumnSet<1> origin(walk, {args.x});
     alignas(64) float sums[kKept][kGridBlock];
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task = end; task-- > begin;) {
       origin.prepare(task);
       for (int64_t j = 0; j < kGridBlock; ++j) {
         sums[0][j] = sums[1][j] = 0;
@@ -265,7 +265,7 @@ void norm_backward(const NormBackwardArgs& args, const Parallel& parallel) {
   parallel.for_each_range(tasks, walk.elements() / 5, [&](int64_t begin, int64_t end) {
     ColumnSet<3> columns(walk, {args.factor, args.shift, args.mean});
     alignas(64) float totals[kNormSums * kGridBlock];
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task = end; task-- > begin;) {
       columns.prepare(task);
       for (float& total : totals) total = 0;
       walk.for_each_part(task, [&](int64_t first, const NormRows& at) {

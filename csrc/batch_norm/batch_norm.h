@@ -20,6 +20,8 @@
 // differences to the first row: they do not cancel where the mean is far from zero.
 // Trick: t is computed again in the backward instead of kept, x is kept by the convolution anyway;
 // the extremes that an observer wants of t follow from those of x, which cost no pass of their own.
+// The first pass of each direction goes through the tasks from the end, which the convolution
+// before has written last; the second one starts where the first has stopped, in the cache.
 #pragma once
 
 #include <cstdint>

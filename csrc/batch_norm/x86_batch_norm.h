@@ -3,6 +3,10 @@
 
 // The masks of the tails tell gcc that they are short, or it vectorizes them.
 
+// So many rows ahead memory is on its way to L1, where sums go through several rows at a time: such
+// steps the hardware does not foresee.
+constexpr int64_t kAhead = 4;
+
 // kRows rows for each time that the sums are loaded.
 template <typename V, int kRows>
 QK_INLINE typename V::M statistics_rows(const StatisticsRun& run, const float* x, int64_t vectors) {
@@ -14,6 +18,7 @@ QK_INLINE typename V::M statistics_rows(const StatisticsRun& run, const float* x
     F sum = V::get(run.sum + j), square = V::get(run.square + j);
     F low = V::get(run.low + j), high = V::get(run.high + j);
     for (int k = 0; k < kRows; ++k) {
+      __builtin_prefetch(x + (k + kAhead) * stride + j);
       const F v = V::get(x + k * stride + j), d = V::sub(v, origin);
       sum = V::add(sum, d);
       square = V::add(square, V::mul(d, d));
@@ -141,6 +146,8 @@ __attribute__((noinline)) void norm_sums_rows(const NormBackwardRun& run, int64_
     for (int s = 0; s < kSums; ++s) total[s] = V::get(sums + s * kGridBlock + j);
     for (int k = 0; k < kRows; ++k) {
       F terms[kNormSums];
+      __builtin_prefetch(x + (k + kAhead) * stride + j);
+      __builtin_prefetch(grad + (k + kAhead) * stride + j);
       norm_terms_vector<V, kLearned, true>(grid, V::get(x + k * stride + j),
                                            V::get(grad + k * stride + j), factor, shift, mean,
                                            terms);

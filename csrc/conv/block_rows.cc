@@ -19,36 +19,50 @@ void for_each_row_segment(const PhaseRun& run, int64_t begin, int64_t end, const
 
 }  // namespace
 
-void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_t* dst) {
-  const PackedConvHeader& packed = *args.packed;
-  const int64_t channels = packed.shape.in_channels, width = args.extent.in[2];
+PaddedRows::PaddedRows(const ConvArgs& args, const PaddedImage& image)
+    : args_(args), image_(image) {
+  if (args.floats.x != nullptr) quantizer_.emplace(args.floats);
+}
+
+void PaddedRows::write(int64_t row, uint8_t* dst) const {
+  const PackedConvHeader& packed = *args_.packed;
+  const int64_t channels = packed.shape.in_channels, width = args_.extent.in[2];
   int64_t source_row = row;
-  if (image.joined) {
-    const int64_t height = args.extent.in[1];
+  if (image_.joined) {
+    const int64_t height = args_.extent.in[1];
     const int64_t iy =
-        source_index(packed.shape.padding_mode, row % image.image_rows - image.top, height);
+        source_index(packed.shape.padding_mode, row % image_.image_rows - image_.top, height);
     if (iy < 0) {
-      std::memset(dst, packed.input_zero_point, static_cast<size_t>(image.row_bytes));
+      std::memset(dst, packed.input_zero_point, static_cast<size_t>(image_.row_bytes));
       return;
     }
-    source_row = row / image.image_rows * height + iy;
+    source_row = row / image_.image_rows * height + iy;
   }
-  const uint8_t* src = args.input + source_row * width * channels;
   const auto pixel = [&](int64_t x) {
-    const int64_t ix = source_index(packed.shape.padding_mode, x - image.left, width);
+    const int64_t ix = source_index(packed.shape.padding_mode, x - image_.left, width);
     uint8_t* to = dst + x * channels;
     if (ix < 0) {
       std::memset(to, packed.input_zero_point, static_cast<size_t>(channels));
     } else {
-      std::memcpy(to, src + ix * channels, static_cast<size_t>(channels));
+      copy(source_row, ix, 1, to);
     }
   };
-  const int64_t begin = clamp(image.left, 0, image.pixels);
-  const int64_t end = clamp(image.left + width, begin, image.pixels);
+  const int64_t begin = clamp(image_.left, 0, image_.pixels);
+  const int64_t end = clamp(image_.left + width, begin, image_.pixels);
   for (int64_t x = 0; x < begin; ++x) pixel(x);
-  std::memcpy(dst + begin * channels, src + (begin - image.left) * channels,
-              static_cast<size_t>((end - begin) * channels));
-  for (int64_t x = end; x < image.pixels; ++x) pixel(x);
+  copy(source_row, begin - image_.left, end - begin, dst + begin * channels);
+  for (int64_t x = end; x < image_.pixels; ++x) pixel(x);
+}
+
+void PaddedRows::copy(int64_t row, int64_t x, int64_t count, uint8_t* dst) const {
+  const int64_t channels = args_.packed->shape.in_channels, width = args_.extent.in[2];
+  if (quantizer_) {
+    const int64_t rows = args_.extent.in[0] * args_.extent.in[1];
+    quantizer_->run(row / rows, row % rows * width + x, count, dst);
+  } else {
+    std::memcpy(dst, args_.input + (row * width + x) * channels,
+                static_cast<size_t>(count * channels));
+  }
 }
 
 void BlockRows::find(int64_t begin, int64_t end, int64_t channel) {
@@ -118,7 +132,7 @@ void BlockRows::move(int64_t count, int64_t bytes) {
 }
 
 void BlockRows::find_outputs(int64_t begin, int64_t end) {
-  const int64_t element = output_bytes(args_.packed->epilogue.output);
+  const int64_t element = out_element(args_);
   for_each_row_segment(
       run_, begin, end, [&](int64_t row, int64_t n, int64_t z, int64_t y, int64_t x0, int64_t x1) {
         const DimPhase* dim = run_.phase.dim;

@@ -2,13 +2,29 @@
 // copies of the windows that overhang it, and the places of its outputs.
 #pragma once
 
+#include <optional>
+
 #include "csrc/conv/blocks.h"
 
 namespace qk {
 
-// Row `row` of the padded image. What lies behind the last window is left as it is: it is read, but
-// meets weights that count as zero.
-void pad_row(const ConvArgs& args, const PaddedImage& image, int64_t row, uint8_t* dst);
+// Writes the rows of the padded image, from codes or from floats, which it quantizes.
+class PaddedRows {
+ public:
+  PaddedRows(const ConvArgs& args, const PaddedImage& image);
+
+  // What lies behind the last window is left as it is: it is read, but meets weights that count as
+  // zero.
+  void write(int64_t row, uint8_t* dst) const;
+
+ private:
+  // `count` pixels from pixel x on of row `row` of the input.
+  void copy(int64_t row, int64_t x, int64_t count, uint8_t* dst) const;
+
+  const ConvArgs& args_;
+  const PaddedImage& image_;
+  std::optional<ImageQuantizer> quantizer_;
+};
 
 // The part of the workspace that belongs to one thread.
 struct Scratch {
@@ -16,6 +32,7 @@ struct Scratch {
   int64_t* out_offset;       // bytes
   int64_t* residual_offset;  // bytes
   uint8_t* windows;
+  uint8_t* codes;  // of a block of a set, to be dequantized
 };
 
 // What all threads read from the workspace.

@@ -19,11 +19,6 @@ inline int64_t clamp(int64_t v, int64_t low, int64_t high) {
   return v < low ? low : v > high ? high : v;
 }
 
-// Elements from one output pixel to the next.
-inline int64_t out_stride(const ConvArgs& args) {
-  return args.out_pixel_stride > 0 ? args.out_pixel_stride : args.packed->shape.out_channels;
-}
-
 // Rows of the image with `left` pixels of padding before them, in the workspace. Joined rows follow
 // each other without a gap, with `top` rows of padding before those of an image: then all pixels of
 // an image are evenly spaced.

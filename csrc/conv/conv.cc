@@ -5,6 +5,16 @@
 
 namespace qk {
 
+bool conv_reads_slices(const PackedConvHeader& packed) {
+  if (packed.kind == ConvKind::kDepthwise) return true;
+  const ConvShape& shape = packed.shape;
+  bool pointwise = !shape.transposed && !is_padded(shape);
+  for (int d = 0; d < kConvDims; ++d) {
+    pointwise = pointwise && shape.kernel[d] == 1 && shape.stride[d] == 1;
+  }
+  return pointwise;
+}
+
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
   return args.packed->kind == ConvKind::kDepthwise ? depthwise_workspace_bytes(args, parallel)
                                                    : implicit_gemm_workspace_bytes(args, parallel);

@@ -5,8 +5,10 @@
 //   out = epilogue(acc)                                                         see gemm/epilogue.h
 //   A padded position contributes zero: its byte is the input's zero point.
 //
-// Layout: input and output are dense N, D, H, W, C (channels innermost); the canonical weight is
-//   torch's: [O, I/groups, D, H, W], transposed [I, O/groups, D, H, W].
+// Layout: input and output are dense N, D, H, W, C (channels innermost), in many cases slices of
+//   the channels of wider tensors; the input may be floats (csrc/image/image.h) where it is copied
+//   anyway, the output dequantized codes. The canonical weight is torch's: [O, I/groups,
+//   D, H, W], transposed [I, O/groups, D, H, W].
 // Memory: the caller owns everything, the workspace included (conv_workspace_bytes).
 // Numbers: the same bits on every ISA and for every thread count.
 // Tricks: no im2col buffer. The GEMM kernel reads rows of A through pointers: one pointer for each
@@ -18,7 +20,8 @@
 
 #include "csrc/base/parallel.h"
 #include "csrc/conv/geometry.h"
-#include "csrc/gemm/igemm.h"
+#include "csrc/gemm/dequantized.h"
+#include "csrc/image/image.h"
 
 namespace qk {
 
@@ -69,10 +72,18 @@ struct ConvArgs {
   const PackedConvHeader* packed = nullptr;
   ConvExtent extent;
   const uint8_t* input = nullptr;
+  // Elements from one input pixel to the next, like out_pixel_stride. Only where
+  // conv_reads_slices().
+  int64_t in_pixel_stride = 0;
+  // Instead of the input, if floats.x: its codes before they are quantized. Only where
+  // conv_pads_image().
+  FloatImages floats;
   void* out = nullptr;
   // Elements from one output pixel to the next: the channels of a wider tensor, of which the output
   // is a slice; 0: dense. Only where conv_writes_slices().
   int64_t out_pixel_stride = 0;
+  // If set, the output is float32: the dequantized codes. Only where conv_dequantizes().
+  DequantizedOutput dequantized;
   const uint8_t* residual = nullptr;  // dense; see conv_adds_in_place
   bool residual_signed = false;
   void* workspace = nullptr;  // 64-byte aligned
@@ -84,9 +95,18 @@ bool conv_adds_in_place(const PackedConvHeader& packed);
 
 // What a convolution reads first of its weights.
 NextWeights conv_first_weights(const PackedConvHeader& packed);
+// Whether the input may be a slice of the channels of a wider tensor, and the output.
+bool conv_reads_slices(const PackedConvHeader& packed);
 inline bool conv_writes_slices(const PackedConvHeader& packed) {
   return packed.kind == ConvKind::kIgemm;
 }
+
+inline bool conv_dequantizes(const PackedConvHeader& packed) {
+  return packed.kind == ConvKind::kIgemm && !packed.has_fill && packed.epilogue.is_8bit();
+}
+
+// Whether the input is read once, row by row, into a padded copy.
+bool conv_pads_image(const PackedConvHeader& packed);
 
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
 void conv(const ConvArgs& args, const Parallel& parallel);

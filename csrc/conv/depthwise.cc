@@ -19,7 +19,15 @@ constexpr int64_t kMacsPerNs = 30;
 int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The vectors of an ISA and how interleaving permutes the channels of a block of `vectors`.
+// The channel at `position` of a block of `chunks` times 16 channels. In a block of one chunk
+// positions are channels. In wider ones the byte unpacks work in lanes of 16 bytes: quad u (0..3)
+// of all lanes comes before quad u + 1.
+constexpr int64_t channel_at(int64_t chunks, int64_t position) {
+  const int64_t quad = position / 4, t = position % 4;
+  return 16 * (quad % chunks) + 4 * (quad / chunks) + t;
+}
+
+// The vectors of an ISA.
 struct DepthwiseLayout {
   int64_t lanes, most_vectors;
   int64_t weight_bytes;  // of one vector
@@ -32,13 +40,7 @@ struct DepthwiseLayout {
     while (v > 1 && lanes * v / 2 >= channels && lanes * v / 2 >= 16) v /= 2;
     return v;
   }
-  // In a block of 16 channels positions are channels. In wider ones the byte unpacks work in lanes
-  // of 16 bytes: quad u (0..3) of all lanes comes before quad u + 1.
-  int64_t channel_at(int64_t vectors, int64_t position) const {
-    const int64_t channels = vectors * lanes, chunks = channels / 16;
-    const int64_t quad = position / 4, t = position % 4;
-    return 16 * (quad % chunks) + 4 * (quad / chunks) + t;
-  }
+  int64_t chunks(int64_t vectors) const { return vectors * lanes / 16; }
 };
 
 DepthwiseLayout layout_of(Isa isa) {
@@ -202,7 +204,7 @@ Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa,
     auto* order = reinterpret_cast<int32_t*>(mult + positions);
     auto* weights = reinterpret_cast<int8_t*>(block) + parameter_bytes(layout, plan);
     for (int64_t position = 0; position < positions; ++position) {
-      const int64_t o = first + layout.channel_at(vectors, position);
+      const int64_t o = first + channel_at(layout.chunks(vectors), position);
       if (o >= channels) continue;
       const int64_t vector = position / layout.lanes, lane = position % layout.lanes;
       for (int64_t quad = 0; quad < plan.quads; ++quad) {
@@ -398,7 +400,7 @@ class Worker {
     const DimPhase* dim = run_.phase.dim;
     const int64_t tap_rows = run_.plan.rows / dim[0].taps;
     const int64_t y0 = dim[1].position(row * run_.plan.rows_out, 0);
-    const int64_t row_bytes = extent_.in[2] * shape_.in_channels;
+    const int64_t row_bytes = extent_.in[2] * in_stride(args_);
     for (int64_t i = 0; i < run_.plan.rows; ++i) {
       const int64_t r = i % tap_rows, kd = i / tap_rows;
       image_rows_[i] = padding_row_;
@@ -435,27 +437,42 @@ class Worker {
     kernel_(strip_);
   }
 
-  // Four positions in a row are four channels in a row.
   void store_floats(int64_t first, int64_t rows, uint8_t* const out[2]) const {
-    constexpr int64_t kMostQuads = 16;
-    const int64_t quads = strip_.vectors * layout_.lanes / 4, left = shape_.out_channels - first;
-    int64_t channel[kMostQuads];
-    for (int64_t q = 0; q < quads; ++q) channel[q] = layout_.channel_at(strip_.vectors, q * 4);
+    const int64_t chunks = layout_.chunks(strip_.vectors);
     for (int64_t x = 0; x < strip_.outputs; ++x) {
       for (int64_t p = 0; p < rows; ++p) {
-        const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * quads * 4;
-        const float *addend = strip_.addend, *mult = strip_.mult;
+        const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * chunks * 16;
         float* y = reinterpret_cast<float*>(out[p] + x * strip_.out_step) + first;
-        for (int64_t q = 0; q < quads; ++q, acc += 4, addend += 4, mult += 4) {
-          float v[4];
-          for (int t = 0; t < 4; ++t) v[t] = output_value(acc[t], addend[t], mult[t]);
-          if (channel[q] + 4 <= left) {
-            std::memcpy(y + channel[q], v, sizeof v);
-          } else {
-            for (int64_t t = 0; channel[q] + t < left; ++t) y[channel[q] + t] = v[t];
-          }
+        if (strip_.channels < chunks * 16) {
+          store_some_floats(acc, chunks, y);
+        } else if (chunks == 4) {
+          store_block<4>(acc, y);
+        } else if (chunks == 2) {
+          store_block<2>(acc, y);
+        } else {
+          store_block<1>(acc, y);
         }
       }
+    }
+  }
+
+  // Four positions in a row are four channels in a row: gcc keeps them in one register.
+  template <int64_t kChunks>
+  void store_block(const int32_t* acc, float* y) const {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kChunks * 16; i += 4) {
+      float v[4];
+      for (int64_t t = 0; t < 4; ++t) {
+        v[t] = output_value(acc[i + t], strip_.addend[i + t], strip_.mult[i + t]);
+      }
+      std::memcpy(y + channel_at(kChunks, i), v, sizeof v);
+    }
+  }
+
+  void store_some_floats(const int32_t* acc, int64_t chunks, float* y) const {
+    for (int64_t i = 0; i < chunks * 16; ++i) {
+      const int64_t c = channel_at(chunks, i);
+      if (c < strip_.channels) y[c] = output_value(acc[i], strip_.addend[i], strip_.mult[i]);
     }
   }
 
@@ -468,7 +485,7 @@ class Worker {
       for (int64_t p = 0; p < rows; ++p) {
         const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * positions;
         for (int64_t i = 0; i < positions; ++i) {
-          const int64_t o = first + layout_.channel_at(strip_.vectors, i);
+          const int64_t o = first + channel_at(layout_.chunks(strip_.vectors), i);
           if (o >= channels) continue;
           store_output(part_.epilogue, acc[i], strip_.addend[i], strip_.mult[i],
                        out[p] + x * strip_.out_step + o * element,
@@ -543,7 +560,7 @@ void depthwise(const ConvArgs& args, const Parallel& parallel) {
     for (int64_t i = 0; i < run.row_columns; ++i) {
       const int64_t ix =
           source_index(shape.padding_mode, i + run.phase.dim[2].in_offset, extent.in[2]);
-      column_offset[i] = ix < 0 ? -1 : ix * shape.in_channels;
+      column_offset[i] = ix < 0 ? -1 : ix * in_stride(args);
     }
     const int64_t macs = extent.batch * run.count[0] * run.count[1] * run.count[2] *
                          shape.out_channels * shape.in_per_group() * run.phase.dim[0].taps *

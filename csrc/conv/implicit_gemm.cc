@@ -11,12 +11,12 @@ namespace {
 
 // Padded images at a time.
 constexpr int64_t kImageBytes = 512 * 1024;
-// Of one thread, for estimates: bytes per nanosecond of a row copy.
-constexpr int64_t kBytesPerNs = 16;
+// Of one thread, for estimates: bytes per nanosecond of a row copy, and of one from floats.
+constexpr int64_t kCopiedPerNs = 16, kQuantizedPerNs = 8;
 
 struct ScratchBytes {
-  int64_t pointers = 0, offsets = 0, windows = 0;
-  int64_t total() const { return pointers + 2 * offsets + windows; }
+  int64_t pointers = 0, offsets = 0, windows = 0, codes = 0;
+  int64_t total() const { return pointers + 2 * offsets + windows + codes; }
 };
 
 ScratchBytes scratch_bytes(const ConvArgs& args, int64_t threads) {
@@ -30,6 +30,10 @@ ScratchBytes scratch_bytes(const ConvArgs& args, int64_t threads) {
       bytes.windows = most(bytes.windows, align_up(run.windows * run.plan.taps * run.plan.depth));
     }
     if (!run.phase.dense_output()) bytes.offsets = most(bytes.offsets, align_up(block * 8));
+    if (args.dequantized.scale != nullptr) {
+      const int64_t columns = args.packed->groups_per_set * args.packed->shape.out_per_group();
+      bytes.codes = most(bytes.codes, align_up(block * columns));
+    }
   }
   return bytes;
 }
@@ -61,7 +65,7 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
                const Scratch& scratch) {
   const PackedConvHeader& packed = *args.packed;
   const ConvShape& shape = packed.shape;
-  const int64_t element = output_bytes(packed.epilogue.output);
+  const int64_t element = out_element(args);
   const int64_t begin = block * run.block;
   const int64_t end = run.pixels < begin + run.block ? run.pixels : begin + run.block;
   const int64_t set_panels = panels_of_phase(packed) / packed.sets;
@@ -79,8 +83,8 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
     gemm.panel_begin = most(panel_begin - set * set_panels, 0);
     gemm.panel_end = clamp(panel_end - set * set_panels, 0, panels);
     if (run.direct) {
-      gemm.a = args.input + begin * shape.in_channels + set * in_set;
-      gemm.a_row_stride = shape.in_channels;
+      gemm.a = args.input + begin * in_stride(args) + set * in_set;
+      gemm.a_row_stride = in_stride(args);
     } else {
       const bool even = run.plan.even_rows;
       if (set > first_set) {
@@ -119,7 +123,11 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
     }
     gemm.residual_signed = args.residual_signed;
     if (end == run.pixels && set + 1 == packed.sets && panel_begin == 0) gemm.next = args.next;
-    igemm(gemm);
+    if (args.dequantized.scale != nullptr) {
+      igemm_dequantized(gemm, args.dequantized, scratch.codes);
+    } else {
+      igemm(gemm);
+    }
   }
 }
 
@@ -137,10 +145,12 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
   for (int64_t p = 0; p < packed.phases; ++p) {
     const PhaseRun run = phase_run(args, p, parallel.threads);
     if (run.pixels == 0) continue;
-    parallel.for_each_range(run.image.rows, run.image.bytes() / kBytesPerNs,
+    const PaddedRows padded(args, run.image);
+    const int64_t per_ns = args.floats.x != nullptr ? kQuantizedPerNs : kCopiedPerNs;
+    parallel.for_each_range(run.image.rows, run.image.bytes() / per_ns,
                             [&](int64_t begin, int64_t end) {
                               for (int64_t row = begin; row < end; ++row) {
-                                pad_row(args, run.image, row, image + row * run.image.row_bytes);
+                                padded.write(row, image + row * run.image.row_bytes);
                               }
                             });
     const int64_t macs = run.pixels * run.plan.taps * run.plan.depth * shape.out_channels;
@@ -152,7 +162,8 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
         const Scratch scratch{reinterpret_cast<const uint8_t**>(base),
                               reinterpret_cast<int64_t*>(base + bytes.pointers),
                               reinterpret_cast<int64_t*>(base + bytes.pointers + bytes.offsets),
-                              base + bytes.pointers + 2 * bytes.offsets};
+                              base + bytes.pointers + 2 * bytes.offsets,
+                              base + bytes.total() - bytes.codes};
         const int64_t row = task / columns, column = task % columns;
         for (int64_t block = run.blocks * row / rows; block < run.blocks * (row + 1) / rows;
              ++block) {
@@ -177,9 +188,13 @@ ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
   const int64_t pixels = args.extent.out_pixels();
   ConvArgs part = args;
   part.extent.batch = count;
-  part.input += first * args.extent.in_pixels() * packed.shape.in_channels;
-  part.out = static_cast<uint8_t*>(args.out) +
-             first * pixels * out_stride(args) * output_bytes(packed.epilogue.output);
+  if (args.floats.x != nullptr) {
+    part.floats = args.floats.from(first);
+  } else {
+    part.input += first * args.extent.in_pixels() * in_stride(args);
+  }
+  part.out =
+      static_cast<uint8_t*>(args.out) + first * pixels * out_stride(args) * out_element(args);
   if (packed.epilogue.has_residual) part.residual += first * pixels * packed.shape.out_channels;
   return part;
 }
@@ -192,6 +207,12 @@ bool conv_adds_in_place(const PackedConvHeader& packed) {
     in_place = igemm_adds_in_place(*part(packed, i).header);
   }
   return in_place;
+}
+
+bool conv_pads_image(const PackedConvHeader& packed) {
+  const ConvShape& shape = packed.shape;
+  return packed.kind == ConvKind::kIgemm && !shape.transposed &&
+         gemm_plan(shape, conv_phase(shape, 0), packed.groups_per_set, packed.isa).padded_image;
 }
 
 NextWeights conv_first_weights(const PackedConvHeader& packed) {

@@ -17,6 +17,19 @@ struct GemmPlan {
   int64_t taps, depth;
 };
 
+// Elements from one pixel of the input, and of the output, to the next.
+inline int64_t in_stride(const ConvArgs& args) {
+  return args.in_pixel_stride > 0 ? args.in_pixel_stride : args.packed->shape.in_channels;
+}
+inline int64_t out_stride(const ConvArgs& args) {
+  return args.out_pixel_stride > 0 ? args.out_pixel_stride : args.packed->shape.out_channels;
+}
+
+// Bytes of an output element.
+inline int64_t out_element(const ConvArgs& args) {
+  return stored_bytes(args.packed->epilogue, args.dequantized);
+}
+
 inline bool is_padded(const ConvShape& shape) {
   bool padded = false;
   for (int d = 0; d < kConvDims; ++d) padded |= shape.pad_lo[d] > 0 || shape.pad_hi[d] > 0;

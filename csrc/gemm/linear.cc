@@ -5,6 +5,8 @@ namespace {
 
 // Rows are shared out in groups of this many, so that parts consist of full tiles.
 constexpr int64_t kRowGroup = 6;
+// Rows whose codes are dequantized at a time.
+constexpr int64_t kCodeRows = 256;
 // About what one core does in a nanosecond: weights from L3, and multiply-adds.
 constexpr int64_t kBytesPerNs = 48;
 constexpr int64_t macs_per_ns(Isa isa) {
@@ -36,7 +38,28 @@ Grid choose_grid(int64_t row_groups, int64_t panels, int64_t threads, bool weigh
   return best;
 }
 
+// Block by block where the codes are dequantized, so that they stay in the cache.
+void run_part(const LinearArgs& args, const IgemmArgs& part, uint8_t* codes) {
+  if (args.floats.scale == nullptr) return igemm(part);
+  IgemmArgs block = part;
+  for (int64_t row = part.row_begin; row < part.row_end; row = block.row_end) {
+    block.row_begin = row;
+    block.row_end = part.row_end - row < kCodeRows ? part.row_end : row + kCodeRows;
+    igemm_dequantized(block, args.floats, codes);
+  }
+}
+
+// Of the codes of a part.
+int64_t codes_bytes(const LinearArgs& args) {
+  const int64_t rows = args.rows < kCodeRows ? args.rows : kCodeRows;
+  return args.floats.scale == nullptr ? 0 : rows * args.matrix.header->n;
+}
+
 }  // namespace
+
+int64_t linear_workspace_bytes(const LinearArgs& args, const Parallel& parallel) {
+  return parallel.threads * codes_bytes(args);
+}
 
 int64_t linear_work_ns(const PackedHeader& header, int64_t rows) {
   const int64_t weights = header.n * header.depth;
@@ -59,10 +82,11 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
   whole.a = args.input;
   whole.a_row_stride = args.input_row_stride;
   whole.out = args.out;
-  whole.out_row_stride = header.n * output_bytes(header.epilogue.output);
+  whole.out_row_stride = header.n * stored_bytes(header.epilogue, args.floats);
   whole.residual = args.residual;
   whole.residual_row_stride = args.residual_row_stride;
   whole.residual_signed = args.residual_signed;
+  auto* codes = static_cast<uint8_t*>(args.workspace);
   parallel.for_each_range(
       grid.rows * grid.panels, linear_work_ns(header, args.rows), [&](int64_t begin, int64_t end) {
         if (end - begin == grid.rows * grid.panels) {  // one thread: nothing to share out
@@ -70,7 +94,7 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
           all.row_end = args.rows;
           all.panel_end = panels;
           all.next = args.next;
-          igemm(all);
+          run_part(args, all, codes);
           return;
         }
         for (int64_t part = begin; part < end; ++part) {
@@ -81,7 +105,7 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
           block.row_end = row_end < args.rows ? row_end : args.rows;
           block.panel_begin = panels * panel / grid.panels;
           block.panel_end = panels * (panel + 1) / grid.panels;
-          igemm(block);
+          run_part(args, block, codes + part * codes_bytes(args));
         }
       });
 }

@@ -43,6 +43,30 @@ __attribute__((noinline)) void store_general_avx512(const IgemmTile& tile, const
   if (e.has_table || e.has_residual) finish_bytes_avx512(tile, begin, end);
 }
 
+// float32 without weight zero points, the output of a forward in training: constants in registers,
+// a mask for the last vector alone.
+template <int V>
+__attribute__((noinline)) void store_floats_avx512(const IgemmTile& tile, const int32_t* acc,
+                                                   int64_t begin, int64_t end) {
+  const __mmask16 last = mask16(tile.columns - 16 * (V - 1));
+  __m512 addend[V], mult[V];
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    addend[j] = _mm512_load_ps(tile.matrix->addend + tile.first_column + 16 * j);
+    mult[j] = _mm512_load_ps(tile.matrix->mult + tile.first_column + 16 * j);
+  }
+  uint8_t* const* out = tile.out;
+  for (int64_t i = begin; i < end; ++i) {
+    auto* y = reinterpret_cast<float*>(out[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(acc + 64 * i + 16 * j));
+      const __m512 v = _mm512_mul_ps(_mm512_add_ps(sum, addend[j]), mult[j]);
+      j + 1 < V ? _mm512_storeu_ps(y + 16 * j, v) : _mm512_mask_storeu_ps(y + 16 * j, last, v);
+    }
+  }
+}
+
 // What is added to an 8-bit output before it is stored.
 enum class Residual { kNone, kU8, kS8 };
 
@@ -98,9 +122,25 @@ QK_INLINE StoreRows store_bytes_of(int64_t vectors) {
   }
 }
 
+QK_INLINE StoreRows store_floats_of(int64_t vectors) {
+  switch (vectors) {
+    case 1:
+      return store_floats_avx512<1>;
+    case 2:
+      return store_floats_avx512<2>;
+    case 3:
+      return store_floats_avx512<3>;
+    default:
+      return store_floats_avx512<4>;
+  }
+}
+
 // The store of a panel that is `vectors` wide.
 QK_INLINE StoreRows select_store(const PackedHeader& header, int64_t vectors,
                                  bool residual_signed) {
+  if (header.epilogue.output == OutputType::kF32 && !header.has_weight_zero_point) {
+    return store_floats_of(vectors);
+  }
   if (!header.stores_plain_bytes()) return store_general_avx512;
   if (!header.epilogue.has_residual) return store_bytes_of<Residual::kNone>(vectors);
   return residual_signed ? store_bytes_of<Residual::kS8>(vectors)

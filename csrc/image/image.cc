@@ -16,40 +16,61 @@ InterleaveKernel select_interleave_kernel(CpuFeatures features) {
   return nullptr;
 }
 
-void quantize_image(const QuantizeImageArgs& args, const Parallel& parallel) {
-  const QuantizeKernel quantize = select_quantize_kernel(args.x_type);
-  const InterleaveKernel interleave = select_interleave_kernel();
-  const auto* x = static_cast<const uint8_t*>(args.x);
-  const int64_t element = float_bytes(args.x_type), step = kRun * kRunsOfTask;
-  const int64_t tasks_of_image = (args.pixels + step - 1) / step;
-  float inv_scale[kMaxImageChannels];
-  for (int64_t c = 0; c < (args.per_channel ? args.channels : 1); ++c) {
-    inv_scale[c] = 1.0f / args.scale[c];
+FloatImages FloatImages::from(int64_t n) const {
+  FloatImages part = *this;
+  part.x = static_cast<const uint8_t*>(x) + n * batch_stride * float_bytes(x_type);
+  return part;
+}
+
+ImageQuantizer::ImageQuantizer(const FloatImages& images)
+    : images_(images),
+      quantize_(select_quantize_kernel(images.x_type)),
+      interleave_(select_interleave_kernel()) {
+  for (int64_t c = 0; c < (images.per_channel ? images.channels : 1); ++c) {
+    inv_scale_[c] = 1.0f / images.scale[c];
   }
-  const int64_t work_ns = args.batch * args.channels * args.pixels / 8;
+}
+
+void ImageQuantizer::run(int64_t n, int64_t first, int64_t count, uint8_t* q) const {
+  const int64_t channels = images_.channels, image = n * images_.batch_stride;
+  if (images_.interleaved) {
+    return quantize_run(image + first * channels, count * channels, 0, q);
+  }
+  uint8_t block[kRun * kMaxImageChannels];
+  for (int64_t p = first; p < first + count; p += kRun) {
+    const int64_t pixels = first + count - p < kRun ? first + count - p : kRun;
+    for (int64_t c = 0; c < channels; ++c) {
+      quantize_run(image + c * images_.channel_stride + p, pixels, images_.per_channel ? c : 0,
+                   block + c * kRun);
+    }
+    interleave_({.planes = block,
+                 .plane_stride = kRun,
+                 .channels = channels,
+                 .out = q + (p - first) * channels,
+                 .n = pixels});
+  }
+}
+
+void ImageQuantizer::quantize_run(int64_t offset, int64_t count, int64_t grid, uint8_t* q) const {
+  quantize_({.x = static_cast<const uint8_t*>(images_.x) + offset * float_bytes(images_.x_type),
+             .q = q,
+             .n = count,
+             .grid = {images_.scale + grid, inv_scale_ + grid, images_.zero_point + grid, false},
+             .q_signed = images_.q_signed,
+             .qmin = images_.qmin,
+             .qmax = images_.qmax});
+}
+
+void quantize_image(const QuantizeImageArgs& args, const Parallel& parallel) {
+  const ImageQuantizer quantizer(args.images);
+  const int64_t channels = args.images.channels, step = kRun * kRunsOfTask;
+  const int64_t tasks_of_image = (args.pixels + step - 1) / step;
+  const int64_t work_ns = args.batch * channels * args.pixels / 8;
   parallel.for_each_range(args.batch * tasks_of_image, work_ns, [&](int64_t begin, int64_t end) {
-    uint8_t block[kRun * kMaxImageChannels];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / tasks_of_image, first = task % tasks_of_image * step;
-      const int64_t last = args.pixels < first + step ? args.pixels : first + step;
-      for (int64_t p = first; p < last; p += kRun) {
-        const int64_t pixels = last - p < kRun ? last - p : kRun;
-        for (int64_t c = 0; c < args.channels; ++c) {
-          const int64_t grid = args.per_channel ? c : 0;
-          quantize({.x = x + (n * args.batch_stride + c * args.channel_stride + p) * element,
-                    .q = block + c * kRun,
-                    .n = pixels,
-                    .grid = {args.scale + grid, inv_scale + grid, args.zero_point + grid, false},
-                    .q_signed = args.q_signed,
-                    .qmin = args.qmin,
-                    .qmax = args.qmax});
-        }
-        interleave({.planes = block,
-                    .plane_stride = kRun,
-                    .channels = args.channels,
-                    .out = args.q + (n * args.pixels + p) * args.channels,
-                    .n = pixels});
-      }
+      const int64_t count = args.pixels - first < step ? args.pixels - first : step;
+      quantizer.run(n, first, count, args.q + (n * args.pixels + first) * channels);
     }
   });
 }

@@ -1,4 +1,5 @@
-// Three channels: 16 pixels a step, three shuffles for each 16 bytes of output. Others in order.
+// Two and three channels: 16 pixels a step, three shuffles for each 16 bytes of output of three.
+// Others in order.
 #include <immintrin.h>
 
 #include "csrc/base/target.h"
@@ -27,6 +28,18 @@ constexpr Shuffle kShuffle;
 
 QK_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
+QK_INLINE void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+
+// At least 16 pixels; the last step may do some again.
+QK_INLINE void interleave2(const InterleaveRun& run) {
+  for (int64_t i = 0; i < run.n; i += 16) {
+    const int64_t at = i + 16 <= run.n ? i : run.n - 16;
+    const __m128i a = load16(run.planes + at), b = load16(run.planes + run.plane_stride + at);
+    store16(run.out + 2 * at, _mm_unpacklo_epi8(a, b));
+    store16(run.out + 2 * at + 16, _mm_unpackhi_epi8(a, b));
+  }
+}
+
 QK_INLINE void interleave3(const InterleaveRun& run) {
   __m128i shuffle[3][3];
   for (int k = 0; k < 3; ++k) {
@@ -40,7 +53,7 @@ QK_INLINE void interleave3(const InterleaveRun& run) {
       const __m128i ab =
           _mm_or_si128(_mm_shuffle_epi8(va, shuffle[k][0]), _mm_shuffle_epi8(vb, shuffle[k][1]));
       const __m128i abc = _mm_or_si128(ab, _mm_shuffle_epi8(vc, shuffle[k][2]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(run.out + 3 * i + 16 * k), abc);
+      store16(run.out + 3 * i + 16 * k, abc);
     }
   }
   for (; i < run.n; ++i) {
@@ -53,6 +66,7 @@ QK_INLINE void interleave3(const InterleaveRun& run) {
 }  // namespace
 
 void interleave_avx2(const InterleaveRun& run) {
+  if (run.channels == 2 && run.n >= 16) return interleave2(run);
   if (run.channels == 3) return interleave3(run);
   for (int64_t i = 0; i < run.n; ++i) {
     for (int64_t c = 0; c < run.channels; ++c) {

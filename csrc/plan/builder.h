@@ -48,13 +48,26 @@ class Builder {
   static Ref ref(const View& view);
   void touch(int buffer);
   void find_readers();
+  // The packed weights of the convolution at `index`.
+  const PackedConvHeader* packed_conv(int index) const;
+
+  // ---- what lies in a concatenation
+
+  bool writes_slices(const Step& step) const;
+  bool reads_slices(const Step& step, int value) const;
   void find_parts_of_cats();
   // The place of value `value` in the output of the cat that it is part of.
   View part_of_cat(int value);
+  // Memory for the output of a step that writes channels last: in a cat, or of its own.
+  void allocate_pixels(const Step& step, View* out);
+  // Tells in the description of the last operation that its output lies in a cat.
+  void mention_cat(const Step& step);
 
   // `view` itself, or a copy with the strides of `wanted`.
   View with_strides(const View& view, View wanted);
   View as_channels_last(const View& view);
+  // Channels last, perhaps with a gap between pixels.
+  View as_pixels(const View& view, int64_t* stride);
   View as_contiguous(const View& view);
   View as_dense(const View& view);
   View as_rows(const View& view, int64_t* stride);
@@ -73,11 +86,21 @@ class Builder {
 
   void lower(const Step& step);
   GridLayout grid_layout(const QuantizeStep& s, const View& out, const View& in) const;
-  void lower_image(const Step& step, const View& x, View* out);
+  // Whether what the step quantizes is images whose codes will lie channels innermost.
+  bool is_image(const Step& step) const;
+  FloatImages images_of(const Step& step) const;
+  // The step that quantizes the input of `conv`, if the convolution does that itself where it pads
+  // its input: nobody else reads the codes.
+  const Step* quantized_by(const Step& conv) const;
+  // The step that dequantizes the output of `step`, if that is a layer which does it itself: nobody
+  // else reads the codes.
+  const Step* dequantized_by(const Step& step) const;
+  // Where the layer `step` writes, and what it then does to its codes.
+  View* stored(const Step& step, DequantizedOutput* floats);
   void lower_quantize(const Step& step, View* out);
   void lower_dequantize(const Step& step, View* out);
-  void lower_linear(const Step& step, View* out);
-  void lower_conv(const Step& step, View* out);
+  void lower_linear(const Step& step);
+  void lower_conv(const Step& step);
   void lower_binary(const Step& step, View* out);
   void lower_lookup(const Step& step, View* out);
   void lower_max_pool(const Step& step, View* out);
@@ -86,6 +109,7 @@ class Builder {
   void lower_cat(const Step& step, View* out);
   void lower_pad(const Step& step, View* out);
   void lower_permute(const Step& step, View* out);
+  void lower_reshape(const Step& step, View* out);
   void lower_slice(const Step& step, View* out);
   void lower_expand(const Step& step, View* out);
 
@@ -97,8 +121,13 @@ class Builder {
   Program& program_;
   Shapes shapes_;
   std::vector<View> views_;  // by value
+  // By value: the step that writes it, the last that reads it (-1: none), and how often it is read,
+  // as an output of the plan too.
+  std::vector<int> writer_, reader_, readers_;
   std::vector<bool> wants_channels_last_;
   std::vector<int> cat_of_;  // by value: the step in whose output it is written, or -1
+  std::vector<int>
+      prefix_;  // by value, of a cat: its first inputs, which an earlier cat has joined
   Draft draft_;
   int step_index_ = 0;
 };

@@ -35,7 +35,7 @@ class Executor {
   }
   void operator()(const ImageOp& op) const {
     QuantizeImageArgs args = op.args;
-    args.x = at(op.x);
+    args.images.x = at(op.x);
     args.q = at(op.q);
     quantize_image(args, parallel_);
   }
@@ -50,11 +50,13 @@ class Executor {
     args.input = at(op.input);
     args.out = at(op.out);
     args.residual = at(op.residual);
+    args.workspace = at(op.workspace);
     linear(args, parallel_);
   }
   void operator()(const ConvOp& op) const {
     ConvArgs args = op.args;
     args.input = at(op.input);
+    args.floats.x = at(op.floats);
     args.out = at(op.out);
     args.residual = at(op.residual);
     args.workspace = at(op.workspace);

@@ -51,23 +51,27 @@ PoolGeometry geometry_of(const PoolStep& s, const View& in, const View& out, boo
 }  // namespace
 
 void Builder::lower_max_pool(const Step& step, View* out) {
-  const View x = as_channels_last(input(step, 0));
-  set_channels_last(out);
-  allocate(out);
+  PoolStrides strides;
+  const View x = as_pixels(input(step, 0), &strides.q);
+  allocate_pixels(step, out);
   if (out->size.elements() == 0) return;
+  pixel_stride(*out, &strides.out);
   MaxPoolOp op;
-  op.args = {nullptr, nullptr, is_signed(x), geometry_of(step.as<PoolStep>(), x, *out, false)};
+  op.args = {nullptr, nullptr, is_signed(x), geometry_of(step.as<PoolStep>(), x, *out, false),
+             strides};
   op.q = ref(x);
   op.out = ref(*out);
   emit(op, "max_pool", max_pool_kernel_name(), {&x}, *out);
+  mention_cat(step);
 }
 
 void Builder::lower_avg_pool(const Step& step, View* out) {
   const auto& s = step.as<PoolStep>();
-  const View x = as_channels_last(input(step, 0));
-  set_channels_last(out);
-  allocate(out);
+  PoolStrides strides;
+  const View x = as_pixels(input(step, 0), &strides.q);
+  allocate_pixels(step, out);
   if (out->size.elements() == 0) return;
+  pixel_stride(*out, &strides.out);
   AvgPoolOp op;
   op.args = {.q = nullptr,
              .out = nullptr,
@@ -80,10 +84,12 @@ void Builder::lower_avg_pool(const Step& step, View* out) {
              .q_zero_point = s.input.zero_point,
              .out_zero_point = s.output.zero_point,
              .qmin = s.output.qmin,
-             .qmax = s.output.qmax};
+             .qmax = s.output.qmax,
+             .strides = strides};
   op.q = ref(x);
   op.out = ref(*out);
   emit(op, step_kind_name(step.kind), avg_pool_kernel_name(), {&x}, *out);
+  mention_cat(step);
 }
 
 void Builder::lower_interpolate(const Step& step, View* out) {

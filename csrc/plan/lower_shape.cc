@@ -1,89 +1,7 @@
-// Steps that move, cut and join.
+// Steps that move and cut.
 #include "csrc/plan/builder.h"
 
 namespace qk::plan {
-namespace {
-
-bool is_identity(const uint8_t* table) {
-  for (int i = 0; i < 256; ++i) {
-    if (table[i] != i) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
-// A convolution whose result goes nowhere but into a concatenation of channels, as it is, writes it
-// there.
-void Builder::find_parts_of_cats() {
-  std::vector<int> readers(model_.values.size(), 0), producer(model_.values.size(), -1);
-  for (size_t i = 0; i < model_.steps.size(); ++i) {
-    for (const int value : model_.steps[i].inputs) ++readers[value];
-    producer[model_.steps[i].output] = static_cast<int>(i);
-  }
-  for (const int value : model_.outputs) ++readers[value];
-  cat_of_.assign(model_.values.size(), -1);
-  for (size_t i = 0; i < model_.steps.size(); ++i) {
-    const Step& cat = model_.steps[i];
-    if (cat.kind != StepKind::kCat || cat.as<CatStep>().dim != 1) continue;
-    for (size_t k = 0; k < cat.inputs.size(); ++k) {
-      const int value = cat.inputs[k];
-      if (producer[value] < 0 || readers[value] > 1) continue;
-      const Step& step = model_.steps[producer[value]];
-      if (step.kind != StepKind::kConv ||
-          model_.values[value].dtype != model_.values[cat.output].dtype ||
-          !is_identity(constants_[cat.as<CatStep>().tables] + 256 * k)) {
-        continue;
-      }
-      const Block& packed = packed_[producer[value]];
-      const PackedConvHeader* header;
-      if (view_packed_conv(packed.data(), packed.bytes(), &header) == Status::kOk &&
-          conv_writes_slices(*header)) {
-        cat_of_[value] = static_cast<int>(i);
-      }
-    }
-  }
-}
-
-View Builder::part_of_cat(int value) {
-  const Step& cat = model_.steps[cat_of_[value]];
-  View& whole = views_[cat.output];
-  if (whole.buffer < 0) {
-    whole = output_view(cat);
-    set_channels_last(&whole);
-    allocate(&whole);
-  }
-  int64_t first = 0;
-  for (const int before : cat.inputs) {
-    if (before == value) break;
-    first += shapes_.values[before][1];
-  }
-  return narrow(whole, 1, first, shapes_.values[value][1]);
-}
-
-void Builder::lower_cat(const Step& step, View* out) {
-  const auto& s = step.as<CatStep>();
-  if (out->buffer < 0) {
-    bool channels_last = out->rank() >= 3;
-    for (size_t i = 0; i < step.inputs.size(); ++i) {
-      const View& x = input(step, static_cast<int>(i));
-      channels_last = channels_last && (x.size.elements() == 0 || is_channels_last(x));
-    }
-    channels_last ? set_channels_last(out) : set_contiguous(out);
-    allocate(out);
-  }
-  int64_t first = 0;
-  for (size_t i = 0; i < step.inputs.size(); ++i) {
-    const View& x = input(step, static_cast<int>(i));
-    const uint8_t* table = constants_[s.tables] + 256 * i;
-    if (cat_of_[step.inputs[i]] < 0) {
-      emit_move(x, narrow(*out, s.dim, first, x.size[s.dim]), is_identity(table) ? nullptr : table,
-                "cat");
-    }
-    first += x.size[s.dim];
-  }
-}
-
 void Builder::lower_pad(const Step& step, View* out) {
   const auto& s = step.as<PadStep>();
   View from = input(step, 0), to = *out;
@@ -114,6 +32,22 @@ void Builder::lower_permute(const Step& step, View* out) {
   out->buffer = x.buffer;
   out->offset = x.offset;
   for (int d = 0; d < s.rank; ++d) out->stride[d] = x.stride[s.items[d]];
+}
+
+void Builder::lower_reshape(const Step& step, View* out) {
+  const View& x = input(step, 0);
+  View to = output_view(step), seen;
+  if (reshape_view(x, to.size, out)) return;
+  // Channels that were mixed stay innermost if their pixels stay together.
+  set_channels_last(&to);
+  if (!wants_channels_last_[step.output] || !reshape_view(to, x.size, &seen)) {
+    reshape_view(as_contiguous(x), to.size, out);
+    return;
+  }
+  allocate(&to);
+  seen.buffer = to.buffer;
+  emit_move(x, seen, nullptr, "copy");
+  *out = to;
 }
 
 void Builder::lower_slice(const Step& step, View* out) {

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "csrc/image/image.h"
+
 namespace qk::plan {
 namespace {
 
@@ -113,6 +115,18 @@ void move(const MoveArgs& args, const Parallel& parallel) {
         planes, planes.columns * bytes, parallel,
         [&](int64_t out, int64_t in, int64_t rows) { piece(out, in, rows, planes.columns); });
     return;
+  }
+  if (args.element == 1 && args.table == nullptr && planes.columns <= kMaxImageChannels &&
+      planes.in_row == 1 && planes.out_column == 1 && planes.out_row == planes.columns) {
+    const InterleaveKernel kernel = select_interleave_kernel();
+    return for_each_piece(planes, planes.columns, parallel,
+                          [&](int64_t out, int64_t in, int64_t rows) {
+                            kernel({.planes = args.in + in,
+                                    .plane_stride = planes.in_column,
+                                    .channels = planes.columns,
+                                    .out = args.out + out,
+                                    .n = rows});
+                          });
   }
   if (args.element == 1) {
     move_elements<uint8_t>(args, planes, parallel);

@@ -22,8 +22,10 @@ void for_each_ref(Op& op, const F& f) {
           f(o.input);
           f(o.out);
           f(o.residual);
+          f(o.workspace);
         } else if constexpr (std::is_same_v<T, ConvOp>) {
           f(o.input);
+          f(o.floats);
           f(o.out);
           f(o.residual);
           f(o.workspace);

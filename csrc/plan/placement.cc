@@ -56,10 +56,16 @@ class Placement {
   // The operation on a slice of `images`, with a workspace that is large enough.
   Operation part(Operation operation, int64_t images, const Slicing& slicing) {
     take_images(batch_, images, &operation);  // choose_slicings() has found that it can
+    const Parallel& parallel = slicing.lanes > 1 ? kSerial : parallel_;
+    const auto keep = [&](const Ref& workspace, int64_t needed) {
+      if (workspace.base < 0) return;
+      int64_t& bytes = buffers_[workspace.base].bytes;
+      bytes = std::max(bytes, needed);
+    };
     if (const auto* conv = std::get_if<ConvOp>(&operation)) {
-      const Parallel& parallel = slicing.lanes > 1 ? kSerial : parallel_;
-      int64_t& bytes = buffers_[conv->workspace.base].bytes;
-      bytes = std::max(bytes, conv_workspace_bytes(conv->args, parallel));
+      keep(conv->workspace, conv_workspace_bytes(conv->args, parallel));
+    } else if (const auto* linear = std::get_if<LinearOp>(&operation)) {
+      keep(linear->workspace, linear_workspace_bytes(linear->args, parallel));
     }
     return operation;
   }

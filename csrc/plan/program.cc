@@ -175,6 +175,12 @@ View Builder::as_channels_last(const View& view) {
   return with_strides(view, wanted);
 }
 
+View Builder::as_pixels(const View& view, int64_t* stride) {
+  if (pixel_stride(view, stride)) return view;
+  *stride = view.size[1];
+  return as_channels_last(view);
+}
+
 View Builder::as_contiguous(const View& view) {
   View wanted = view;
   set_contiguous(&wanted);
@@ -188,8 +194,19 @@ View Builder::as_dense(const View& view) {
 }
 
 void Builder::find_readers() {
-  wants_channels_last_.assign(model_.values.size(), false);
-  for (const Step& step : model_.steps) {
+  const size_t count = model_.values.size();
+  wants_channels_last_.assign(count, false);
+  writer_.assign(count, -1);
+  reader_.assign(count, -1);
+  readers_.assign(count, 0);
+  for (const int value : model_.outputs) ++readers_[value];
+  for (size_t i = 0; i < model_.steps.size(); ++i) {
+    const Step& step = model_.steps[i];
+    writer_[step.output] = static_cast<int>(i);
+    for (const int value : step.inputs) {
+      reader_[value] = static_cast<int>(i);
+      ++readers_[value];
+    }
     switch (step.kind) {
       case StepKind::kConv:
       case StepKind::kMaxPool:
@@ -202,6 +219,18 @@ void Builder::find_readers() {
         break;
     }
   }
+  // What is cut out or joined is asked for what its readers want.
+  for (auto step = model_.steps.rbegin(); step != model_.steps.rend(); ++step) {
+    if (step->kind != StepKind::kSlice && step->kind != StepKind::kCat) continue;
+    if (!wants_channels_last_[step->output]) continue;
+    for (const int value : step->inputs) wants_channels_last_[value] = true;
+  }
+}
+
+const PackedConvHeader* Builder::packed_conv(int index) const {
+  const PackedConvHeader* header;
+  view_packed_conv(packed_[index].data(), packed_[index].bytes(), &header);
+  return header;
 }
 
 void Builder::lower(const Step& step) {
@@ -221,10 +250,10 @@ void Builder::lower(const Step& step) {
       lower_dequantize(step, &out);
       break;
     case StepKind::kLinear:
-      lower_linear(step, &out);
+      lower_linear(step);
       break;
     case StepKind::kConv:
-      lower_conv(step, &out);
+      lower_conv(step);
       break;
     case StepKind::kAdd:
     case StepKind::kMul:
@@ -250,9 +279,7 @@ void Builder::lower(const Step& step) {
       lower_pad(step, &out);
       break;
     case StepKind::kReshape:
-      if (!reshape_view(input(step, 0), out.size, &out)) {
-        reshape_view(as_contiguous(input(step, 0)), shapes_.values[step.output], &out);
-      }
+      lower_reshape(step, &out);
       break;
     case StepKind::kPermute:
       lower_permute(step, &out);

@@ -39,11 +39,11 @@ struct DequantizeOp {
 };
 struct LinearOp {
   LinearArgs args;
-  Ref input, out, residual;
+  Ref input, out, residual, workspace;
 };
 struct ConvOp {
   ConvArgs args;
-  Ref input, out, residual, workspace;
+  Ref input, floats, out, residual, workspace;  // input or floats
 };
 struct PairOp {  // add and mul
   BinaryArgs args;

@@ -90,6 +90,24 @@ bool is_dense(const View& view) {
   return strides_agree(view, wanted);
 }
 
+bool pixel_stride(const View& view, int64_t* stride) {
+  *stride = view.size[1];
+  if (view.size[1] > 1 && view.stride[1] != 1) return false;
+  int64_t expected = -1;
+  for (int i = view.rank() - 1; i >= 1; --i) {
+    const int d = i == 1 ? 0 : i;
+    if (view.size[d] == 1) continue;
+    if (expected < 0) {
+      *stride = view.stride[d];
+      if (*stride < view.size[1]) return false;  // an expanded dimension
+    } else if (view.stride[d] != expected) {
+      return false;
+    }
+    expected = view.stride[d] * view.size[d];
+  }
+  return true;
+}
+
 bool same_strides(const View& a, const View& b) { return a.size == b.size && strides_agree(a, b); }
 
 bool reshape_view(const View& view, Sizes size, View* reshaped) {

@@ -56,6 +56,9 @@ bool is_contiguous(const View& view);
 bool is_channels_last(const View& view);
 bool is_dense(const View& view);  // in any order, no element twice
 bool same_strides(const View& a, const View& b);
+// Whether the pixels of an image are evenly spaced, each with its channels side by side: channels
+// last, or a slice of the channels of something that is.
+bool pixel_stride(const View& view, int64_t* stride);
 
 // torch's rule: the strides of `view` seen with other sizes, if no copy is needed.
 bool reshape_view(const View& view, Sizes size, View* reshaped);

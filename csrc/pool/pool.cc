@@ -22,13 +22,15 @@ Inside inside(const PoolGeometry& g, int dim) {
 // Calls f(windows, padded elements of each) for all outputs and channel blocks.
 template <typename F>
 void for_each_window(const uint8_t* q, uint8_t* out, const PoolGeometry& g,
-                     const Parallel& parallel, const F& f) {
+                     const PoolStrides& strides, const Parallel& parallel, const F& f) {
   const int64_t blocks = (g.channels + kChannelBlock - 1) / kChannelBlock;
   const int64_t points = g.batch * g.out[0] * g.out[1] * g.out[2];
-  const int64_t row = g.in[2] * g.channels, plane = g.in[1] * row, volume = g.in[0] * plane;
+  const int64_t q_step = strides.q > 0 ? strides.q : g.channels;
+  const int64_t out_step = strides.out > 0 ? strides.out : g.channels;
+  const int64_t row = g.in[2] * q_step, plane = g.in[1] * row, volume = g.in[0] * plane;
   const Inside whole = inside(g, 2);
   // Each input byte is read about (kernel / stride)^2 times, from L1 after the first.
-  const int64_t work_ns = (g.batch * volume + points * g.channels) / 8;
+  const int64_t work_ns = (g.batch * g.in[0] * g.in[1] * g.in[2] + points) * g.channels / 8;
   parallel.for_each_range(points * blocks, work_ns, [&](int64_t begin, int64_t end) {
     int64_t spans_of = -1;  // the output row whose depth and height spans are known
     PoolSpan depth{}, height{};
@@ -48,17 +50,17 @@ void for_each_window(const uint8_t* q, uint8_t* out, const PoolGeometry& g,
         count = whole.end - ow < end - task ? whole.end - ow : end - task;
       }
       const PoolWindows windows{
-          .base = q + n * volume + depth.first * plane + height.first * row +
-                  width.first * g.channels + c,
+          .base =
+              q + n * volume + depth.first * plane + height.first * row + width.first * q_step + c,
           .taps = {depth.taps, height.taps, width.taps},
           .stride = {g.adaptive ? plane : g.dilation[0] * plane,
                      g.adaptive ? row : g.dilation[1] * row,
-                     g.adaptive ? g.channels : g.dilation[2] * g.channels},
+                     g.adaptive ? q_step : g.dilation[2] * q_step},
           .channels = g.channels - c < kChannelBlock ? g.channels - c : kChannelBlock,
-          .out = out + point * g.channels + c,
+          .out = out + point * out_step + c,
           .count = count,
-          .step = g.stride[2] * g.channels,
-          .out_step = g.channels};
+          .step = g.stride[2] * q_step,
+          .out_step = out_step};
       f(windows, depth.padded * height.padded * width.padded);
     }
   });
@@ -88,13 +90,13 @@ AvgPoolKernel select_avg_pool_kernel(CpuFeatures features) {
 
 void max_pool(const MaxPoolArgs& args, const Parallel& parallel) {
   const MaxPoolKernel kernel = select_max_pool_kernel();
-  for_each_window(args.q, args.out, args.geometry, parallel,
+  for_each_window(args.q, args.out, args.geometry, args.strides, parallel,
                   [&](const PoolWindows& windows, int64_t) { kernel(windows, args.is_signed); });
 }
 
 void avg_pool(const AvgPoolArgs& args, const Parallel& parallel) {
   const AvgPoolKernel kernel = select_avg_pool_kernel();
-  for_each_window(args.q, args.out, args.geometry, parallel,
+  for_each_window(args.q, args.out, args.geometry, args.strides, parallel,
                   [&](const PoolWindows& windows, int64_t padded) {
                     const int64_t taps = windows.taps[0] * windows.taps[1] * windows.taps[2];
                     kernel(windows, {.q_signed = args.q_signed,

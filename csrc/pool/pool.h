@@ -6,8 +6,8 @@
 //             (with or without padding), or a given number
 //   adaptive  avg_pool over windows [floor(i*n/out), ceil((i+1)*n/out))
 //
-// Layout: input [batch, depth, height, width, channels] and output alike, dense; 1-d and 2-d pools
-// have depth (and height) 1.
+// Layout: input [batch, depth, height, width, channels] and output alike, dense or slices of the
+//   channels of a wider tensor; 1-d and 2-d pools have depth (and height) 1.
 // Memory: owned by the caller; the output must not overlap the input.
 // Numbers: bit-equal on every ISA and for every thread count (integer sums are exact; a window has
 // at most kMaxPoolWindow elements).
@@ -60,11 +60,17 @@ QK_HD PoolSpan window_span(const PoolGeometry& g, int dim, Int i) {
           padded < kernel ? padded : kernel};
 }
 
+// Elements from one pixel to the next; 0: dense.
+struct PoolStrides {
+  int64_t q = 0, out = 0;
+};
+
 struct MaxPoolArgs {
   const uint8_t* q;
   uint8_t* out;
   bool is_signed;
   PoolGeometry geometry;
+  PoolStrides strides = {};
 };
 
 struct AvgPoolArgs {
@@ -76,6 +82,7 @@ struct AvgPoolArgs {
   int64_t divisor;    // 0: the number of elements in the window
   float scale_ratio;  // input scale / output scale
   int32_t q_zero_point, out_zero_point, qmin, qmax;
+  PoolStrides strides = {};
 };
 
 // What the sum over a window is divided by.

@@ -1,12 +1,6 @@
 #include "csrc/quantize/quantize.h"
 
 namespace qk {
-namespace {
-
-// Output bytes above which dequantize stores past the caches.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
-
-}  // namespace
 
 QuantizeKernel select_quantize_kernel(FloatType type, CpuFeatures features) {
 #define QK_QUANTIZE_KERNEL(need, kernel_type, name) \

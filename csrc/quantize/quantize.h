@@ -40,6 +40,9 @@ struct DequantizeArgs {
   GridLayout grid;
 };
 
+// Output bytes above which dequantize stores past the caches.
+inline constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
 void quantize(const QuantizeArgs& args, const Parallel& parallel);
 void dequantize(const DequantizeArgs& args, const Parallel& parallel);
 

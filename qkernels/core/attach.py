@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qkernels import ops
 from qkernels.core.layers import PREPARED, Prepared
-from qkernels.core.operations import BATCH_NORMS
+from qkernels.core.operations import BATCH_NORMS, output_channels
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
@@ -114,6 +114,9 @@ def _with_weight(model: nn.Module, path: str, module: nn.Module, site: Site, tra
     norm = None if site.norm is None else model.get_submodule(site.norm)
     if norm is not None and (type(norm) not in BATCH_NORMS or norm.running_mean is None):
         raise InvalidArgument(f"{path}: {site.norm} is no batch normalization with running statistics")
+    channels = output_channels(module)
+    if norm is not None and norm.num_features != channels:
+        raise InvalidArgument(f"{path}: {site.norm} is for {norm.num_features} channels, the layer has {channels}")
     layer = PREPARED[type(module)].of(module, site.weight, path, norm, trained)
     if norm is not None:
         layer.norm.folds = site.folds

@@ -17,7 +17,7 @@ from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
-from qkernels.errors import InvalidState
+from qkernels.errors import InvalidArgument, InvalidState
 
 
 class Attached:
@@ -55,6 +55,8 @@ class Attached:
     def learn(self, optimizer: Optimizer, **options: Any) -> None:
         """What the rules learn joins the optimizer."""
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in self.model.parameters()):
+            raise InvalidArgument("compress: the optimizer has no Parameter of the model; make it from this model's")
         new = [p for q in quantizers(self.model) for p in q.parameters() if id(p) not in known]
         if new:
             optimizer.add_param_group({"params": new, **options})

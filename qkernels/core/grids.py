@@ -10,12 +10,12 @@ from torch import nn
 
 from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT, attached
 from qkernels.core.graph import arguments
-from qkernels.core.operations import MODULES, WEIGHTED
+from qkernels.core.operations import MODULES, WEIGHTED, output_channels
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
 
 FORMAT = 1
 
@@ -47,6 +47,17 @@ class Grid:
         offset = (grid.qmin - grid.zero_point).tolist()
         codes = grid.qmax - grid.qmin + 1
         return cls(grid.scale.tolist(), offset, codes, spec.symmetric, spec.per_channel, quantizer.blocks)
+
+    def checked(self, where: str) -> "Grid":
+        """Itself, if its numbers are those of a grid; `where` is what messages begin with."""
+        if len(self.scale) != len(self.offset):
+            raise InvalidArgument(f"{where}: {len(self.scale)} scales and {len(self.offset)} offsets or zero points")
+        for scale, offset in zip(self.scale, self.offset, strict=True):
+            if not torch.finfo(torch.float32).tiny <= scale <= torch.finfo(torch.float32).max:
+                raise InvalidArgument(f"{where}: scale must be positive, finite and normal, got {scale!r}")
+            if not 1 - self.codes <= offset <= 0:
+                raise InvalidArgument(f"{where}: zero must be one of the {self.codes} codes, got code {-offset}")
+        return self
 
     @property
     def bits(self) -> int:
@@ -126,7 +137,8 @@ def from_json(text: str) -> Grids:
     content = json.loads(text)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise InvalidArgument(f"grids: format must be {FORMAT}, got {content!r:.80}")
-    return {path: {key: Grid(**row) for key, row in table.items()} for path, table in content["grids"].items()}
+    tables = content["grids"].items()
+    return {path: {key: Grid(**row).checked(f"{path}.{key}") for key, row in t.items()} for path, t in tables}
 
 
 def prepare_grids(model: nn.Module, example_inputs: Any, grids: Grids) -> nn.Module:
@@ -139,7 +151,7 @@ def prepare_grids(model: nn.Module, example_inputs: Any, grids: Grids) -> nn.Mod
     modules = dict(model.named_modules())
     for path, table in grids.items():
         if path not in modules:
-            raise InvalidArgument(f"grids: the model has no module {path!r}")
+            raise InvalidArgument(f"grids: the model has no module {path!r}{close_matches(path, modules)}")
         for key, grid in table.items():
             parameter = modules[path]._parameters.get(key)
             shape = None if parameter is None else parameter.shape
@@ -171,6 +183,6 @@ def _round_bias(module: nn.Module, path: str, quantizer: Quantizer) -> None:
 def _check_channels(module: nn.Module, path: str, grid: Grid) -> None:
     if MODULES.get(type(module)) not in WEIGHTED:
         raise InvalidArgument(f"grids: {path} is a {type(module).__name__}, whose weight has no grid")
-    channels = getattr(module, "out_channels", None) or module.out_features
+    channels = output_channels(module)
     if grid.per_channel and grid.blocks is None and len(grid.scale) != channels:
         raise InvalidArgument(f"grids: {path}.weight: {len(grid.scale)} grids for {channels} channels")

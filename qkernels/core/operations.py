@@ -27,6 +27,11 @@ PAD = "pad"
 DROPOUT = "dropout"  # gone before calibration; in training it is there, and on a grid it counts as PASS
 
 
+def output_channels(layer: nn.Module) -> int:
+    """Of a layer of a weighted kind."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
 @dataclass(frozen=True)
 class Value:
     """What a node gave on the example: "tensor", "sequence" (of tensors) or "other" (sizes, numbers, None)."""

@@ -29,6 +29,7 @@ from qkernels.errors import Unsupported
 # Without a Quantizer of their own these may stay on the grid that they read.
 KEEP_GRID = o.CLAMPS | {"avg_pool", "adaptive_avg_pool", "mean"}
 BATCH_NORM_WEIGHT = TensorRecipe(QSpec.weight())
+WEIGHT_QUANTIZER = "weight_quantizer"  # of a call, in the meta of its node
 
 
 class Leave(nn.Identity):
@@ -91,6 +92,7 @@ def prepare_placed(model: nn.Module, args: tuple, kwargs: dict, places: Places) 
 def _placed_graph(model: nn.Module, args: tuple, kwargs: dict, places: Places, prefix: str) -> PreparedModel:
     traced = g.trace(model, args, kwargs)
     _insert(traced, places)
+    _weights_of_calls(traced)
     g.simplify(traced)
     _batch_norms_on_codes(traced)
     plan = _PlacedPlan(traced, places)
@@ -130,6 +132,21 @@ def _insert(traced: fx.GraphModule, places: Places) -> None:
             for reader in readers:
                 reader.replace_input_with(node, made)
     traced.recompile()
+
+
+def _weights_of_calls(traced: fx.GraphModule) -> None:
+    """A Quantizer between a parameter and the function whose weight it is becomes that of a layer in its place."""
+    modules = g.modules_of(traced)
+    for node in list(traced.graph.nodes):
+        op = o.operation(node, modules)
+        weight = op.options.get("weight") if op is not None and op.kind in o.WEIGHTED else None
+        if not isinstance(weight, fx.Node) or weight.op != "call_module" or weight.args[0].op != "get_attr":
+            continue
+        if isinstance(modules[weight.target], Quantizer):
+            node.meta[WEIGHT_QUANTIZER] = modules[weight.target]
+            node.replace_input_with(weight, weight.args[0])
+            if not weight.users:
+                traced.graph.erase_node(weight)
 
 
 def _batch_norms_on_codes(traced: fx.GraphModule) -> None:
@@ -176,7 +193,8 @@ class _PlacedPlan(Placement):
         return super()._why_float_weighted(node, op)
 
     def _weight_quantizer(self, node: fx.Node) -> Quantizer | None:
-        return self.places.weights.get(node.target, self.places.weights.get(node.meta["path"]))
+        placed = self.places.weights.get(node.target, self.places.weights.get(node.meta["path"]))
+        return node.meta.get(WEIGHT_QUANTIZER, placed)
 
     def _is_quantizer(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.modules[node.target], Quantizer)

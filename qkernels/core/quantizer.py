@@ -156,6 +156,8 @@ class Quantizer(nn.Module):
             return limited(x, clamp)
         if state is State.OBSERVE:
             x = limited(x, clamp)
+            if self.forgets:
+                self.observer.reset()
             self.observer.observe(x)
             return x
         if state is State.TRAIN and self.training and x.numel() > 0:

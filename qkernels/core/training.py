@@ -115,12 +115,16 @@ def disable_observer(model: nn.Module) -> None:
 
 
 def enable_fake_quant(model: nn.Module) -> None:
-    """Tensors are rounded to their grids again."""
+    """Tensors are rounded again: to their grids, or, where observers went on, to those of what passed meanwhile."""
+    for quantizer in quantizers(model):
+        watched = quantizer.state is State.OBSERVE and quantizer.observer.has_data()
+        if watched and (quantizer.rule is None or quantizer.rule.observes):
+            quantizer.choose()
     _move(model, _ROUNDS)
 
 
 def disable_fake_quant(model: nn.Module) -> None:
-    """Tensors pass unchanged: the model computes in float."""
+    """Tensors pass unchanged: the model computes in float. Observers go on, in eval mode too."""
     _move(model, _PASSES)
 
 

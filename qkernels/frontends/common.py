@@ -1,6 +1,9 @@
 """What the front ends share: checks of keys and names, and what they say."""
 
+import json
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +21,16 @@ def check_keys(entry: Any, known: Iterable[str], where: str) -> None:
     for key in entry:
         if key not in known:
             raise InvalidArgument(f"{where}.{key}: unknown key{close_matches(str(key), known)}")
+
+
+def from_json(source: Any) -> Any:
+    """What a JSON file holds; anything that is no path as it is."""
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    try:
+        return json.loads(Path(source).read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"{os.fspath(source)!r}: must be a JSON file: {error}") from None
 
 
 def check_one_of(value: Any, known: Iterable[Any], where: str) -> None:

@@ -29,8 +29,8 @@ from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, check_
 TYPES = ("weight", "input", "output")
 SCHEMES = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")
 DTYPES = ("int", "uint")
-SETTINGS = ("quant_types", "quant_bits", "quant_start_step", "quant_dtype", "quant_scheme")
-KEYS = (*SETTINGS, "op_types", "op_names", "exclude")
+KEYS = ("quant_types", "quant_bits", "quant_start_step", "op_types", "op_names", "exclude")
+KINDS_OF_GRIDS = ("quant_dtype", "quant_scheme")  # only where the quantizer leaves them open
 
 # Scheme and dtype by the type of tensor, for entries that say nothing.
 _defaults = dict.fromkeys(TYPES, ("per_tensor_affine", "uint"))
@@ -51,6 +51,7 @@ class _Tensor:
     bits: int
     scheme: str
     dtype: str
+    where: str  # the bits stand in the config_list
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class _Entry:
     start_step: int
 
 
-def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...]) -> dict[str, _Entry]:
+def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, _Entry]:
     if not isinstance(config_list, (list, tuple)) or not config_list:
         raise InvalidArgument(f"config_list: must be a list of dicts, got {config_list!r}")
     modules = {path: m for path, m in model.named_modules() if path}
     found: dict[str, _Entry | None] = {}
     for i, entry in enumerate(config_list):
         where = f"config_list[{i}]"
-        check_keys(entry, KEYS, where)
+        check_keys(entry, keys, where)
         check_one_of(entry.get("exclude", False), (True, False), f"{where}.exclude")
         parsed = None if entry.get("exclude") else _entry(entry, where, kinds)
         chosen = _selected(modules, entry, where)
@@ -113,12 +114,12 @@ def _entry(entry: Mapping[str, Any], where: str, kinds: tuple[str, ...]) -> _Ent
         scheme, dtype = (said(key, kind, _defaults[kind][i]) for i, key in enumerate(("quant_scheme", "quant_dtype")))
         check_one_of(scheme, SCHEMES, f"{where}.quant_scheme.{kind}")
         check_one_of(dtype, DTYPES, f"{where}.quant_dtype.{kind}")
-        bits = said("quant_bits", kind, None if "quant_bits" in entry else 8)
+        bits, here = said("quant_bits", kind, None if "quant_bits" in entry else 8), f"{where}.quant_bits.{kind}"
         if not isinstance(bits, int) or not 0 < bits < 32:
-            raise InvalidArgument(f"{where}.quant_bits.{kind}: must be an integer from 1 to 31, got {bits!r}")
+            raise InvalidArgument(f"{here}: must be an integer from 1 to 31, got {bits!r}")
         if bits > MAX_BITS:
-            raise Unsupported(f"{where}.quant_bits.{kind}: {bits}: there are grids of at most {MAX_BITS} bits")
-        tensors[kind] = _Tensor(bits, scheme, dtype)
+            raise Unsupported(f"{here}: {bits}: there are grids of at most {MAX_BITS} bits")
+        tensors[kind] = _Tensor(bits, scheme, dtype, here)
     return _Entry(tensors, start)
 
 
@@ -133,6 +134,7 @@ class _Quantizer(Holder):
     """
 
     kinds: ClassVar[tuple[str, ...]] = TYPES
+    keys: ClassVar[tuple[str, ...]] = KEYS
     trained: ClassVar[bool] = True
     rule: ClassVar[str] = "ste"
     rule_options: ClassVar[tuple[tuple[str, Any], ...]] = ()
@@ -150,7 +152,8 @@ class _Quantizer(Holder):
         if self.trained and not isinstance(optimizer, Optimizer):
             raise InvalidType(f"{type(self).__name__}: optimizer must be a torch optimizer, got {optimizer!r}")
         self.optimizer = optimizer
-        self.entries = _parse(model, [self.default] if config_list is None else config_list, self.kinds)
+        config_list = [self.default] if config_list is None else config_list
+        self.entries = _parse(model, config_list, self.kinds, self.keys)
         norms = norms_behind(model, dummy_input) if self.folds and dummy_input is not None else {}
         sites = {
             path: self._site(model.get_submodule(path), entry, norms.get(path)) for path, entry in self.entries.items()
@@ -165,13 +168,13 @@ class _Quantizer(Holder):
         return Site(*grids, norm if weight else None, folds=True, start_step=max(entry.start_step - 1, 0))
 
     def _recipe(self, tensor: _Tensor, kind: str) -> TensorRecipe:
+        if tensor.bits == 1 and self.rule != "bnn":
+            raise Unsupported(f"{tensor.where}: 1: use BNNQuantizer")
         observer = "minmax" if kind == "weight" else "moving_average"
         return TensorRecipe(self._spec(tensor, kind), observer, (), self.rule, self.rule_options)
 
     def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
         scheme, is_weight = tensor.scheme, kind == "weight"
-        if tensor.bits == 1:
-            raise Unsupported("quant_bits: 1: use BNNQuantizer")
         wanted = {"symmetric": scheme.endswith("symmetric"), "per_channel": scheme.startswith("per_channel")}
         if wanted["per_channel"] and not is_weight:
             wanted["block"] = (-1, 1, 0)
@@ -199,11 +202,8 @@ class _Quantizer(Holder):
         self.attached.settle()
         calibration: dict[str, dict[str, Any]] = {path: {} for path in self.entries}
         for path, key, quantizer in self.attached:
-            kind = {WEIGHT: "weight", OUTPUT: "output"}.get(key, "input")
-            calibration[path] |= {
-                f"{kind}_bits": self.entries[path].tensors[kind].bits,
-                **self._calibration(kind, quantizer),
-            }
+            bits = {f"{_kind(key)}_bits": self.entries[path].tensors[_kind(key)].bits}
+            calibration[path] |= {**bits, **self._calibration(_kind(key), quantizer)}
         weights = [path for path, key, _ in self.attached if key == WEIGHT and self.exports_rounded]
         rounded = {path: self.bound_model.get_submodule(path).quantized_weight() for path in weights}
         self.attached.restore()
@@ -243,6 +243,7 @@ class NaiveQuantizer(_Quantizer):
 
 
 class _Folding(_Quantizer):
+    keys = (*KEYS, *KINDS_OF_GRIDS)  # of no effect on LSQ, as in the original
     folds = True
 
     def load_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Any]]) -> None:
@@ -340,12 +341,10 @@ class ObserverQuantizer(_Quantizer):
         if model.training:
             raise InvalidState("ObserverQuantizer: the model must be in eval mode; call model.eval() first")
         super().__init__(model, config_list, *args, **kwargs)
-        for path, entry in self.entries.items():
-            for kind, tensor in entry.tensors.items():
-                if tensor.bits != 8:
-                    raise Unsupported(f"ObserverQuantizer: {path}: {kind}: 8 bits only, got {tensor.bits}")
 
     def _recipe(self, tensor: _Tensor, kind: str) -> TensorRecipe:
+        if tensor.bits != 8:
+            raise Unsupported(f"{tensor.where}: ObserverQuantizer has 8 bits only, got {tensor.bits}")
         if kind == "weight":
             return TensorRecipe(QSpec.weight(per_channel=False))
         return TensorRecipe(QSpec(torch.uint8, 0, 127), "histogram", (("codes", 256),))

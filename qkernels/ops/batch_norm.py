@@ -153,11 +153,14 @@ class _BatchNormFakeQuant(torch.autograd.Function):
         ctx.numbers, ctx.grad_factor = numbers, grad_factor
         ctx.sizes = scale.shape, zero_point.shape
         ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)  # zeros for the codes
         return y, codes
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 9
         by_x, by_weight, by_bias, by_scale, by_zero_point = _ops.norm_fake_quant_backward.default(
             grad, *ctx.saved_tensors, *ctx.numbers, ctx.grad_factor
         )

@@ -230,12 +230,13 @@ class _FakeQuantMask(torch.autograd.Function):
         y, mask, clipped, codes = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
         ctx.mask, ctx.axis, ctx.like = mask if x.is_cuda or clipped else None, axis, y.stride()
         ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)  # zeros for the codes
         return y, codes
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        if ctx.mask is not None:
+        if grad is not None and ctx.mask is not None:
             grad = _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), ctx.mask, ctx.axis)
         return grad, None, None, None, None, None, None
 

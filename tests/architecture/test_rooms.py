@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # An operation's folder includes csrc/base, its own files, and the folders named here.
 FRIENDS = {
     "batch_norm": {"fake_quant", "quantize"},
-    "conv": {"gemm", "pointwise"},
+    "conv": {"gemm", "image", "pointwise"},
     "fake_quant": {"quantize"},
     "fake_quant_backward": {"quantize"},
-    "gemm": {"pointwise"},
+    "gemm": {"pointwise", "quantize"},
     "linear_rows": {"gemm"},
     "quantize_rows": {"observe", "quantize"},
     "image": {"quantize"},

@@ -186,6 +186,21 @@ def test_phases_say_what_happens():
     assert {q.state for q in quantizers(qat)} == {State.FROZEN}
 
 
+@pytest.mark.parametrize("apply", [True, False])
+def test_rounding_begins_on_grids_for_what_passed_before(apply):
+    qat = qkernels.prepare_qat(conv_bn_relu(), images(), forward="float")
+    qat.apply(qkernels.disable_fake_quant) if apply else qkernels.disable_fake_quant(qat)
+    train(qat, 2)
+    qat.eval()(10 * images(4))
+    qat.apply(qkernels.enable_fake_quant) if apply else qkernels.enable_fake_quant(qat)
+    assert {q.state for q in quantizers(qat)} == {State.TRAIN}
+    for layer in (m for m in qat.modules() if isinstance(m, Prepared)):
+        torch.testing.assert_close(layer.quantizers["weight"].observer.high.max(), layer.observed_weight().max())
+    output = qat(images(5))
+    assert len(output.unique()) <= 256
+    assert qkernels.verify(qat, qkernels.convert(qat), [images(5)]).total_mismatches == 0
+
+
 def test_until_the_start_step_training_is_float():
     model = conv_bn_relu()
     del model[7]

@@ -129,6 +129,51 @@ bool random_case(Rng& rng, Case* c) {
   return check_conv_extent(s, c->extent) == Status::kOk && macs < 3'000'000;
 }
 
+// Floats whose codes are `codes`, in planes or with the channels innermost, with gaps between the
+// planes and the images.
+struct Images {
+  std::vector<float> scale;
+  std::vector<int32_t> zero_point;
+  FloatImages args;
+  Guarded<float> x;
+
+  Images(Rng& rng, const Case& c, const Guarded<uint8_t>& codes, test::Touches touches)
+      : scale(c.shape.in_channels),
+        zero_point(c.shape.in_channels),
+        x(size(rng, c, &args), touches) {
+    const int64_t channels = c.shape.in_channels, pixels = c.extent.in_pixels();
+    for (float& value : scale) value = rng.pick({0.25f, 1.0f, 4.0f});  // exact, like their products
+    for (int32_t& value : zero_point) value = static_cast<int32_t>(rng.integer(-128, 127));
+    for (int64_t i = 0; i < codes.size(); ++i) {
+      const int64_t channel = i % channels, pixel = i / channels % pixels;
+      const int64_t grid = args.per_channel ? channel : 0;
+      const int64_t at =
+          i / channels / pixels * args.batch_stride +
+          (args.interleaved ? pixel * channels + channel : channel * args.channel_stride + pixel);
+      x[at] =
+          static_cast<float>(byte_value(codes[i], c.input_signed) - zero_point[grid]) * scale[grid];
+    }
+    args.x = x.data();
+    args.scale = scale.data();
+    args.zero_point = zero_point.data();
+    args.q_signed = c.input_signed;
+    args.qmin = c.input_signed ? -128 : 0;
+    args.qmax = args.qmin + 255;
+  }
+
+  static int64_t size(Rng& rng, const Case& c, FloatImages* args) {
+    const int64_t channels = c.shape.in_channels, pixels = c.extent.in_pixels();
+    args->channels = channels;
+    args->interleaved = channels > kMaxImageChannels || rng.chance(0.3);
+    args->per_channel = !args->interleaved && rng.chance(0.3);
+    args->channel_stride = pixels + rng.integer(0, 9);
+    const int64_t image =
+        args->interleaved ? channels * pixels : (channels - 1) * args->channel_stride + pixels;
+    args->batch_stride = image + rng.integer(0, 9);
+    return (c.extent.batch - 1) * args->batch_stride + image;
+  }
+};
+
 void check_case(Rng& rng, const Case& c) {
   const ConvShape& s = c.shape;
   const int64_t inputs = c.extent.batch * c.extent.in_pixels() * s.in_channels;
@@ -204,6 +249,44 @@ void check_case(Rng& rng, const Case& c) {
         const bool inside = channel >= 0 && channel < s.out_channels;
         const int64_t at = (pixel * s.out_channels + channel) * element + i % element;
         CHECK_EQ(wide[i], inside ? expected[at] : 0xa5, "slice, at byte ", i);
+      }
+    }
+    if (conv_reads_slices(*args.packed) && inputs > 0) {
+      // Channels [first, first + in_channels) of a wider input.
+      const int64_t pixels = inputs / s.in_channels, more = rng.integer(1, 70);
+      const int64_t first = rng.integer(0, more), stride = s.in_channels + more;
+      Guarded<uint8_t> wide((pixels - 1) * stride + first + s.in_channels, touches);
+      rng.fill(wide);
+      for (int64_t i = 0; i < inputs; ++i) {
+        wide[i / s.in_channels * stride + first + i % s.in_channels] = input[i];
+      }
+      ConvArgs slice = args;
+      slice.input = wide.data() + first;
+      slice.in_pixel_stride = stride;
+      conv(slice, parallel);
+      check();
+    }
+    if (conv_pads_image(*args.packed) && inputs > 0) {
+      const Images images(rng, c, input, touches);
+      ConvArgs floats = args;
+      floats.input = nullptr;
+      floats.floats = images.args;
+      conv(floats, parallel);
+      check();
+    }
+    if (conv_dequantizes(*args.packed)) {
+      const float unit = rng.real(0.01f, 0.1f);
+      const int32_t zero = static_cast<int32_t>(rng.integer(-128, 255));
+      Guarded<float> floats(outputs, touches);
+      ConvArgs dequantized = args;
+      dequantized.dequantized = {&unit, &zero, rng.chance(0.3)};
+      Guarded<uint8_t> more((conv_workspace_bytes(dequantized, parallel) + 63) / 64 * 64);
+      dequantized.workspace = more.data();
+      dequantized.out = floats.data();
+      conv(dequantized, parallel);
+      for (int64_t i = 0; i < outputs; ++i) {
+        const int32_t code = byte_value(expected[i], c.epilogue.is_signed());
+        CHECK_EQ(floats[i], static_cast<float>(code - zero) * unit, "float ", i);
       }
     }
     if (c.epilogue.has_residual && conv_adds_in_place(*args.packed)) {

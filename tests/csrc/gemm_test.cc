@@ -185,6 +185,19 @@ class Problem {
     linear({matrix, a_.data(), c_.m, a_stride_, out.data(), nullptr, 0, false}, parallel);
     CHECK(same_bytes(out.data(), expected_.data(), out.size()), describe(c_),
           " threads=", parallel.threads);
+
+    const float unit = 0.037f;
+    const int32_t zero = 11;
+    Guarded<float> floats(c_.m * c_.n);
+    LinearArgs args{matrix, a_.data(), c_.m, a_stride_, floats.data(), nullptr, 0, false};
+    args.floats = {&unit, &zero, false};
+    Guarded<uint8_t> workspace(linear_workspace_bytes(args, parallel));
+    args.workspace = workspace.data();
+    linear(args, parallel);
+    for (int64_t i = 0; i < floats.size(); ++i) {
+      CHECK_EQ(floats[i], static_cast<float>(expected_[i] - zero) * unit, describe(c_), " float ",
+               i, " threads=", parallel.threads);
+    }
   }
 
  private:

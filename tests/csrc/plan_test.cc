@@ -154,7 +154,7 @@ void planar_images_are_interleaved() {
   Rng rng(5);
   for_each_isa([&](Isa) {
     for (const int64_t channels : {1, 2, 3, 4, 16}) {
-      for (const int64_t pixels : {1, 15, 16, 17, 47, 48, 511, 513, 4097}) {
+      for (const int64_t pixels : {1, 15, 16, 17, 47, 63, 64, 65, 129, 511, 513, 4097}) {
         CONTEXT("channels ", channels, ", pixels ", pixels);
         const bool per_channel = rng.chance(0.5);
         Guarded<float> x(2 * channels * pixels), scale(channels);
@@ -163,21 +163,16 @@ void planar_images_are_interleaved() {
         rng.fill(x);
         for (float& s : scale) s = rng.real(0.01f, 0.1f);
         for (int32_t& z : zero_point) z = static_cast<int32_t>(rng.integer(2, 200));
-        quantize_image({.x = x.data(),
-                        .x_type = FloatType::kFloat32,
-                        .q = q.data(),
-                        .q_signed = false,
-                        .qmin = 2,
-                        .qmax = 200,
-                        .batch = 2,
-                        .channels = channels,
-                        .pixels = pixels,
-                        .batch_stride = channels * pixels,
-                        .channel_stride = pixels,
-                        .scale = scale.data(),
-                        .zero_point = zero_point.data(),
-                        .per_channel = per_channel},
-                       test::threads(2));
+        const FloatImages images{.x = x.data(),
+                                 .channels = channels,
+                                 .batch_stride = channels * pixels,
+                                 .channel_stride = pixels,
+                                 .scale = scale.data(),
+                                 .zero_point = zero_point.data(),
+                                 .per_channel = per_channel,
+                                 .qmin = 2,
+                                 .qmax = 200};
+        quantize_image({images, q.data(), 2, pixels}, test::threads(2));
         for (int64_t i = 0; i < q.size(); ++i) {
           const int64_t c = i % channels, p = i / channels % pixels, n = i / channels / pixels;
           const int64_t grid = per_channel ? c : 0;

@@ -215,6 +215,66 @@ void pool_drivers_stay_inside(Rng& rng) {
   }
 }
 
+// Pools of channels [first, first + channels) of a wider input, into those of a wider output, whose
+// other channels keep what they have.
+void pools_of_slices_are_those_of_dense_tensors(Rng& rng) {
+  for_each_isa([&](Isa) {
+    for (const int64_t channels : {1, 3, 40, 64, 70, 300}) {
+      PoolGeometry g{.batch = 2,
+                     .channels = channels,
+                     .in = {1, 9, 11},
+                     .out = {1, 5, 6},
+                     .adaptive = false,
+                     .kernel = {1, 3, 3},
+                     .stride = {1, 2, 2},
+                     .padding = {0, 1, 1},
+                     .dilation = {1, 1, 1}};
+      const int64_t more = rng.integer(1, 70), first = rng.integer(0, more);
+      const int64_t in_pixels = 2 * 9 * 11, out_pixels = 2 * 5 * 6, stride = channels + more;
+      const PoolStrides strides{stride, stride};
+      Guarded<uint8_t> q(in_pixels * channels), expected(out_pixels * channels);
+      Guarded<uint8_t> wide_q((in_pixels - 1) * stride + first + channels);
+      rng.fill(q);
+      rng.fill(wide_q);
+      for (int64_t i = 0; i < q.size(); ++i) {
+        wide_q[i / channels * stride + first + i % channels] = q[i];
+      }
+      const auto check = [&](auto pool, auto args) {
+        Guarded<uint8_t> wide((out_pixels - 1) * stride + first + channels);
+        std::fill(wide.begin(), wide.end(), uint8_t{0xa5});
+        args.q = q.data();
+        args.out = expected.data();
+        pool(args, kSerial);
+        args.q = wide_q.data() + first;
+        args.out = wide.data() + first;
+        args.strides = strides;
+        pool(args, threads(3));
+        for (int64_t i = 0; i < wide.size(); ++i) {
+          const int64_t channel = i % stride - first;
+          const bool inside = channel >= 0 && channel < channels;
+          CHECK_EQ(wide[i], inside ? expected[i / stride * channels + channel] : 0xa5, "byte ", i);
+        }
+      };
+      check(max_pool, MaxPoolArgs{nullptr, nullptr, true, g});
+      AvgPoolArgs mean{.q = nullptr,
+                       .out = nullptr,
+                       .q_signed = false,
+                       .out_signed = true,
+                       .geometry = g,
+                       .count_include_pad = true,
+                       .divisor = 0,
+                       .scale_ratio = 0.7f,
+                       .q_zero_point = 9,
+                       .out_zero_point = -3,
+                       .qmin = -128,
+                       .qmax = 127};
+      check(avg_pool, mean);
+      mean.geometry.adaptive = true;
+      check(avg_pool, mean);
+    }
+  });
+}
+
 // to_float and from_float are inverse on every 16-bit code and round to nearest even between them.
 void sixteen_bit_floats_round_trip() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
@@ -248,6 +308,7 @@ int main() {
     binary_equals_scalar(rng);
     pools_equal_scalar(rng);
     pool_drivers_stay_inside(rng);
+    pools_of_slices_are_those_of_dense_tensors(rng);
   });
   // Every lookup kernel, also those that a better one hides.
   const CpuFeatures features = cpu_features_supported();

@@ -247,8 +247,13 @@ def test_configuration_file(tmp_path):
     ("config", "message"),
     [
         ({"default": {}}, r"config\.default: unknown key; did you mean 'defaults'"),
-        ({"defaults": {"ops": {"is_symmetric": "yes"}}}, r"config\.defaults\.is_symmetric: must be"),
-        ({"op_type": {"Convv": {}}}, r"config\.op_type\.Convv: unknown operation; did you mean 'Conv'"),
+        ({"defaults": {"ops": {"is_symmetric": "yes"}}}, r"config\.defaults\.ops\.is_symmetric: must be"),
+        (
+            {"defaults": {"ops": {"is_output_quantised": True}}},
+            r"config\.defaults\.ops\.is_output_quantised: unknown",
+        ),
+        ({"defaults": {"unsigned_symmetric": "True"}}, r"config\.defaults\.unsigned_symmetric: AIMET has no such"),
+        ({"op_type": {"Convv": {}}}, r"config\.op_type\.Convv: unknown key; did you mean 'Conv'"),
         ({"supergroups": [{"op_list": ["Conv", "Rel"]}]}, r"config\.supergroups\[0\]\.op_list.*'Relu'"),
         ({"params": {"bias": {"is_quantized": "maybe"}}}, r"config\.params\.bias\.is_quantized"),
         ({"params": {"bais": {"is_quantized": True}}}, r"config\.params\.bais: unknown key; did you mean 'bias'"),
@@ -257,7 +262,7 @@ def test_configuration_file(tmp_path):
             {"op_type": {"Conv": {"params": {"weight": {"is_quantised": True}}}}},
             r"params\.weight\.is_quantised: unknown",
         ),
-        ({"op_type": []}, r"config\.op_type: must be an object, got \[\]"),
+        ({"op_type": []}, r"config\.op_type: must be a dict, got \[\]"),
         ({"supergroups": [{"op_lst": ["Conv"]}]}, r"config\.supergroups\[0\]\.op_lst: unknown key; did you mean"),
         ({"supergroups": [{"op_list": "Conv"}]}, r"supergroups\[0\]\.op_list: must be a list of strings, got 'Conv'"),
         ([1], r'config_file must be "default", a JSON file or a dict, got \[1\]'),
@@ -400,6 +405,20 @@ def test_unknown_names_in_encodings_are_errors_with_close_matches():
         sim.load_encodings({"param_encodings": {"conv2.weight": content["param_encodings"]["conv3.weight"]}})
 
 
+def row(**changed):
+    usual = {"bitwidth": 8, "scale": 0.1, "offset": -128, "is_symmetric": "True", "min": -12.8, "max": 12.7}
+    return usual | {"dtype": "int"} | changed
+
+
+def row_with(**changed):
+    return {"param_encodings": {"conv1.weight": [row(**changed)]}}
+
+
+def per_channel(scale, offset):
+    entry = {"name": "conv1.weight", "bw": 8, "is_sym": True, "dtype": "INT", "enc_type": "PER_CHANNEL"}
+    return {"param_encodings": [entry | {"scale": scale, "offset": offset}]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -407,12 +426,50 @@ def test_unknown_names_in_encodings_are_errors_with_close_matches():
         ({"param_encodings": {"conv1.weight": [{"bitwidth": 8}]}}, "without 'scale', got"),
         ({"param_encodings": [{"name": "conv1.weight", "bw": 8}]}, r"param_encodings\[0\]: encoding without 'is_sym'"),
         ({"encodings": [{"output_dtype": "int8", "y_scale": 0.1}]}, r"encodings\[0\]: encoding without 'name'"),
-        ({"encoding": []}, r"no encodings, only the keys \['encoding'\]"),
+        ({"encoding": []}, r"encodings\.encoding: unknown key; did you mean 'encodings'"),
+        ({"param_encoding": {}, "activation_encodings": {}}, r"param_encoding: unknown key; did you mean 'param_enc"),
+        ({"version": "1.0.0"}, r"none of .*, only the keys \['version'\]"),
+        ([1], r"encodings: must be a dict, got \[1\]"),
+        ({"param_encodings": None}, "param_encodings: must be a dict or a list, got None"),
+        (row_with(scale=0.0), r"param_encodings\.conv1\.weight: scale must be positive, finite and normal, got 0\.0"),
+        (row_with(scale=float("nan")), r"conv1\.weight: scale must be positive, finite and normal, got nan"),
+        (row_with(offset=5), r"conv1\.weight: zero must be one of the 256 codes, got code -5"),
+        (row_with(bitwidth="eight"), r"conv1\.weight: bitwidth, scale and offset must be numbers"),
+        (row_with(bitwidth=16), r"conv1\.weight: from min to max there are 256 codes, in bitwidth 16 65536"),
+        (per_channel([0.1, 0.2], [-128]), r"param_encodings\[0\]: must have as many offsets as scales"),
+        (per_channel([0.1] * 3, [-128] * 3), r"conv1\.weight: 3 encodings for 8 channels"),
+        (
+            {"encodings": [{"name": "conv1.weight", "output_dtype": "int8", "y_scale": [0.1], "y_zero_point": [1, 2]}]},
+            r"encodings\[0\]: must have as many offsets as scales",
+        ),
+        (
+            {"activation_encodings": {"t.1": [row()]}, "param_encodings": {}},
+            r"activation_encodings\.t\.1: the model has no such tensor.*_torch\.encodings",
+        ),
     ],
 )
-def test_incomplete_encodings_are_errors_that_say_what_is_missing(content, message):
+def test_wrong_encodings_are_errors_that_say_where_and_what(content, message):
     with pytest.raises(InvalidArgument, match=message):
         calibrated().load_encodings(content)
+
+
+def test_what_is_no_json_or_has_no_integers_is_refused_by_name(tmp_path):
+    (tmp_path / "net.encodings").write_text("{")
+    with pytest.raises(InvalidArgument, match=r"net\.encodings'?: must be a JSON file: Expecting"):
+        calibrated().load_encodings(tmp_path / "net.encodings")
+    with pytest.raises(InvalidArgument, match=r"net\.encodings'?: must be a JSON file: Expecting"):
+        calibrated(config_file=tmp_path / "net.encodings")
+    with pytest.raises(InvalidArgument, match=r"nowhere'?: must be a JSON file: .*No such file"):
+        calibrated().set_and_freeze_param_encodings(str(tmp_path / "nowhere"))
+    with pytest.raises(Unsupported, match=r"param_encodings\.conv1\.weight: dtype 'float' has no integer layers"):
+        calibrated().load_encodings({"param_encodings": {"conv1.weight": [{"bitwidth": 16, "dtype": "float"}]}})
+
+
+def test_schemes_may_be_given_by_name_or_as_an_enum():
+    scheme = aimet.QuantScheme.post_training_tf_enhanced
+    by_name, by_enum = (calibrated(quant_scheme=given) for given in ("tf_enhanced", scheme))
+    assert by_enum.grids() == by_name.grids()
+    assert by_enum.grids() != calibrated().grids()
 
 
 def test_a_file_that_covers_a_part_leaves_the_rest_alone_or_takes_it_out():
@@ -433,7 +490,7 @@ def test_frozen_encodings_stay():
     sim = calibrated()
     content = {"param_encodings": copy.deepcopy(sim.module_encodings()["param_encodings"])}
     for row in content["param_encodings"]["conv1.weight"]:
-        row["scale"] *= 2
+        row |= {key: 2 * row[key] for key in ("scale", "min", "max")}
     sim.set_and_freeze_param_encodings(content)
     expected = sim.encodings()["param_encodings"]
     with aimet.nn.compute_encodings(sim.model):

@@ -348,6 +348,25 @@ def test_a_quantizer_of_ones_own_takes_a_range_or_watches_its_own_data():
     assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
 
 
+@pytest.mark.parametrize("ends", [(-8, 7), (-7, 7), (0, 15), (-128, 127)])
+def test_a_quantizer_may_be_given_by_its_codes(ends):
+    from qkernels.frontends.aimet.quantization.affine import QuantizeDequantize
+
+    quantizer = QuantizeDequantize((), qmin=ends[0], qmax=ends[1], symmetric=ends[0] < 0)
+    assert (quantizer.spec.qmin, quantizer.spec.qmax) == ends
+    assert quantizer.bitwidth == (8 if ends[1] > 15 else 4)
+
+
+def test_what_a_quantizer_cannot_be_is_refused():
+    new = aimet.QuantizeDequantize
+    with pytest.raises(Unsupported, match="no bitwidth has the codes from -7 to 6"):
+        new((), qmin=-7, qmax=6, symmetric=True)
+    with pytest.raises(Unsupported, match="from -1 to 15"):
+        new((), qmin=-1, qmax=15, symmetric=False)
+    with pytest.raises(Unsupported, match="block_size has no counterpart"):
+        new((8, 1, 1, 1), 4, True, block_size=(1, 1, 3, 3))
+
+
 def test_bits_and_symmetry_of_a_quantizer_may_be_set():
     sim = calibrated()
     weight, output = sim.model.conv1.param_quantizers["weight"], sim.model.module_relu.output_quantizers[0]

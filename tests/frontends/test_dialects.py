@@ -13,7 +13,7 @@ import qkernels.frontends.aimet as aimet
 import qkernels.frontends.nni as nni
 from qkernels.core.grids import Grid, from_json, prepare_grids, to_json
 from qkernels.core.recipe import Recipe, TensorRecipe, make_recipe
-from qkernels.errors import Unsupported
+from qkernels.errors import InvalidArgument, Unsupported
 from qkernels.frontends import torch_ao
 
 EPS = torch.finfo(torch.float32).eps
@@ -216,6 +216,37 @@ def test_every_kind_of_grid_goes_through_every_form(form, grid):
 
 def rest(grid):
     return grid.codes, grid.symmetric
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (Grid((0.0,), (-128,), 256), "conv1.weight: scale must be positive, finite and normal, got 0.0"),
+        (Grid((float("inf"),), (-128,), 256), "got inf"),
+        (Grid((0.1,), (-256,), 256), "zero must be one of the 256 codes, got code 256"),
+        (Grid((0.1, 0.2), (-128,), 256, per_channel=True), "2 scales and 1 offsets or zero points"),
+    ],
+)
+def test_a_table_whose_numbers_are_no_grid_is_refused_with_its_place(grid, message):
+    with pytest.raises(InvalidArgument, match=message):
+        from_json(to_json({"conv1": {"weight": grid}}))
+
+
+def test_tables_of_every_dialect_say_where_a_number_is_wrong():
+    grids = {"conv1": {"weight": Grid((0.1,), (-128,), 256, symmetric=True)}}
+    table = torch_ao.qparams.write(grids)
+    table["conv1"]["weight"]["scale"] = torch.tensor([-1.0])
+    with pytest.raises(InvalidArgument, match=r"conv1\.weight: scale must be positive"):
+        torch_ao.qparams.read(table)
+    del table["conv1"]["weight"]["quant_min"]
+    with pytest.raises(InvalidArgument, match=r"conv1\.weight\.quant_min: missing; there are"):
+        torch_ao.qparams.read(table)
+    config = nni.calibration.write(grids, network())
+    config["conv1"]["weight"]["zero_point"] = torch.tensor(300.0)
+    with pytest.raises(InvalidArgument, match=r"calibration_config\.conv1\.weight: zero must be one of the 256 codes"):
+        nni.calibration.read(config)
+    with pytest.raises(InvalidArgument, match=r"no module 'conv9'; did you mean 'conv\d'"):
+        prepare_grids(network(), batches()[0], {"conv9": grids["conv1"]})
 
 
 def test_forms_without_blocks_refuse_them():

@@ -203,6 +203,16 @@ def test_the_wrong_order_is_refused():
         quantizer_of(Net(), [entry()]).convert(torch.randn(1, 1, 16, 16))
     with pytest.raises(Unsupported, match="TorchEvaluator"):
         nni.LightningEvaluator()
+    evaluator = nni.TorchEvaluator(lambda *_: None, torch.optim.SGD(Net().parameters(), lr=0.1), None)
+    with pytest.raises(InvalidArgument, match="the optimizer has no Parameter of the model"):
+        nni.QATQuantizer(Net(), [entry()], evaluator).compress(None, 1)
+    with pytest.raises(Unsupported, match=r'is_bias_correction: take qkernels.prepare\(..., corrections="bias"\)'):
+        nni.PtqQuantizer(Net(), [entry()], evaluator, is_bias_correction=True)
+
+
+def test_a_norm_for_another_number_of_channels_is_refused():
+    with pytest.raises(InvalidArgument, match="conv2: bn1 is for 4 channels, the layer has 6"):
+        quantizer_of(Net(), [entry(fuse_names=[("conv2", "bn1")])])
 
 
 # ---- the original ----------------------------------------------------------------------------------------------------
@@ -270,6 +280,14 @@ def test_the_corrected_original_gives_the_same(original, name, monkeypatch):
         if not found:
             break
     assert not found
+
+
+def test_few_runs_part_from_the_original(original, monkeypatch):
+    """That one of four seeds agrees could hide a fault that shows in some runs only."""
+    monkeypatch.setattr(nni.DoReFaQuantizer, "rounds_gradients", False)
+    runs = [(name, seed) for name in CASES for seed in SEEDS]
+    parted = [pair for pair in runs if differing(run(nni, *pair), original["corrected"][pair[1]][pair[0]])]
+    assert len(parted) <= len(runs) // 10, parted
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - BEGINS_ELSEWHERE - RANDOM_GRADIENTS - BIAS_TWICE - FINE))

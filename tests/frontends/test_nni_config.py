@@ -11,6 +11,7 @@ from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.nni.config import Setting, parse
 
 INT8, INT4, UINT8 = Setting(8, True, "affine"), Setting(4, True, "affine"), Setting(8, False, "affine")
+OLD = {"quant_dtype": None, "target_names": None, "quant_types": ["weight"], "quant_bits": {"weight": 8}}
 WHOLE_4D, ROWS = Setting(8, True, "symmetric", rank=4), Setting(8, True, "symmetric", per_channel=True)
 EACH, COLUMNS = replace(ROWS, block=(1, 1, 1, 1)), replace(ROWS, block=(-1, 1, 0))
 CHANNELS = Setting(8, True, "affine", True, (-1, 1, 0))
@@ -119,8 +120,21 @@ def test_keys_of_2_are_taken():
         ({"target_names": "weight"}, InvalidArgument, "target_names: must be a list of strings, got 'weight'"),
         ({"target_settings": {"wieght": {"quant_dtype": "int8"}}}, InvalidArgument,
          r"target_settings: unknown target 'wieght'"),
-        ({"fuse_names": "conv1"}, InvalidArgument, r"fuse_names: must be \(layer, norm\)"),
-        ({"quant_types": ["weight"], "quant_bits": {"wieght": 8}}, InvalidArgument,
+        ({"fuse_names": "conv1"}, InvalidArgument, r"fuse_names: must be a list of tuples of names, got 'conv1'"),
+        ({"fuse_names": ["conv1"]}, InvalidArgument, r"fuse_names\[0\]: must be \(layer, norm\)"),
+        ({"fuse_names": [("conv1", "bn1"), ("conv1", "bn1", "relu1")]}, InvalidArgument,
+         r"fuse_names\[1\]: conv1 is fused with \('bn1', None\) already"),
+        ({"target_settings": weight(granularity=([2], "front", "all"))}, InvalidArgument, "granularity: must be sizes"),
+        ({"target_settings": weight(granularity=([2], "front", 1, 1))}, InvalidArgument, "granularity: must be sizes"),
+        ({"target_settings": weight(granularity=[])}, InvalidArgument, "granularity: must be sizes"),
+        ({"target_settings": {"weight": {"quant_dtype": "int8"}}, "quant_scheme": "odd"}, InvalidArgument,
+         r"config_list\[0\]\.quant_scheme: must be one of"),
+        ({"quant_dtype": ""}, InvalidArgument, r"config_list\[0\]\.quant_dtype: must be None, int"),
+        ({"quant_bits": 4}, InvalidArgument, r"config_list\[0\]: quant_types and quant_bits belong together"),
+        ({"quant_types": ["weight"], "quant_bits": 4}, InvalidArgument, r"\[0\]\.quant_dtype: not with quant_types"),
+        ({**OLD, "quant_types": ["weight", "input"]}, InvalidArgument, r"\.quant_bits: must be from 2 to 21 for input"),
+        ({**OLD, "quant_bits": 40}, InvalidArgument, r"config_list\[0\]\.quant_bits: must be from 2 to 21 for weight"),
+        ({**OLD, "quant_bits": {"wieght": 8}}, InvalidArgument,
          "quant_bits.wieght: unknown key; did you mean 'weight'"),
         ({"exclude": "yes"}, InvalidArgument, r"exclude: must be one of \[True, False\], got 'yes'"),
         ({"exclude": True}, InvalidArgument, "config_list: no module is left to quantize"),

@@ -132,7 +132,7 @@ def test_naive_needs_nothing_but_a_model():
 def test_observer_freezes_at_compress():
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(8, 1, 16, 16)
-    quantizer = nni_v2.ObserverQuantizer(model, EVERYTHING)
+    quantizer = nni_v2.ObserverQuantizer(model, EVERYTHING[:1])
     expected = Net()
     expected.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(model(x), expected.eval()(x))  # nothing is rounded before compress
@@ -185,6 +185,36 @@ def test_a_wrong_config_list_of_2_is_refused(change, error, message):
     config = [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"], **change}]
     with pytest.raises(error, match=message):
         nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(Net().parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "error", "message"),
+    [
+        (
+            "NaiveQuantizer",
+            {"quant_scheme": "per_channel_symmetric"},
+            InvalidArgument,
+            r"\.quant_scheme: unknown key",
+        ),
+        ("DoReFaQuantizer", {"quant_dtype": "int"}, InvalidArgument, r"config_list\[0\]\.quant_dtype: unknown key"),
+        ("BNNQuantizer", {"quant_scheme": "per_tensor_affine"}, InvalidArgument, "quant_scheme: unknown key"),
+        ("ObserverQuantizer", {"quant_dtype": "uint"}, InvalidArgument, "quant_dtype: unknown key"),
+        ("ObserverQuantizer", {"quant_bits": 4}, Unsupported, r"config_list\[0\]\.quant_bits\.weight: .* 8 bits only"),
+        ("QAT_Quantizer", {"quant_bits": 1}, Unsupported, r"config_list\[0\]\.quant_bits\.weight: 1: use BNNQuantizer"),
+        ("LsqQuantizer", {"quant_bits": {"weight": 1}}, Unsupported, "weight: 1: use BNNQuantizer"),
+    ],
+)
+def test_what_a_quantizer_of_2_does_not_leave_open_is_no_key(kind, change, error, message):
+    model = Net().eval()
+    config = [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"], **change}]
+    with pytest.raises(error, match=message):
+        getattr(nni_v2, kind)(model, config, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    quantizer = nni_v2.QAT_Quantizer(Net(), EVERYTHING, torch.optim.SGD(Net().parameters(), lr=0.1))
+    with pytest.raises(InvalidArgument, match="the optimizer has no Parameter of the model"):
+        quantizer.compress()
 
 
 # ---- the original ----------------------------------------------------------------------------------------------------

@@ -151,6 +151,31 @@ def test_the_bits_do_not_depend_on_instruction_sets_and_threads(shape):
         torch.set_num_threads(before)
 
 
+class Stopped(torch.autograd.Function):
+    """Has a place in the graph, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_where_no_gradient_arrives_none_is_made():
+    x, _, weight, bias = case((2, 16, 9, 7))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    grid = torch.tensor([0.05]), torch.tensor([128], dtype=torch.int32), 0, 255
+    y, codes = ops.batch_norm_fake_quant(
+        x, weight, bias, statistics(x.detach(), weight.detach(), bias.detach())[0], *grid, code_dtype=torch.uint8
+    )
+    z, _ = ops.fake_quant_codes(x, *grid, torch.uint8)
+    assert not codes.requires_grad
+    (Stopped.apply(y) + Stopped.apply(z)).backward()
+    assert all(t.grad is None for t in leaves)
+
+
 def test_gradients_of_another_layout_and_expanded_ones():
     x, grad, weight, bias = case((2, 16, 9, 7))
     found, _ = statistics(x, weight, bias)

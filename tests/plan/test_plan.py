@@ -165,33 +165,6 @@ def test_print_shows_steps_shapes_kernels_and_arena(resnet):
     assert "igemm" in text
 
 
-def test_convolutions_write_into_a_concatenation_that_alone_reads_them():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.one, self.three = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 1), nn.Conv2d(8, 40, 3, padding=1)
-            self.shared, self.up = nn.Conv2d(8, 5, 1), nn.ConvTranspose2d(8, 16, 3, 1, 1)
-            self.again, self.last = nn.Conv2d(5, 2, 1), nn.Conv2d(85, 4, 1)
-
-        def forward(self, x):
-            x = F.relu(self.first(x))
-            shared = self.shared(x)
-            parts = [F.relu(self.one(x)), shared, F.relu(self.three(x)), self.up(x)]
-            return self.last(torch.cat(parts, 1)), self.again(shared)
-
-    images = torch.randn(2, 3, 20, 12)
-    int8 = converted(Branches(), images)
-    plan = qkernels.compile(int8, images)
-    assert_same_bits(plan, int8, [images])
-    assert_same_bits(plan, int8, [torch.randn(3, 3, 9, 31)])
-    steps = {(step["kind"], step["name"]): step["output"] for step in plan.describe(images)["steps"]}
-    for name, channels in (("one", 24), ("three", 40), ("up", 16)):
-        assert steps["conv", name] == f"uint8 [2, {channels}, 20, 12] in cat"
-    # What something else reads too is copied, and nothing else.
-    assert steps["conv", "shared"] == "uint8 [2, 5, 20, 12]"
-    assert [output for (kind, _), output in steps.items() if kind == "cat"] == ["uint8 [2, 5, 20, 12]"]
-
-
 def test_profile_lists_every_step_and_is_drawn(resnet, tmp_path):
     pytest.importorskip("matplotlib")
     plan, _, example, _ = resnet

@@ -18,9 +18,10 @@ from qkernels.frontends.aimet import (
     quantsim,
 )
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize
-from qkernels.frontends.aimet.quantsim import QuantizationSimModel
+from qkernels.frontends.aimet.quantsim import QuantizationSimModel, QuantScheme
 
 __all__ = [
+    "QuantScheme",
     "QuantizationSimModel",
     "QuantizeDequantize",
     "adaround_weight",

@@ -1,6 +1,5 @@
 """The quantsim configuration: a JSON file or dict that says what is quantized by default and by ONNX operation."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from qkernels.core import operations as o
-from qkernels.errors import InvalidArgument, close_matches
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.aimet import model_preparer as functions
-from qkernels.frontends.common import check_words
+from qkernels.frontends.common import check_keys, check_words, from_json
 
 DEFAULT: dict[str, Any] = {
     "defaults": {
@@ -33,6 +32,8 @@ DEFAULT: dict[str, Any] = {
     "model_output": {},
 }
 FLAGS = ("is_quantized", "is_symmetric")
+OP_FLAGS = ("is_output_quantized", "is_input_quantized", "is_symmetric")
+OP_KEYS = (*OP_FLAGS, "params", "per_channel_quantization", "supported_kernels")
 PARAMS = ("weight", "bias", "running_mean", "running_var")
 OP_TYPES: dict[str, tuple[type, ...]] = {
     "Conv": o.CONVS[:3],
@@ -98,9 +99,6 @@ class Config:
     input_quantized: bool = False
     output_quantized: bool | None = None
 
-    def is_strict(self, symmetric: bool) -> bool:
-        return symmetric and self.strict_symmetric
-
     def of(self, module: nn.Module) -> Tensors:
         return self.by_type.get(op_type(module), self.defaults)
 
@@ -113,43 +111,32 @@ def read_config(source: "str | Path | Mapping[str, Any] | None") -> Config:
     """
     if source is None or source == "default":
         return _parse(DEFAULT)
-    if isinstance(source, Mapping):
-        return _parse(source)
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, Mapping) and not (isinstance(source, (str, Path)) and Path(source).is_file()):
         raise InvalidArgument(f'config_file must be "default", a JSON file or a dict, got {source!r}')
-    path = Path(source)
-    if not path.is_file():
-        raise InvalidArgument(f'config_file must be "default", a JSON file or a dict, got {source!r}')
-    return _parse(json.loads(path.read_text()))
+    return _parse(from_json(source))
 
 
 def _parse(config: Mapping[str, Any]) -> Config:
-    top = "defaults params op_type supergroups supergroup_pass_list model_input model_output"
-    _known(config, top, "config")
+    check_keys(config, (*DEFAULT, "supergroup_pass_list"), "config")
     defaults = config.get("defaults", {})
-    _known(
-        defaults,
-        "ops params strict_symmetric unsigned_symmetric per_channel_quantization supported_kernels hw_version",
-        "config.defaults",
+    check_keys(
+        defaults, (*DEFAULT["defaults"], "unsigned_symmetric", "supported_kernels", "hw_version"), "config.defaults"
     )
-    base = _tensors(Tensors(), defaults, "config.defaults")
+    if _bool(defaults, "unsigned_symmetric", False, "config.defaults"):
+        raise Unsupported("config.defaults.unsigned_symmetric: AIMET has no such grids since 2.0; leave it out")
+    check_keys(defaults.get("ops", {}), OP_FLAGS, "config.defaults.ops")
+    base = _tensors(Tensors(), defaults, "config.defaults", ".ops")
     base = replace(base, bias_quantized=base.params_quantized, bias_symmetric=base.params_symmetric)
     base = _named_params(base, config.get("params", {}), "config.params")
     by_type = {}
-    _known(config.get("op_type", {}), "", "config.op_type", any_key=True)
+    check_keys(config.get("op_type", {}), OP_TYPES, "config.op_type")
     for name, values in config.get("op_type", {}).items():
         where = f"config.op_type.{name}"
-        if name not in OP_TYPES:
-            raise InvalidArgument(f"{where}: unknown operation{close_matches(name, OP_TYPES)}")
-        _known(
-            values,
-            "is_output_quantized is_input_quantized is_symmetric params per_channel_quantization supported_kernels",
-            where,
-        )
+        check_keys(values, OP_KEYS, where)
         by_type[name] = _tensors(base, {**values, "ops": values}, where)
     groups = []
     for i, group in enumerate(config.get("supergroups", ())):
-        _known(group, "op_list", f"config.supergroups[{i}]")
+        check_keys(group, ["op_list"], f"config.supergroups[{i}]")
         check_words(group.get("op_list"), f"config.supergroups[{i}].op_list")
         for name in group["op_list"]:
             if name not in OP_TYPES:
@@ -157,8 +144,8 @@ def _parse(config: Mapping[str, Any]) -> Config:
                 raise InvalidArgument(f"{where}: unknown operation {name!r}{close_matches(name, OP_TYPES)}")
         groups.append(tuple(group["op_list"]))
     inputs, outputs = config.get("model_input", {}), config.get("model_output", {})
-    _known(inputs, "is_input_quantized", "config.model_input")
-    _known(outputs, "is_output_quantized", "config.model_output")
+    check_keys(inputs, ["is_input_quantized"], "config.model_input")
+    check_keys(outputs, ["is_output_quantized"], "config.model_output")
     output = _bool(outputs, "is_output_quantized", False, "config.model_output") if outputs else None
     return Config(
         base,
@@ -170,17 +157,15 @@ def _parse(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _tensors(base: Tensors, values: Mapping[str, Any], where: str) -> Tensors:
+def _tensors(base: Tensors, values: Mapping[str, Any], where: str, ops_at: str = "") -> Tensors:
     ops, params = values.get("ops", {}), values.get("params", {})
-    _known(params, f"{' '.join(FLAGS)} {' '.join(PARAMS)}", f"{where}.params")
+    check_keys(params, (*FLAGS, *PARAMS), f"{where}.params")
     base = _named_params(base, {k: v for k, v in params.items() if k not in FLAGS}, f"{where}.params")
     params = {k: v for k, v in params.items() if k in FLAGS}
     per_channel = _bool(values, "per_channel_quantization", base.per_channel, where)
     return replace(
         base,
-        is_output_quantized=_bool(ops, "is_output_quantized", base.is_output_quantized, where),
-        is_input_quantized=_bool(ops, "is_input_quantized", base.is_input_quantized, where),
-        is_symmetric=_bool(ops, "is_symmetric", base.is_symmetric, where),
+        **{flag: _bool(ops, flag, getattr(base, flag), where + ops_at) for flag in OP_FLAGS},
         params_quantized=_bool(params, "is_quantized", base.params_quantized, f"{where}.params"),
         params_symmetric=_bool(params, "is_symmetric", base.params_symmetric, f"{where}.params"),
         per_channel=per_channel,
@@ -189,10 +174,10 @@ def _tensors(base: Tensors, values: Mapping[str, Any], where: str) -> Tensors:
 
 def _named_params(base: Tensors, params: Mapping[str, Any], where: str) -> Tensors:
     """`base` with what is said for parameters by their names."""
-    _known(params, " ".join(PARAMS), where)
+    check_keys(params, PARAMS, where)
     for name, values in params.items():
         here = f"{where}.{name}"
-        _known(values, " ".join(FLAGS), here)
+        check_keys(values, FLAGS, here)
         prefix = {"weight": "params", "bias": "bias"}.get(name, "params")
         said = {
             f"{prefix}_{flag[3:]}": _bool(values, flag, getattr(base, f"{prefix}_{flag[3:]}"), here) for flag in FLAGS
@@ -200,14 +185,6 @@ def _named_params(base: Tensors, params: Mapping[str, Any], where: str) -> Tenso
         if name in ("weight", "bias"):  # statistics are never rounded
             base = replace(base, **said)
     return base
-
-
-def _known(values: Mapping[str, Any], keys: str, where: str, any_key: bool = False) -> None:
-    if not isinstance(values, Mapping):
-        raise InvalidArgument(f"{where}: must be an object, got {values!r}")
-    for key in values if not any_key else ():
-        if key not in keys.split():
-            raise InvalidArgument(f"{where}.{key}: unknown key{close_matches(key, keys.split())}")
 
 
 def _bool(values: Mapping[str, Any], key: str, default: bool, where: str) -> bool:

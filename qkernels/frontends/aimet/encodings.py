@@ -7,16 +7,18 @@ scale and offset of one or of each channel; in 0.6.1 also the ends `min` and `ma
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qkernels.core.attach import OUTPUT, PARAMETERS
 from qkernels.core.grids import Grid, Grids
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
-from qkernels.frontends.common import check_one_of
+from qkernels.frontends.common import check_keys, check_one_of
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 TABLES = ("activation_encodings", "param_encodings")
 LIST = "encodings"  # of 2.0.0
+HEADER = ("version", "producer", "excluded_layers", "quantizer_args")
 
 
 def rows_of(grid: Grid) -> list[dict[str, Any]]:
@@ -93,6 +95,9 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
         strict: a name that fits none of them is an error.
     """
     found: Grids = {}
+    check_keys(encodings, (*TABLES, LIST, *HEADER), "encodings")
+    if not encodings.keys() & {*TABLES, LIST}:
+        raise InvalidArgument(f"encodings: none of {[*TABLES, LIST]}, only the keys {sorted(encodings)}")
     if LIST in encodings:
         encodings = _in_tables(encodings[LIST])
     entries = [*_activations(encodings.get(TABLES[0], {}), paths), *_parameters(encodings.get(TABLES[1], {}))]
@@ -102,7 +107,10 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
         elif strict:
             known = [f"{p}.{key}" if key in PARAMETERS else p for p in paths]
             named = f"{path}.{key}" if key in PARAMETERS else path
-            raise InvalidArgument(f"{where}: the model has no such tensor{close_matches(named, known)}")
+            hint = close_matches(named, known)
+            if where == f"{TABLES[0]}.{path}":
+                hint += "; tensors that only ONNX has names for are in <prefix>_torch.encodings by their module"
+            raise InvalidArgument(f"{where}: the model has no such tensor{hint}")
     return found
 
 
@@ -120,6 +128,7 @@ def _in_tables(entries: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
         scale = scale if wide else [scale]
         zero_point = entry.get("y_zero_point", 0)
         zero_point = zero_point if isinstance(zero_point, list) else [zero_point] * len(scale)
+        _same_length(scale, zero_point, where)
         symmetric, lowest = not dtype[1] and not any(zero_point), 0 if dtype[1] else -(2 ** (bits - 1))
         common = {"bitwidth": bits, "is_symmetric": str(symmetric), "enc_type": "PER_CHANNEL" if wide else "PER_TENSOR"}
         name = entry["name"]
@@ -132,7 +141,7 @@ def _parameters(table: Any) -> Iterator[tuple[str, str, str, list]]:
     for name, rows in _by_name(table, TABLES[1]).items():
         path, _, key = name.rpartition(".")
         if key not in PARAMETERS:
-            raise Unsupported(f"{TABLES[1]}.{name}: only weights and biases have grids; leave it out")
+            raise Unsupported(f"{TABLES[1]}.{name}: only 'weight' and 'bias' have grids; leave it out")
         yield f"{TABLES[1]}.{name}", path, key, rows
 
 
@@ -166,16 +175,24 @@ def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:
     """Encodings by tensor name in the form of 0.6.1, from either form."""
     if isinstance(table, Mapping):
         return {name: [rows] if isinstance(rows, Mapping) else list(rows) for name, rows in table.items()}
+    if not isinstance(table, list):
+        raise InvalidArgument(f"{where}: must be a dict or a list, got {table!r}")
     found = {}
     for i, entry in enumerate(table):
         _needs(entry, ("name", "bw", "is_sym", "scale", "offset"), f"{where}[{i}]")
         kind = entry.get("enc_type", "PER_TENSOR")
         if entry.get("dtype", "INT") != "INT" or kind not in ("PER_TENSOR", "PER_CHANNEL"):
             raise Unsupported(f"{where}[{i}]: dtype {entry.get('dtype')}, enc_type {kind} has no integer layers here")
+        _same_length(entry["scale"], entry["offset"], f"{where}[{i}]")
         common = {"bitwidth": entry["bw"], "is_symmetric": str(entry["is_sym"]), "enc_type": kind}
         pairs = zip(entry["scale"], entry["offset"], strict=True)
         found[entry["name"]] = [{**common, "scale": scale, "offset": offset} for scale, offset in pairs]
     return found
+
+
+def _same_length(scale: Any, offset: Any, where: str) -> None:
+    if not isinstance(scale, list) or not isinstance(offset, list) or len(scale) != len(offset):
+        raise InvalidArgument(f"{where}: must have as many offsets as scales, got {scale!r:.200} and {offset!r:.200}")
 
 
 def _needs(entry: Any, keys: Collection[str], where: str) -> None:
@@ -188,15 +205,23 @@ def _needs(entry: Any, keys: Collection[str], where: str) -> None:
 def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
     """The grid of the encodings of one tensor."""
     first = rows[0] if rows else {}
+    if isinstance(first, Mapping) and str(first.get("dtype", "int")).lower() != "int":
+        raise Unsupported(f"{where}: dtype {first['dtype']!r} has no integer layers")
     for row in rows or [first]:
         _needs(row, ("bitwidth", "scale", "offset", "is_symmetric"), where)
-    if first.get("dtype", "int").lower() != "int":
-        raise Unsupported(f"{where}: dtype {first['dtype']!r} has no integer layers")
-    bits, symmetric = int(first["bitwidth"]), str(first["is_symmetric"]) == "True"
-    scale, offset = tuple(float(row["scale"]) for row in rows), tuple(int(row["offset"]) for row in rows)
+    try:
+        bits, symmetric = int(first["bitwidth"]), str(first["is_symmetric"]) == "True"
+        scale, offset = tuple(float(row["scale"]) for row in rows), tuple(int(row["offset"]) for row in rows)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"{where}: bitwidth, scale and offset must be numbers, got {first!r}") from None
     codes = 2**bits
+    grid = Grid(scale, offset, codes, symmetric, first.get("enc_type", "") == "PER_CHANNEL" or len(rows) > 1)
+    grid.checked(where)
     if symmetric and all(o == 1 - codes // 2 for o in offset):
-        codes -= 1  # as many on both sides
-    elif "max" in first and "min" in first:
-        codes = min(codes, round((first["max"] - first["min"]) / first["scale"]) + 1)
-    return Grid(scale, offset, codes, symmetric, first.get("enc_type", "") == "PER_CHANNEL" or len(rows) > 1)
+        return replace(grid, codes=codes - 1)  # as many on both sides
+    if "max" in first and "min" in first:
+        said = round((first["max"] - first["min"]) / first["scale"]) + 1
+        if said not in (codes, codes - 1):
+            raise InvalidArgument(f"{where}: from min to max there are {said} codes, in bitwidth {bits} {codes}")
+        return replace(grid, codes=said)
+    return grid

@@ -31,18 +31,28 @@ def tensor_recipe(
     if not isinstance(bitwidth, int) or not 2 <= bitwidth <= MAX_BITS:
         raise Unsupported(f"bitwidth must be from 2 to {MAX_BITS}, got {bitwidth!r}; more than 8 are only simulated")
     spec = QSpec.weight(bitwidth) if signed else QSpec.activation(bitwidth)
-    lowest = -(2 ** (bitwidth - 1)) if signed else 0
-    qmin = lowest + 1 if strict else lowest
-    spec = QSpec(
-        spec.dtype, qmin, spec.qmax, symmetric, axis is not None, axis or 0, MIN_SCALE, symmetric and not strict
-    )
+    ends = ends_of(bitwidth, signed, strict)
+    spec = QSpec(spec.dtype, *ends, symmetric, axis is not None, axis or 0, MIN_SCALE, symmetric and not strict)
     return TensorRecipe(spec, observer, options, rule="range")
 
 
+def ends_of(bitwidth: int, signed: bool, strict: bool) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    lowest = -(2 ** (bitwidth - 1)) if signed else 0
+    return lowest + strict, lowest + 2**bitwidth - 1
+
+
 class QuantizeDequantize(Quantizer):
-    """Rounds to a grid whose ends `min` and `max` are trained."""
+    """Rounds to a grid whose ends `min` and `max` are trained. `qmin` and `qmax` say bits and `signed` as well."""
 
     def __init__(self, shape: Sequence[int], bitwidth: int = 8, symmetric: bool = False, signed: bool = False, **how):
+        if "qmin" in how and "qmax" in how:
+            qmin, qmax = how.pop("qmin"), how.pop("qmax")
+            bitwidth, signed, how["strict"] = (qmax - qmin).bit_length(), qmin < 0, qmin == -qmax
+            if (qmin, qmax) != ends_of(bitwidth, signed, how["strict"]):
+                raise Unsupported(f"QuantizeDequantize: no bitwidth has the codes from {qmin} to {qmax}")
+        for name in how.keys() - {"axis", "strict", "observer", "options"}:
+            raise Unsupported(f"QuantizeDequantize: {name} has no counterpart")
         wide = [i for i, n in enumerate(shape) if n != 1]
         if len(wide) > 1:
             raise Unsupported(f"QuantizeDequantize: one grid a tensor or a channel, got shape {tuple(shape)}")

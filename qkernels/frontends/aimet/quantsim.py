@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qkernels.frontends.aimet import quantizers as qz
 from qkernels.frontends.aimet.config import OP_TYPES, Config, Tensors, op_type, read_config
 from qkernels.frontends.aimet.model_preparer import Concat, Functional
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
+from qkernels.frontends.common import from_json
 
 OBSERVERS = {
     "min_max": "minmax",
@@ -38,6 +40,7 @@ OBSERVERS = {
     "percentile": "percentile",
     "post_training_percentile": "percentile",
 }
+QuantScheme = Enum("QuantScheme", {name: name for name in OBSERVERS})
 # The output is on the grid of the input.
 PASSING = {"MaxPool", "Flatten", "Dropout", "Identity", "PixelShuffle", "PixelUnshuffle", "Unflatten", "Upsample"}
 CHANNEL_AXIS = {cls: 1 if cls in o.CONVS[3:] else 0 for cls in (*o.CONVS, nn.Linear)}
@@ -157,40 +160,26 @@ class QuantizationSimModel:
     def _quantizer(
         self, shape: tuple[int, ...], wanted: Tensors, source: str, axis: int | None = None
     ) -> QuantizeDequantize:
-        is_weight = axis is not None
-        observer = OBSERVERS[self._scheme]
-        made = QuantizeDequantize(
-            shape,
-            self._bits[is_weight],
-            wanted.params_symmetric if is_weight else wanted.is_symmetric,
-            is_weight,
-            strict=self._config.is_strict(wanted.params_symmetric if is_weight else wanted.is_symmetric),
-            observer="minmax" if is_weight and observer == "percentile" else observer,
-            axis=axis if shape else None,
-        )
+        made = QuantizeDequantize(shape, **self._kind(wanted, axis is not None), axis=axis if shape else None)
         made.source = made.observer.source = source
         return made
+
+    def _kind(self, wanted: Tensors, is_weight: bool) -> dict[str, Any]:
+        """The kind of grid, but for its axis."""
+        symmetric, observer = wanted.params_symmetric if is_weight else wanted.is_symmetric, OBSERVERS[self._scheme]
+        kind = {"bitwidth": self._bits[is_weight], "symmetric": symmetric, "signed": is_weight}
+        kind["strict"] = symmetric and self._config.strict_symmetric
+        return kind | {"observer": "minmax" if is_weight and observer == "percentile" else observer}
 
     @property
     def recipe(self) -> Recipe:
         """What the configuration and the bit widths say, as a recipe of the core."""
-        config, (output_bw, param_bw) = self._config, self._bits
-        observer = OBSERVERS[self._scheme]
+        config = self._config
 
         def recipes(wanted: Tensors) -> tuple:
-            return (
-                qz.tensor_recipe(
-                    output_bw, wanted.is_symmetric, strict=config.is_strict(wanted.is_symmetric), observer=observer
-                ),
-                qz.tensor_recipe(
-                    param_bw,
-                    wanted.params_symmetric,
-                    0 if wanted.per_channel else None,
-                    True,
-                    config.is_strict(wanted.params_symmetric),
-                    "minmax" if observer == "percentile" else observer,
-                ),
-            )
+            axis = 0 if wanted.per_channel else None
+            weight = qz.tensor_recipe(**self._kind(wanted, True), axis=axis)
+            return qz.tensor_recipe(**self._kind(wanted, False)), weight
 
         rules = [
             Override(Match.of(cls), *recipes(wanted))
@@ -347,12 +336,9 @@ class QuantizationSimModel:
             requires_grad: whether the ends of the grids are trained from now on.
             allow_overwrite: whether compute_encodings may change them later.
         """
-        source = encodings if isinstance(encodings, Mapping) else json.loads(Path(encodings).read_text())
-        if not source.keys() & {*enc.TABLES, enc.LIST}:
-            raise InvalidArgument(f"load_encodings: no encodings, only the keys {sorted(source)}")
         kept: set[QuantizeDequantize] = set()
         modules = dict(self.named_qmodules())
-        for path, table in enc.read(source, modules, strict).items():
+        for path, table in enc.read(from_json(encodings), modules, strict).items():
             for key, grid in table.items():
                 made = self._take(modules[path], path, key, grid)
                 if made is not None:
@@ -396,8 +382,7 @@ class QuantizationSimModel:
 
     def set_and_freeze_param_encodings(self, encoding_path: "Mapping[str, Any] | str | os.PathLike") -> None:
         """Takes the weight grids of a file and keeps them through compute_encodings and training."""
-        source = encoding_path
-        content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+        content = from_json(encoding_path)
         content = {"param_encodings": content.get("param_encodings", content)}
         self.load_encodings(content, requires_grad=False, allow_overwrite=False)
 

@@ -38,7 +38,7 @@ def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]], mode
             )
             how = codes, symmetric, scale.numel() > 1, blocks
             grid = Grid(scale.reshape(-1).tolist(), offset.reshape(-1).tolist(), *how)
-            found.setdefault(path, {})[key] = grid
+            found.setdefault(path, {})[key] = grid.checked(where)
     return found
 
 

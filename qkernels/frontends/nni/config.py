@@ -24,8 +24,9 @@ LEGACY = ("quant_types", "quant_bits", "quant_start_step", "op_partial_names", "
 EXCLUDING = tuple(f"exclude_{key}" for key in SELECTING)
 KEYS = (*SELECTING, *EXCLUDING, *SETTINGS, "target_names", "target_settings", "fuse_names", *LEGACY)
 LEGACY_TARGETS = {"weight": "weight", "input": "_input_", "output": "_output_"}
-GRANULARITIES = ("default", "out_channel", "in_channel", "per_channel")
+GRANULARITIES = {"default": None, "out_channel": (1, 0), "in_channel": (-1, 1, 0), "per_channel": (-1, 1, 0)}  # blocks
 METHODS = (None, "bypass", "clamp_round", "qat_clamp_round")
+DEFAULTS = {"quant_dtype": "int8", "quant_scheme": None, "granularity": "default"}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -92,7 +93,7 @@ def parse(model: nn.Module, config_list: Iterable[Mapping[str, Any]]) -> Setting
     for where, entry in entries:
         if entry.get("exclude"):
             continue
-        fused |= _fused(modules, entry.get("fuse_names", ()), f"{where}.fuse_names")
+        fused = _fused(modules, entry.get("fuse_names", ()), f"{where}.fuse_names") | fused
         chosen = _selected(modules, entry, where) - excluded
         for path in (path for path in modules if path in chosen):
             targets[path] = _targets(path, modules[path], entry, where) | targets.get(path, {})
@@ -114,17 +115,23 @@ def _modern(entry: Any, where: str) -> dict[str, Any]:
     if "quant_start_step" in entry:
         raise Unsupported(f"{where}.quant_start_step: give it to the quantizer, QATQuantizer(..., quant_start_step=n)")
     if "op_partial_names" in entry:
-        entry["op_names_re"] = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
-    types, bits = entry.pop("quant_types", None), entry.pop("quant_bits", 8)
+        partial = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
+        entry["op_names_re"] = [*entry.get("op_names_re", ()), *partial]
+    types, bits = entry.pop("quant_types", None), entry.pop("quant_bits", None)
+    if (types is None) != (bits is None):
+        raise InvalidArgument(f"{where}: quant_types and quant_bits belong together")
     if types is not None:
+        for key in (key for key in ("quant_dtype", "target_names", "target_settings") if key in entry):
+            raise InvalidArgument(f"{where}.{key}: not with quant_types, which says the same in the words of 2.x")
         check_words(types, f"{where}.quant_types")
-        for name in types:
-            check_one_of(name, LEGACY_TARGETS, f"{where}.quant_types")
         widths = bits if isinstance(bits, Mapping) else dict.fromkeys(types, bits)
         check_keys(widths, LEGACY_TARGETS, f"{where}.quant_bits")
-        entry["target_names"] = [LEGACY_TARGETS[name] for name in types]
-        own = {LEGACY_TARGETS[n]: {"quant_dtype": f"int{bits}"} for n, bits in widths.items() if n in types}
-        entry["target_settings"] = own
+        for name in types:
+            check_one_of(name, LEGACY_TARGETS, f"{where}.quant_types")
+            if not isinstance(widths.get(name), int) or not 2 <= widths[name] <= MAX_BITS:
+                raise InvalidArgument(f"{where}.quant_bits: must be from 2 to {MAX_BITS} for {name}, got {bits!r}")
+        own = {LEGACY_TARGETS[name]: {"quant_dtype": f"int{widths[name]}"} for name in types}
+        entry |= {"target_names": list(own), "target_settings": own}
     if not any(key in entry for key in SELECTING):
         raise InvalidArgument(f"{where}: needs one of {list(SELECTING)}")
     if not entry.keys() & {"exclude", "quant_dtype", "target_settings"}:
@@ -175,9 +182,10 @@ def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str)
     for name in dict.fromkeys([*names, *own]):
         here = f"{where}.target_settings.{name}" if name in own else where
         check_keys(own.get(name, {}), SETTINGS, here)
+        places = {key: here if key in own.get(name, {}) else where for key in SETTINGS}
         target = _canonical(name, path, module, f"{where}.target_{'names' if name in names else 'settings'}")
         if target not in PARAMETERS or target in parameters:
-            setting = _setting({**common, **own.get(name, {})}, target, module, here)
+            setting = _setting({**common, **own.get(name, {})}, target, module, places)
             if found.setdefault(target, setting) != setting:
                 raise InvalidArgument(f"{here}: {target} of {path} has two settings, {found[target]} and {setting}")
     if not found:
@@ -203,22 +211,22 @@ def _canonical(name: str, path: str, module: nn.Module, where: str) -> str:
     raise InvalidArgument(f"{where}: unknown target {name!r}; there are {known}")
 
 
-def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, where: str) -> Setting:
-    dtype, scheme = entry.get("quant_dtype") or "int8", entry.get("quant_scheme")
+def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, places: Mapping[str, str]) -> Setting:
+    said = {key: value for key, value in entry.items() if value is not None}
+    dtype, scheme, given = (said.get(key, default) for key, default in DEFAULTS.items())
+    where = {key: f"{place}.{key}" for key, place in places.items()}
     match = re.fullmatch(r"(u?)int([1-9]\d*)", dtype) if isinstance(dtype, str) else None
     if match is None:
-        raise InvalidArgument(f"{where}.quant_dtype: must be None, int{{N}} or uint{{N}}, got {dtype!r}")
+        raise InvalidArgument(f"{where['quant_dtype']}: must be None, int{{N}} or uint{{N}}, got {dtype!r}")
     bits = int(match[2])
     if not 2 <= bits <= MAX_BITS:
-        raise Unsupported(
-            f"{where}.quant_dtype: {dtype}: there are grids of 2 to {MAX_BITS} bits; leave the target out"
-        )
-    check_one_of(scheme, ("affine", "symmetric", None), f"{where}.quant_scheme")
-    check_one_of(entry.get("apply_method"), METHODS, f"{where}.apply_method")
-    given = entry.get("granularity") or "default"
+        bounds = f"there are grids of 2 to {MAX_BITS} bits; leave the target out"
+        raise Unsupported(f"{where['quant_dtype']}: {dtype}: {bounds}")
+    check_one_of(scheme, ("affine", "symmetric", None), where["quant_scheme"])
+    check_one_of(entry.get("apply_method"), METHODS, where["apply_method"])
     shape = module._parameters[target].shape if target in PARAMETERS else None
     rank = _rank(module) if shape is None else len(shape)
-    block = _block(given, shape, rank, f"{where}.granularity")
+    block = _block(given, shape, rank, where["granularity"])
     if block is None and given != "default":
         return Setting(bits, not match[1], scheme, rank=rank or 0)
     if block is None or block == (1, 0):
@@ -232,16 +240,17 @@ def _block(given: Any, shape: Sequence[int] | None, rank: int | None, where: str
     `shape` is that of a parameter; inputs and outputs have None, and a number of dimensions only for some modules.
     """
     if not isinstance(given, (list, tuple)):
-        check_one_of(given, GRANULARITIES, where)
+        check_one_of(given, list(GRANULARITIES), where)
         if given != "default" and (given == "per_channel") != (shape is None):
             kind = "inputs and outputs" if given == "per_channel" else "parameters"
             raise InvalidArgument(f"{where}: {given!r} is for {kind}")
-        named = {"default": None, "out_channel": (1, 0), "in_channel": (-1, 1, 0), "per_channel": (-1, 1, 0)}
-        return _checked(named[given], shape, where)
+        return _checked(GRANULARITIES[given], shape, where)
     said = given if given and isinstance(given[0], (list, tuple)) else [given]
-    sizes, place, fill = (*said, *("front", 1)[len(said) - 1 :])
-    if not sizes or not all(isinstance(n, int) and (n > 0 or n == -1) for n in sizes):
-        raise InvalidArgument(f"{where}: must be sizes that are positive or -1, got {sizes!r}")
+    sizes, place, fill = (*said[:3], *("front", 1)[len(said) - 1 :])
+    numbers = (*sizes, fill or 1)
+    if not sizes or len(said) > 3 or not all(isinstance(n, int) and (n > 0 or n == -1) for n in numbers):
+        form = "sizes that are positive or -1, or (sizes, 'front' or 'back', a size for the other dimensions)"
+        raise InvalidArgument(f"{where}: must be {form}, got {given!r}")
     check_one_of(place, ("front", "back"), f"{where}[1]")
     if rank is None:
         if (place, fill) != ("back", -1):
@@ -271,9 +280,11 @@ def _fused(
     modules: Mapping[str, nn.Module], groups: Iterable[Any], where: str
 ) -> dict[str, tuple[str | None, str | None]]:
     """(norm or None, clamp or None) by the path of the layer that they belong to."""
-    found = {}
+    if not isinstance(groups, (list, tuple)):
+        raise InvalidArgument(f"{where}: must be a list of tuples of names, got {groups!r}")
+    found: dict[str, tuple[str | None, str | None]] = {}
     for i, group in enumerate(groups):
-        here = f"{where}[{i}]" if isinstance(groups, (list, tuple)) else where
+        here = f"{where}[{i}]"
         if not isinstance(group, (list, tuple)) or not 2 <= len(group) <= 3:
             raise InvalidArgument(f"{here}: must be (layer, norm), (layer, activation) or all three, got {group!r}")
         with_names(modules, group, here)
@@ -285,5 +296,6 @@ def _fused(
         clamp = rest.pop(0) if rest else None
         if rest or (clamp is not None and not isinstance(modules[clamp], (nn.ReLU, nn.ReLU6, nn.Hardtanh))):
             raise InvalidArgument(f"{here}: only a BatchNorm and ReLU, ReLU6 or Hardtanh may follow; got {group!r}")
-        found[layer] = (norm, clamp)
+        if found.setdefault(layer, (norm, clamp)) != (norm, clamp):
+            raise InvalidArgument(f"{here}: {layer} is fused with {found[layer]} already")
     return found

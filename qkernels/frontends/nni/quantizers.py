@@ -231,6 +231,11 @@ class PtqQuantizer(_Quantizer):
     observer = "minmax"
     trained = False
 
+    def __init__(self, *args: Any, is_bias_correction: bool = False, **kwargs: Any):
+        if is_bias_correction:
+            raise Unsupported('PtqQuantizer: is_bias_correction: take qkernels.prepare(..., corrections="bias")')
+        super().__init__(*args, **kwargs)
+
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Calibration]:
         """Runs `evaluating_func` once, in float, and chooses the grids.
 

@@ -10,6 +10,7 @@ in the place of `torch.ao.quantization`; or, for a script that writes the full n
 in the place of `import torch`: torch itself, except that `torch.ao.quantization` is this module. See docs/frontends.md.
 """
 
+import sys
 from typing import Any
 
 import torch.ao.quantization as original
@@ -76,9 +77,13 @@ from qkernels.frontends.torch_ao.qat import (
 )
 from qkernels.frontends.torch_ao.stubs import DeQuantStub, FloatFunctional, QuantStub, QuantWrapper
 
+SUBMODULES = ("fake_quantize", "observer", "qconfig", "qconfig_mapping", "quantize_fx")
+
 
 def __getattr__(name: str) -> Any:
-    """Says what to do about names of torch.ao.quantization that have no counterpart here."""
+    """The submodules of torch.ao.quantization are all here; names without a counterpart say what to do."""
+    if name in SUBMODULES:
+        return sys.modules[__name__]
     if name in dir(original):
         raise AttributeError(
             f"qkernels.frontends.torch_ao has no {name}; it takes the place of torch.ao's eager and FX quantization, "

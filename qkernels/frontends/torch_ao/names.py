@@ -26,19 +26,14 @@ class Namespace(ModuleType):
 
 
 here = sys.modules["qkernels.frontends.torch_ao"]
-intrinsic = Namespace(
-    real_torch.nn.intrinsic,
-    {
-        "qat": Namespace(
-            real_torch.nn.intrinsic.qat, {name: getattr(qat, name) for name in ("freeze_bn_stats", "update_bn_stats")}
-        )
-    },
-)
-torch = Namespace(
-    real_torch,
-    {
-        "ao": Namespace(real_torch.ao, {"quantization": here}),
-        "nn": Namespace(real_torch.nn, {"intrinsic": intrinsic}),
-        "quantization": here,
-    },
-)
+verbs = {name: getattr(qat, name) for name in ("freeze_bn_stats", "update_bn_stats")}
+
+
+def with_verbs(layers: ModuleType) -> Namespace:
+    """torch.nn or torch.ao.nn, which both have these functions."""
+    intrinsic = Namespace(layers.intrinsic, {"qat": Namespace(layers.intrinsic.qat, verbs)})
+    return Namespace(layers, {"intrinsic": intrinsic})
+
+
+ao = Namespace(real_torch.ao, {"quantization": here, "nn": with_verbs(real_torch.ao.nn)})
+torch = Namespace(real_torch, {"ao": ao, "nn": with_verbs(real_torch.nn), "quantization": here})

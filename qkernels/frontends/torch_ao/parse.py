@@ -14,6 +14,7 @@ from qkernels.core.placed import Leave, Places
 from qkernels.core.qspec import INTEGER_RANGE, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
+from qkernels.core.training import enable_fake_quant
 from qkernels.errors import InvalidState, Unsupported
 from qkernels.frontends.torch_ao.fuse import Fused
 from qkernels.frontends.torch_ao.observers import DTYPES, QSCHEMES, histogram_codes
@@ -179,4 +180,7 @@ def _strip(module: nn.Module) -> None:
 
 
 def observed_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
+    """A copy in eval mode; what was watched without rounding has its grids."""
+    work = copy.deepcopy(model).eval()
+    enable_fake_quant(work)
+    return work

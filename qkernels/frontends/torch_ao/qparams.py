@@ -8,7 +8,9 @@ from torch import nn
 
 from qkernels.core.attach import OUTPUT, WEIGHT
 from qkernels.core.grids import Grid, Grids
+from qkernels.core.layers import Prepared
 from qkernels.core.quantizer import Quantizer
+from qkernels.errors import InvalidArgument
 from qkernels.frontends.torch_ao.observers import QSCHEMES
 from qkernels.frontends.torch_ao.parse import observed_copy, places_of
 
@@ -16,15 +18,22 @@ TORCH_DTYPES = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.int32:
 
 
 def of_model(model: nn.Module) -> Grids:
-    """The grids of a calibrated or trained model, prepared here or by torch.ao itself."""
+    """The grids of a calibrated or trained model, prepared here or by torch.ao itself, where data passed."""
     work = observed_copy(model)
     places = places_of(work)
-    found: Grids = {path: {OUTPUT: Grid.of(quantizer)} for path, quantizer in places.outputs.items()}
+    found: Grids = {
+        path: {OUTPUT: Grid.of(quantizer)} for path, quantizer in places.outputs.items() if quantizer.has_grid()
+    }
     for path, module in work.named_modules():
-        if isinstance(module, Quantizer) and path.rpartition(".")[2] != WEIGHT:
+        if isinstance(module, Quantizer) and module.has_grid() and path.rpartition(".")[2] != WEIGHT:
             found[path.removesuffix(".activation_post_process")] = {OUTPUT: Grid.of(module)}
-    for path, quantizer in places.weights.items():
-        found.setdefault(path, {})[WEIGHT] = Grid.of(quantizer)
+    weights = {path: module.quantizers[WEIGHT] for path, module in work.named_modules() if isinstance(module, Prepared)}
+    layers = dict(model.named_modules())
+    for path, quantizer in (places.weights | weights).items():
+        holder = (
+            path if path in layers else path.removesuffix(".0")
+        )  # torch's trained layers hold their clamp themselves
+        found.setdefault(holder, {})[WEIGHT] = Grid.of(quantizer)
     return found
 
 
@@ -45,10 +54,14 @@ def _options(grid: Grid, is_weight: bool) -> dict[str, Any]:
 
 def read(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Grids:
     """The opposite of `write`, for any of torch's dtypes."""
-    return {path: {key: _grid(options) for key, options in row.items()} for path, row in table.items()}
+    return {p: {key: _grid(options, f"{p}.{key}") for key, options in row.items()} for p, row in table.items()}
 
 
-def _grid(options: Mapping[str, Any]) -> Grid:
+def _grid(options: Mapping[str, Any], where: str) -> Grid:
+    for name in ("scale", "zero_point", "quant_min", "quant_max", "qscheme"):
+        if name not in options:
+            raise InvalidArgument(f"{where}.{name}: missing; there are {list(options)}")
     scale, zero_point = (torch.as_tensor(options[name]).reshape(-1) for name in ("scale", "zero_point"))
     low, high = options["quant_min"], options["quant_max"]
-    return Grid(scale.tolist(), (low - zero_point.int()).tolist(), high - low + 1, *QSCHEMES[options["qscheme"]])
+    found = Grid(scale.tolist(), (low - zero_point.int()).tolist(), high - low + 1, *QSCHEMES[options["qscheme"]])
+    return found.checked(where)
