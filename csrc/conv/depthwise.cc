@@ -301,7 +301,7 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
   const ConvExtent extent = depthwise_extent(packed.shape, args.extent);
   const DepthwiseLayout layout = layout_of(packed.isa);
   ScratchBytes bytes;
-  bytes.padding = align_up(extent.in[2] * shape.in_channels);
+  bytes.padding = align_up(extent.in[2] * in_stride(args));
   const auto grow = [](int64_t* to, int64_t size) {
     if (align_up(size) > *to) *to = align_up(size);
   };

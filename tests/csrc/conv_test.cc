@@ -263,6 +263,8 @@ void check_case(Rng& rng, const Case& c) {
       ConvArgs slice = args;
       slice.input = wide.data() + first;
       slice.in_pixel_stride = stride;
+      Guarded<uint8_t> room((conv_workspace_bytes(slice, parallel) + 63) / 64 * 64);
+      slice.workspace = room.data();
       conv(slice, parallel);
       check();
     }
