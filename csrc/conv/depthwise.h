@@ -42,9 +42,9 @@ struct DepthwiseStrip {
   const int64_t* column_offset;  // [strip_columns] bytes from rows[i]; -1: padding
   int64_t strip_columns;
   int64_t quads, window, input_rows;  // of the plan
-  int64_t in_group, out_group;  // channels; depthwise: 1 and the multiplier
-  int64_t channel_phase;        // first output channel of the block % out_group
-  int64_t channels;             // output channels of the block
+  int64_t in_group, out_group;        // channels; depthwise: 1 and the multiplier
+  int64_t channel_phase;              // first output channel of the block % out_group
+  int64_t channels;                   // output channels of the block
   int64_t vectors;
   uint8_t padding;                                  // the input's zero point
   uint8_t input_flip;                               // 0x80 for int8 input

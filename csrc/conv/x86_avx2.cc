@@ -16,6 +16,7 @@ namespace {
 
 struct Avx2 : Ymm {
   static constexpr int kWeightBytes = 64;
+  static constexpr bool kHoldsTaps = false;
   struct Pair {
     __m256i even, odd;
   };

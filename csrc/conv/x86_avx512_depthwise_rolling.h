@@ -1,15 +1,16 @@
 // Depthwise with three or five taps a row, without a scratch strip of the input. Include it in
 // x86_avx512vnni.cc, inside its anonymous namespace, after struct Avx512.
 //
-// Trick: the interleaved columns of a window stay in registers; the next output drops as many as the
+// Trick: the interleaved columns of a window stay in registers; the next output drops as many as
+// the
 //   stride and reads as many. Nothing is stored but outputs, and weights are operands in memory, so
 //   that shuffles, products and scaling have the ports to themselves. Five columns of two groups of
 //   four rows do not fit for 64 channels: two passes over the strip take one unpack instruction's
 //   low and high half each, and the first leaves its int16 in the scratch.
 // Numbers, memory: as depthwise.h.
 
-// A window of Taps columns and Rows rows, in Groups of four, for Outputs rows of outputs; each column
-// is V vectors of channels, of which a pass takes H.
+// A window of Taps columns and Rows rows, in Groups of four, for Outputs rows of outputs; each
+// column is V vectors of channels, of which a pass takes H.
 template <int Taps, int Rows, int Outputs, int Stride, int V, int H>
 struct Window {
   static constexpr int kTaps = Taps, kRows = Rows, kOutputs = Outputs, kStride = Stride;
@@ -86,7 +87,8 @@ QK_INLINE void add_tap(const int8_t* weights, const W& window,
   constexpr int kColumn = Tap * W::kGroups;
   (dot_at<kFirst + J * kVector>(sum[0][J], window.columns[kColumn][J], weights), ...);
   if constexpr (W::kGroups == 2) {
-    (dot_at<kFirst + kGroup + J * kVector>(sum[1][J], window.columns[kColumn + 1][J], weights), ...);
+    (dot_at<kFirst + kGroup + J * kVector>(sum[1][J], window.columns[kColumn + 1][J], weights),
+     ...);
   }
 }
 

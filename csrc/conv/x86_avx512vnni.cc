@@ -1,7 +1,7 @@
 // The depthwise strip with 512-bit dot products: blocks of 64, 32 or 16 channels as 4, 2 or 1
 // vectors. Memory, numbers and the trick: depthwise.h; with three taps a row another,
-// x86_avx512_depthwise_rolling.h. Rows are read and outputs written under a mask, so nothing outside
-// the block is touched.
+// x86_avx512_depthwise_rolling.h. Rows are read and outputs written under a mask, so nothing
+// outside the block is touched.
 #include <immintrin.h>
 
 #include <utility>
@@ -131,7 +131,8 @@ struct Row512<1> {
 };
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kColumns = 4, kTogether = 2, kWeightBytes = 64;
+  static constexpr int kLanes = 16, kColumns = 4, kWeightBytes = 64;
+  static constexpr bool kHoldsTaps = true;
   using Vector = __m512i;
   using Weights = __m512i;
   template <int V>

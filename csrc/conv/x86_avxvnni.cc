@@ -13,6 +13,7 @@ namespace {
 
 struct AvxVnni : Ymm {
   static constexpr int kWeightBytes = 32;
+  static constexpr bool kHoldsTaps = true;
   using Weights = __m256i;
 
   QK_INLINE __m256i load_activations(const uint8_t* p) {

@@ -3,7 +3,7 @@
 //
 // A Kernel has
 //   kLanes, kColumns                 dwords in a vector; output columns computed together
-//   kTogether                        vectors (1 or 2) whose sums are in flight together
+//   kHoldsTaps                       registers hold the weights of three taps beside the sums
 //   Vector, Activations, Weights     an int32 vector; interleaved input bytes, weights, in
 //   registers load_activations, load_weights, dot(acc, activations, weights) narrow(acc, addend,
 //   mult)        RNE((float(acc) + addend) * mult), int32 Row<V>                           16-byte
@@ -136,64 +136,17 @@ static __attribute__((noinline)) void fill_scratch(const DepthwiseStrip& s, int6
   }
 }
 
-// The products of T columns of one row with three taps beside each other: a column is loaded once for
-// the three outputs that it belongs to.
-template <typename Kernel, int V, int J, int T>
-QK_INLINE void add_three_taps(const DepthwiseStrip& s, int64_t x, int j,
-                              typename Kernel::Vector (&acc)[J][T][1]) {
-  constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
-  const int64_t column_bytes = s.row_groups * kGroupBytes;
-  const int64_t tap_weights = s.row_groups * V * Kernel::kWeightBytes;
-  const uint8_t* b = s.scratch + x * column_bytes + j * kVectorBytes;
-  const int8_t* w = s.weights + j * Kernel::kWeightBytes;
-  for (int64_t group = 0; group < s.row_groups; ++group) {
-    typename Kernel::Weights weights[J][3];
-#pragma GCC unroll 2
-    for (int i = 0; i < J; ++i) {
-#pragma GCC unroll 3
-      for (int tap = 0; tap < 3; ++tap) {
-        weights[i][tap] = Kernel::load_weights(w + tap * tap_weights + i * Kernel::kWeightBytes);
-      }
-    }
-    const uint8_t* column = b;
-#pragma GCC unroll 10
-    for (int c = 0; c < T + 2; ++c) {
-#pragma GCC unroll 2
-      for (int i = 0; i < J; ++i) {
-        const auto activations = Kernel::load_activations(column + i * kVectorBytes);
-#pragma GCC unroll 3
-        for (int tap = 0; tap < 3; ++tap) {
-          if (c >= tap && c - tap < T) {
-            Kernel::dot(acc[i][c >= tap ? c - tap : 0][0], activations, weights[i][tap]);
-          }
-        }
-      }
-      column += column_bytes;
-    }
-    b += kGroupBytes;
-    w += V * Kernel::kWeightBytes;
-  }
-}
-
-// The accumulators of T columns and P rows, for J vectors of the block from `j` on. The dwords of a
-// column and, without dilation, of its taps lie one after the other, like the weights: one loop.
-template <typename Kernel, int V, int J, int T, int P>
+// The accumulators of T columns and P rows, for vector `j` of the block. The dwords of a column
+// and, without dilation, of its taps lie one after the other, like the weights: one loop.
+template <typename Kernel, int V, int T, int P>
 QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
-                          typename Kernel::Vector (&acc)[J][T][P]) {
+                          typename Kernel::Vector (&acc)[T][P]) {
   constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
-#pragma GCC unroll 2
-  for (int i = 0; i < J; ++i) {
-    const auto init = Kernel::load(s.init + (j + i) * Kernel::kLanes);
+  const auto init = Kernel::load(s.init + j * Kernel::kLanes);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
+  for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) acc[i][t][p] = init;
-    }
-  }
-  if constexpr (P == 1 && T > 1) {
-    if (s.taps == 3 && s.tap_step == 1 && s.column_step == 1) {
-      return add_three_taps<Kernel, V, J, T>(s, x, j, acc);
-    }
+    for (int p = 0; p < P; ++p) acc[t][p] = init;
   }
   const int64_t column_bytes = s.row_groups * kGroupBytes, step = s.column_step * column_bytes;
   const bool flat = s.tap_step == 1;
@@ -203,23 +156,17 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   const int8_t* w = s.weights + j * P * Kernel::kWeightBytes;
   for (int64_t run = 0; run < runs; ++run) {
     const uint8_t* b = run_bytes;
-    for (int64_t k = 0; k < steps; ++k) {
-      typename Kernel::Weights weights[J][P];
+    for (int64_t i = 0; i < steps; ++i) {
+      typename Kernel::Weights weights[P];
 #pragma GCC unroll 2
-      for (int i = 0; i < J; ++i) {
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
-          weights[i][p] = Kernel::load_weights(w + (i * P + p) * Kernel::kWeightBytes);
-        }
+      for (int p = 0; p < P; ++p) {
+        weights[p] = Kernel::load_weights(w + p * Kernel::kWeightBytes);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
+        const auto activations = Kernel::load_activations(b + t * step);
 #pragma GCC unroll 2
-        for (int i = 0; i < J; ++i) {
-          const auto activations = Kernel::load_activations(b + t * step + i * kVectorBytes);
-#pragma GCC unroll 2
-          for (int p = 0; p < P; ++p) Kernel::dot(acc[i][t][p], activations, weights[i][p]);
-        }
+        for (int p = 0; p < P; ++p) Kernel::dot(acc[t][p], activations, weights[p]);
       }
       b += kGroupBytes;
       w += V * P * Kernel::kWeightBytes;
@@ -228,17 +175,55 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   }
 }
 
-template <typename Kernel, int J, int T, int P>
-QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&acc)[J][T][P]) {
+// The accumulators of T columns of one row with three taps beside each other, for J vectors of the
+// block from `j` on: a column is loaded once for the three outputs that it belongs to.
+template <typename Kernel, int V, int J, int T>
+QK_INLINE void accumulate_three_taps(const DepthwiseStrip& s, int64_t x, int j,
+                                     typename Kernel::Vector (&acc)[J][T][1]) {
+  constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
+  const int64_t groups = s.row_groups, column_bytes = groups * kGroupBytes;
+  const int64_t tap_weights = groups * V * Kernel::kWeightBytes;
 #pragma GCC unroll 2
   for (int i = 0; i < J; ++i) {
-    const auto addend = Kernel::load_floats(s.addend + (j + i) * Kernel::kLanes);
-    const auto mult = Kernel::load_floats(s.mult + (j + i) * Kernel::kLanes);
+    const auto init = Kernel::load(s.init + (j + i) * Kernel::kLanes);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < T; ++t) acc[i][t][0] = init;
+  }
+  const uint8_t* b = s.scratch + x * column_bytes + j * kVectorBytes;
+  const int8_t* w = s.weights + j * Kernel::kWeightBytes;
+  for (int64_t group = 0; group < groups; ++group) {
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) acc[i][t][p] = Kernel::narrow(acc[i][t][p], addend, mult);
+    for (int i = 0; i < J; ++i) {
+      typename Kernel::Weights weights[3];
+#pragma GCC unroll 3
+      for (int tap = 0; tap < 3; ++tap) {
+        weights[tap] = Kernel::load_weights(w + tap * tap_weights + i * Kernel::kWeightBytes);
+      }
+      const uint8_t* column = b + i * kVectorBytes;
+#pragma GCC unroll 10
+      for (int c = 0; c < T + 2; ++c) {
+        const auto activations = Kernel::load_activations(column);
+#pragma GCC unroll 3
+        for (int tap = 0; tap < 3; ++tap) {
+          const int t = c - tap;
+          if (t >= 0 && t < T) Kernel::dot(acc[i][t < 0 ? 0 : t][0], activations, weights[tap]);
+        }
+        column += column_bytes;
+      }
     }
+    b += kGroupBytes;
+    w += V * Kernel::kWeightBytes;
+  }
+}
+
+template <typename Kernel, int V, int T, int P>
+QK_INLINE void narrow(const DepthwiseStrip& s, int j, typename Kernel::Vector (&acc)[T][P]) {
+  const auto addend = Kernel::load_floats(s.addend + j * Kernel::kLanes);
+  const auto mult = Kernel::load_floats(s.mult + j * Kernel::kLanes);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) acc[t][p] = Kernel::narrow(acc[t][p], addend, mult);
   }
 }
 
@@ -252,14 +237,18 @@ QK_INLINE bool is_bare(const DepthwiseStrip& s) {
   return s.zero_point == 0 && s.output_flip == 0 && s.qmin == 0 && s.qmax == 255;
 }
 
-// T columns x P rows x the whole block.
-template <typename Kernel, Finish F, int V, int T, int P>
+// T columns x P rows x the whole block. `ThreeTaps`: one row, taps and columns beside each other.
+template <typename Kernel, Finish F, int V, int T, int P, bool ThreeTaps>
 QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
   using Vector = typename Kernel::Vector;
   if constexpr (F == Finish::kAccumulators) {
     for (int j = 0; j < V; ++j) {
       Vector acc[1][T][P];
-      accumulate<Kernel, V, 1, T, P>(s, x, j, acc);
+      if constexpr (ThreeTaps) {
+        accumulate_three_taps<Kernel, V, 1, T>(s, x, j, acc);
+      } else {
+        accumulate<Kernel, V, T, P>(s, x, j, acc[0]);
+      }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
@@ -269,23 +258,24 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
       }
     }
   } else {
-    constexpr int kPairs = (V + 1) / 2;
+    constexpr int kPairs = (V + 1) / 2, kBoth = V > 1 ? 2 : 1;
     Vector pairs[T][P][kPairs];
 #pragma GCC unroll 2
     for (int pair = 0; pair < kPairs; ++pair) {
-      constexpr int kBoth = V > 1 ? 2 : 1, kTogether = V > 1 ? Kernel::kTogether : 1;
-      Vector acc[kBoth / kTogether][kTogether][T][P];
+      Vector acc[kBoth][T][P];
+      if constexpr (ThreeTaps) {
+        accumulate_three_taps<Kernel, V, kBoth, T>(s, x, 2 * pair, acc);
+      }
 #pragma GCC unroll 2
-      for (int i = 0; i < kBoth / kTogether; ++i) {
-        accumulate<Kernel, V, kTogether, T, P>(s, x, 2 * pair + i, acc[i]);
-        narrow<Kernel, kTogether, T, P>(s, 2 * pair + i, acc[i]);
+      for (int i = 0; i < kBoth; ++i) {
+        if constexpr (!ThreeTaps) accumulate<Kernel, V, T, P>(s, x, 2 * pair + i, acc[i]);
+        narrow<Kernel, V, T, P>(s, 2 * pair + i, acc[i]);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) {
-          pairs[t][p][pair] =
-              Kernel::pack(acc[0][0][t][p], acc[kBoth / kTogether - 1][kTogether - 1][t][p]);
+          pairs[t][p][pair] = Kernel::pack(acc[0][t][p], acc[kBoth - 1][t][p]);
         }
       }
     }
@@ -306,11 +296,11 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
 // then run beside the dot products of these, and the loop over columns starts rarely. A function of
 // its own for each variant, on its own copy of the strip: in one large function gcc keeps the
 // addresses on the stack.
-template <typename Kernel, Finish F, int V, int P>
+template <typename Kernel, Finish F, int V, int P, bool ThreeTaps>
 static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
   const DepthwiseStrip s = strip;
   const int64_t reach = (s.taps - 1) * s.tap_step + 1;
-  constexpr int kColumns = Kernel::kColumns * 2 / P;
+  constexpr int kColumns = ThreeTaps ? Kernel::kColumns : Kernel::kColumns * 2 / P;
   int64_t filled = 0, x = 0;
   for (; x + kColumns <= s.outputs; x += kColumns) {
     const int64_t needed = (x + kColumns - 1) * s.column_step + reach;
@@ -320,32 +310,34 @@ static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
       fill_scratch<Kernel, V>(strip, filled, end);
       filled = end;
     }
-    columns<Kernel, F, V, kColumns, P>(s, x);
+    columns<Kernel, F, V, kColumns, P, ThreeTaps>(s, x);
   }
   if (x < s.outputs) fill_scratch<Kernel, V>(strip, filled, s.strip_columns);
   if (x + kColumns / 2 <= s.outputs) {
-    columns<Kernel, F, V, kColumns / 2, P>(s, x);
+    columns<Kernel, F, V, kColumns / 2, P, ThreeTaps>(s, x);
     x += kColumns / 2;
   }
-  for (; x < s.outputs; ++x) columns<Kernel, F, V, 1, P>(s, x);
+  for (; x < s.outputs; ++x) columns<Kernel, F, V, 1, P, false>(s, x);
 }
 
-template <typename Kernel, int V, int P>
+template <typename Kernel, int V, int P, bool ThreeTaps>
 QK_INLINE void block_rows(const DepthwiseStrip& s) {
   if (s.acc != nullptr) {
-    all_columns<Kernel, Finish::kAccumulators, V, P>(s);
+    all_columns<Kernel, Finish::kAccumulators, V, P, ThreeTaps>(s);
   } else if (is_bare(s)) {
-    all_columns<Kernel, Finish::kBare, V, P>(s);
+    all_columns<Kernel, Finish::kBare, V, P, ThreeTaps>(s);
   } else {
-    all_columns<Kernel, Finish::kClamped, V, P>(s);
+    all_columns<Kernel, Finish::kClamped, V, P, ThreeTaps>(s);
   }
 }
 
 template <typename Kernel, int V>
 QK_INLINE void block(const DepthwiseStrip& s) {
-  if (s.rows_out == 2) {
-    block_rows<Kernel, V, 2>(s);
-  } else {
-    block_rows<Kernel, V, 1>(s);
+  if (s.rows_out == 2) return block_rows<Kernel, V, 2, false>(s);
+  if constexpr (Kernel::kHoldsTaps) {
+    if (s.taps == 3 && s.tap_step == 1 && s.column_step == 1) {
+      return block_rows<Kernel, V, 1, true>(s);
+    }
   }
+  block_rows<Kernel, V, 1, false>(s);
 }

@@ -57,7 +57,7 @@ struct Row256<2> {
 };
 
 struct Ymm {
-  static constexpr int kLanes = 8, kColumns = 2, kTogether = 1;
+  static constexpr int kLanes = 8, kColumns = 2;
   using Vector = __m256i;
   template <int V>
   using Row = Row256<V>;

@@ -153,7 +153,8 @@ Status fold_column(const PackSource& source, int64_t n, int64_t za, const Column
 // Checks magic, version, isa against the active one, alignment and sizes.
 Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix);
 
-// Weights that the next call reads, on their way to L2 meanwhile. A hint: AVX512-VNNI and AMX take it.
+// Weights that the next call reads, on their way to L2 meanwhile. A hint: AVX512-VNNI and AMX take
+// it.
 struct NextWeights {
   const int8_t* data = nullptr;
   int64_t bytes = 0;
