@@ -41,7 +41,9 @@ def files(*patterns: str) -> list[str]:
 
 def cxx_flags() -> list[str]:
     shared = [line for line in (ROOT / "csrc/cxx_flags.txt").read_text().splitlines() if line.startswith("-")]
-    return [*(["-Og", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]), *shared, STABLE_ABI_TARGET]
+    optimization = ["-Og", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
+    # Messages name a source file as the repository does, not where it was built.
+    return [*optimization, *shared, STABLE_ABI_TARGET, f"-ffile-prefix-map={ROOT}/="]
 
 
 # ---- CUDA: is there a toolkit, and should it be used? ----------------------------------------------------------------

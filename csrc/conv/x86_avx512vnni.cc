@@ -38,7 +38,6 @@ struct Row512<4> {
   QK_INLINE void store_masked(uint8_t* p, __mmask64 mask, __m512i v) {
     Whole ? _mm512_storeu_si512(p, v) : _mm512_mask_storeu_epi8(p, mask, v);
   }
-  QK_INLINE void store(uint8_t* p, Type v) { _mm512_store_si512(p, v); }
   QK_INLINE void interleave(const Type (&r)[4], __m512i (&q)[4]) {
     const Type ab0 = _mm512_unpacklo_epi8(r[0], r[1]), ab1 = _mm512_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm512_unpacklo_epi8(r[2], r[3]), cd1 = _mm512_unpackhi_epi8(r[2], r[3]);
@@ -87,7 +86,6 @@ struct Row512<2> {
     Whole ? _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes)
           : _mm256_mask_storeu_epi8(p, static_cast<__mmask32>(mask), bytes);
   }
-  QK_INLINE void store(uint8_t* p, Type v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
   QK_INLINE void interleave(const Type (&r)[4], __m512i (&q)[2]) {
     const Type ab0 = _mm256_unpacklo_epi8(r[0], r[1]), ab1 = _mm256_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm256_unpacklo_epi8(r[2], r[3]), cd1 = _mm256_unpackhi_epi8(r[2], r[3]);
@@ -118,7 +116,6 @@ struct Row512<1> {
     const Type v = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_bytes(n)), p);
     return Flip ? _mm_xor_si128(v, flip) : v;
   }
-  QK_INLINE void store(uint8_t* p, Type v) { _mm_store_si128(reinterpret_cast<__m128i*>(p), v); }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm_unpacklo_epi8(r[0], r[1]), ab1 = _mm_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm_unpacklo_epi8(r[2], r[3]), cd1 = _mm_unpackhi_epi8(r[2], r[3]);

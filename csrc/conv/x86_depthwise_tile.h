@@ -2,14 +2,14 @@
 // of a kernel file, inside its anonymous namespace, so that it is compiled for that target.
 //
 // A Kernel has
-//   kLanes, kColumns                 dwords in a vector; output columns computed together
-//   kHoldsTaps                       registers hold the weights of three taps beside the sums
-//   Vector, Activations, Weights     an int32 vector; interleaved input bytes, weights, in
-//   registers load_activations, load_weights, dot(acc, activations, weights) narrow(acc, addend,
-//   mult)        RNE((float(acc) + addend) * mult), int32 Row<V>                           16-byte
-//   chunks of V vectors of channels: load, fill, store, interleave pack(q0, q1) int32
-//   -> int16, saturating store<V>(pairs, strip, out)      + zero point, int16 -> uint8, clamp;
-//   natural channel order
+//   kLanes, kColumns: dwords in a vector; output columns computed together
+//   kHoldsTaps: registers hold the weights of three taps beside the sums
+//   Vector, Activations, Weights: an int32 vector; interleaved input, weights, in registers
+//   load_activations, load_weights, dot(acc, activations, weights), permute(pixel, order)
+//   narrow(acc, addend, mult): RNE((float(acc) + addend) * mult), int32
+//   Row<V>: V vectors of channels as bytes: load, fill, interleave
+//   pack(q0, q1): int32 -> int16, saturating
+//   store_bytes<V, Bare>(pairs, strip, out): + zero point, int16 -> uint8, clamp; natural order
 
 // The first n <= N output channels of a block: each input channel `multiplier` times, the first one
 // `phase` times less.

@@ -18,7 +18,6 @@ struct Row256<4> {
     const Type v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return Flip ? _mm256_xor_si256(v, flip) : v;
   }
-  QK_INLINE void store(uint8_t* p, Type v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm256_unpacklo_epi8(r[0], r[1]), ab1 = _mm256_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm256_unpacklo_epi8(r[2], r[3]), cd1 = _mm256_unpackhi_epi8(r[2], r[3]);
@@ -44,7 +43,6 @@ struct Row256<2> {
     const Type v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return Flip ? _mm_xor_si128(v, flip) : v;
   }
-  QK_INLINE void store(uint8_t* p, Type v) { _mm_store_si128(reinterpret_cast<__m128i*>(p), v); }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
     const Type ab0 = _mm_unpacklo_epi8(r[0], r[1]), ab1 = _mm_unpackhi_epi8(r[0], r[1]);
     const Type cd0 = _mm_unpacklo_epi8(r[2], r[3]), cd1 = _mm_unpackhi_epi8(r[2], r[3]);
