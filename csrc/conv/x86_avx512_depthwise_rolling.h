@@ -2,11 +2,10 @@
 // x86_avx512vnni.cc, inside its anonymous namespace, after struct Avx512.
 //
 // Trick: the interleaved columns of a window stay in registers; the next output drops as many as
-// the
-//   stride and reads as many. Nothing is stored but outputs, and weights are operands in memory, so
-//   that shuffles, products and scaling have the ports to themselves. Five columns of two groups of
-//   four rows do not fit for 64 channels: two passes over the strip take one unpack instruction's
-//   low and high half each, and the first leaves its int16 in the scratch.
+//   its stride and reads as many. Nothing is stored but outputs, and weights are operands in
+//   memory, so that shuffles, products and scaling have the ports to themselves. Five columns of
+//   two groups of four rows do not fit for 64 channels: two passes over the strip take one unpack
+//   instruction's low and high half each, and the first leaves its int16 in the scratch.
 // Numbers, memory: as depthwise.h.
 
 // A window of Taps columns and Rows rows, in Groups of four, for Outputs rows of outputs; each
@@ -14,17 +13,17 @@
 template <int Taps, int Rows, int Outputs, int Stride, int V, int H>
 struct Window {
   static constexpr int kTaps = Taps, kRows = Rows, kOutputs = Outputs, kStride = Stride;
-  static constexpr int Groups = (Rows + 3) / 4, kGroups = Groups;
+  static constexpr int kGroups = (Rows + 3) / 4;
   static constexpr int kVectors = V, kTaken = H, kPasses = V / H;
   using TapSequence = std::make_integer_sequence<int, Taps>;
-  __m512i columns[Taps * Groups][H];
+  __m512i columns[Taps * kGroups][H];
 
   // Drops the first columns.
   inline __attribute__((always_inline)) void roll() {
 #pragma GCC unroll 16
-    for (int k = 0; k < (Taps - Stride) * Groups; ++k) {
+    for (int k = 0; k < (Taps - Stride) * kGroups; ++k) {
 #pragma GCC unroll 4
-      for (int j = 0; j < H; ++j) columns[k][j] = columns[k + Stride * Groups][j];
+      for (int j = 0; j < H; ++j) columns[k][j] = columns[k + Stride * kGroups][j];
     }
   }
 };

@@ -1,5 +1,5 @@
 // The depthwise strip with 512-bit dot products: blocks of 64, 32 or 16 channels as 4, 2 or 1
-// vectors. Memory, numbers and the trick: depthwise.h; with three taps a row another,
+// vectors. Memory, numbers and the trick: depthwise.h; with three or five taps a row another,
 // x86_avx512_depthwise_rolling.h. Rows are read and outputs written under a mask, so nothing
 // outside the block is touched.
 #include <immintrin.h>

@@ -2,9 +2,11 @@
 // of a kernel file, inside its anonymous namespace, so that it is compiled for that target.
 //
 // A Kernel has
-//   kLanes, kColumns: dwords in a vector; output columns computed together
+//   kLanes, kColumns, kWeightBytes: dwords in a vector; output columns computed together; bytes of
+//     the weights of a vector
 //   kHoldsTaps: registers hold the weights of three taps beside the sums
 //   Vector, Activations, Weights: an int32 vector; interleaved input, weights, in registers
+//   load, load_floats, store: of a Vector or as many floats
 //   load_activations, load_weights, dot(acc, activations, weights), permute(pixel, order)
 //   narrow(acc, addend, mult): RNE((float(acc) + addend) * mult), int32
 //   Row<V>: V vectors of channels as bytes: load, fill, interleave

@@ -45,6 +45,7 @@ void run_part(const LinearArgs& args, const IgemmArgs& part, uint8_t* codes) {
   for (int64_t row = part.row_begin; row < part.row_end; row = block.row_end) {
     block.row_begin = row;
     block.row_end = part.row_end - row < kCodeRows ? part.row_end : row + kCodeRows;
+    block.next = block.row_end == part.row_end ? part.next : NextWeights{};
     igemm_dequantized(block, args.floats, codes);
   }
 }

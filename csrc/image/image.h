@@ -7,9 +7,8 @@
 //   kMaxImageChannels of them) or with the channels innermost (dense, one grid); any stride between
 //   images. q is dense, channels innermost. x is float32, bfloat16 or float16, q is uint8 or int8.
 // Memory: owned by the caller; x and q must not overlap.
-// Numbers: those of quantize (csrc/quantize/quantize.h), on every ISA and for any number of
-// threads. Trick: one pass over memory. A run of pixels of each plane is quantized into a block of
-// L1, and
+// Numbers: those of quantize (csrc/quantize/quantize.h), on every ISA, for any number of threads.
+// Trick: one pass over memory. A run of pixels of each plane is quantized into a block of L1, and
 //   byte shuffles interleave the planes on their way out.
 #pragma once
 

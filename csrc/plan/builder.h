@@ -126,8 +126,8 @@ class Builder {
   std::vector<int> writer_, reader_, readers_;
   std::vector<bool> wants_channels_last_;
   std::vector<int> cat_of_;  // by value: the step in whose output it is written, or -1
-  std::vector<int>
-      prefix_;  // by value, of a cat: its first inputs, which an earlier cat has joined
+  // By value, of a cat: its first inputs, which an earlier cat has joined.
+  std::vector<int> prefix_;
   Draft draft_;
   int step_index_ = 0;
 };

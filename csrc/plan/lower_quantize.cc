@@ -108,7 +108,8 @@ const Step* Builder::dequantized_by(const Step& step) const {
   if (reader < 0 || readers_[step.output] > 1) return nullptr;
   const Step& dequantize = model_.steps[reader];
   if (dequantize.kind != StepKind::kDequantize || dequantize.as<QuantizeStep>().axis >= 0 ||
-      !is_code(model_.values[step.output].dtype)) {
+      !is_code(model_.values[step.output].dtype) ||
+      model_.values[dequantize.output].dtype != DType::kF32) {
     return nullptr;
   }
   const bool can =

@@ -228,7 +228,7 @@ void Builder::find_readers() {
 }
 
 const PackedConvHeader* Builder::packed_conv(int index) const {
-  const PackedConvHeader* header;
+  const PackedConvHeader* header = nullptr;
   view_packed_conv(packed_[index].data(), packed_[index].bytes(), &header);
   return header;
 }

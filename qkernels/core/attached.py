@@ -56,7 +56,7 @@ class Attached:
         """What the rules learn joins the optimizer."""
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in known for p in self.model.parameters()):
-            raise InvalidArgument("compress: the optimizer has no Parameter of the model; make it from this model's")
+            raise InvalidArgument("learn: the optimizer has no Parameter of the model; make it from this model's")
         new = [p for q in quantizers(self.model) for p in q.parameters() if id(p) not in known]
         if new:
             optimizer.add_param_group({"params": new, **options})

@@ -252,7 +252,10 @@ def test_configuration_file(tmp_path):
             {"defaults": {"ops": {"is_output_quantised": True}}},
             r"config\.defaults\.ops\.is_output_quantised: unknown",
         ),
-        ({"defaults": {"unsigned_symmetric": "True"}}, r"config\.defaults\.unsigned_symmetric: AIMET has no such"),
+        (
+            {"defaults": {"unsigned_symmetric": "True", "ops": {"is_symmetric": "True"}}},
+            r"config\.defaults\.unsigned_symmetric: AIMET has no such",
+        ),
         ({"op_type": {"Convv": {}}}, r"config\.op_type\.Convv: unknown key; did you mean 'Conv'"),
         ({"supergroups": [{"op_list": ["Conv", "Rel"]}]}, r"config\.supergroups\[0\]\.op_list.*'Relu'"),
         ({"params": {"bias": {"is_quantized": "maybe"}}}, r"config\.params\.bias\.is_quantized"),

@@ -287,12 +287,35 @@ def test_a_layer_without_a_stub_before_it_is_an_error_that_names_it():
     assert torch_ao.convert(wrapped)(images()).shape == (4, 4, 30, 30)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("api", [torch_ao, torch.ao.quantization])
+def test_a_transposed_convolution_has_a_grid_for_each_output_channel(api, axis, groups):
+    """As everywhere in qkernels, whatever axis the observer names; torch.ao refuses to convert it."""
+    network = nn.Sequential(torch_ao.QuantStub(), nn.ConvTranspose2d(4, 6, 3, 2, groups=groups), torch_ao.DeQuantStub())
+    observer = api.default_per_channel_weight_observer.with_args(ch_axis=axis)
+    network.eval().qconfig = api.QConfig(api.default_observer, observer)
+    prepared = api.prepare(network)
+    x = torch.randn(2, 4, 7, 7)
+    prepared(x)
+    ours, converted = torch_ao.prepared(prepared, x), torch_ao.convert(prepared, example_inputs=x)
+    weight = network[1].weight.detach().unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    weights = next(q for q in quantizers(ours) if q.source == "1.weight")
+    torch.testing.assert_close(weights.qparams().scale, weight.flatten(1).abs().amax(1) / 127.5, rtol=1e-4, atol=0)
+    assert qkernels.verify(ours, converted, [x]).total_mismatches == 0
+
+
 def test_no_data_is_an_error_that_names_the_observer():
     model = ours().eval().fuse()
     model.qconfig = torch_ao.default_qconfig
     torch_ao.prepare(model, inplace=True)
     with pytest.raises(InvalidState, match="saw no data"):
         torch_ao.convert(model, example_inputs=images())
+
+
+def test_convert_without_prepare_is_an_error():
+    with pytest.raises(InvalidState, match="call prepare first"):
+        torch_ao.convert(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), example_inputs=images())
 
 
 def test_no_qconfig_is_an_error():

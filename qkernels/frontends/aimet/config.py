@@ -122,10 +122,10 @@ def _parse(config: Mapping[str, Any]) -> Config:
     check_keys(
         defaults, (*DEFAULT["defaults"], "unsigned_symmetric", "supported_kernels", "hw_version"), "config.defaults"
     )
-    if _bool(defaults, "unsigned_symmetric", False, "config.defaults"):
-        raise Unsupported("config.defaults.unsigned_symmetric: AIMET has no such grids since 2.0; leave it out")
     check_keys(defaults.get("ops", {}), OP_FLAGS, "config.defaults.ops")
     base = _tensors(Tensors(), defaults, "config.defaults", ".ops")
+    if _bool(defaults, "unsigned_symmetric", False, "config.defaults") and base.is_symmetric:
+        raise Unsupported("config.defaults.unsigned_symmetric: AIMET has no such grids since 2.0; leave it out")
     base = replace(base, bias_quantized=base.params_quantized, bias_symmetric=base.params_symmetric)
     base = _named_params(base, config.get("params", {}), "config.params")
     by_type = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 from qkernels.core.attach import OUTPUT, PARAMETERS
 from qkernels.core.grids import Grid, Grids
+from qkernels.core.qspec import MAX_BITS
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.common import check_keys, check_one_of
 
@@ -212,16 +213,19 @@ def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
     try:
         bits, symmetric = int(first["bitwidth"]), str(first["is_symmetric"]) == "True"
         scale, offset = tuple(float(row["scale"]) for row in rows), tuple(int(row["offset"]) for row in rows)
+        ends = [float(first[end]) for end in ("min", "max") if end in first]
     except (TypeError, ValueError):
-        raise InvalidArgument(f"{where}: bitwidth, scale and offset must be numbers, got {first!r}") from None
+        raise InvalidArgument(f"{where}: bitwidth, scale, offset and ends must be numbers, got {first!r}") from None
+    if not 2 <= bits <= MAX_BITS:
+        raise InvalidArgument(f"{where}: bitwidth must be from 2 to {MAX_BITS}, got {bits}")
     codes = 2**bits
     grid = Grid(scale, offset, codes, symmetric, first.get("enc_type", "") == "PER_CHANNEL" or len(rows) > 1)
     grid.checked(where)
     if symmetric and all(o == 1 - codes // 2 for o in offset):
         return replace(grid, codes=codes - 1)  # as many on both sides
-    if "max" in first and "min" in first:
-        said = round((first["max"] - first["min"]) / first["scale"]) + 1
-        if said not in (codes, codes - 1):
-            raise InvalidArgument(f"{where}: from min to max there are {said} codes, in bitwidth {bits} {codes}")
-        return replace(grid, codes=said)
+    if len(ends) == 2:
+        said = (ends[1] - ends[0]) / scale[0] + 1
+        if not any(abs(said - n) < 0.5 for n in (codes, codes - 1)):  # nor if it is NaN
+            raise InvalidArgument(f"{where}: from min to max there are {said:g} codes, in bitwidth {bits} {codes}")
+        return replace(grid, codes=round(said))
     return grid

@@ -383,8 +383,8 @@ class QuantizationSimModel:
     def set_and_freeze_param_encodings(self, encoding_path: "Mapping[str, Any] | str | os.PathLike") -> None:
         """Takes the weight grids of a file and keeps them through compute_encodings and training."""
         content = from_json(encoding_path)
-        content = {"param_encodings": content.get("param_encodings", content)}
-        self.load_encodings(content, requires_grad=False, allow_overwrite=False)
+        weights = content.get("param_encodings", content) if isinstance(content, Mapping) else content
+        self.load_encodings({"param_encodings": weights}, requires_grad=False, allow_overwrite=False)
 
     def load_and_freeze_encodings(self, encoding_path: Any, ignore_when_quantizer_disabled: bool = False) -> None:
         self.load_encodings(encoding_path, requires_grad=False, allow_overwrite=False)

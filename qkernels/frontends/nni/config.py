@@ -115,8 +115,10 @@ def _modern(entry: Any, where: str) -> dict[str, Any]:
     if "quant_start_step" in entry:
         raise Unsupported(f"{where}.quant_start_step: give it to the quantizer, QATQuantizer(..., quant_start_step=n)")
     if "op_partial_names" in entry:
-        partial = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
-        entry["op_names_re"] = [*entry.get("op_names_re", ()), *partial]
+        names, patterns = entry.pop("op_partial_names"), entry.get("op_names_re", [])
+        check_words(names, f"{where}.op_partial_names")
+        check_words(patterns, f"{where}.op_names_re")
+        entry["op_names_re"] = [*patterns, *(f".*{re.escape(name)}.*" for name in names)]
     types, bits = entry.pop("quant_types", None), entry.pop("quant_bits", None)
     if (types is None) != (bits is None):
         raise InvalidArgument(f"{where}: quant_types and quant_bits belong together")
@@ -247,7 +249,8 @@ def _block(given: Any, shape: Sequence[int] | None, rank: int | None, where: str
         return _checked(GRANULARITIES[given], shape, where)
     said = given if given and isinstance(given[0], (list, tuple)) else [given]
     sizes, place, fill = (*said[:3], *("front", 1)[len(said) - 1 :])
-    numbers = (*sizes, fill or 1)
+    fill = 1 if fill is None else fill
+    numbers = (*sizes, fill)
     if not sizes or len(said) > 3 or not all(isinstance(n, int) and (n > 0 or n == -1) for n in numbers):
         form = "sizes that are positive or -1, or (sizes, 'front' or 'back', a size for the other dimensions)"
         raise InvalidArgument(f"{where}: must be {form}, got {given!r}")
@@ -256,7 +259,7 @@ def _block(given: Any, shape: Sequence[int] | None, rank: int | None, where: str
         if (place, fill) != ("back", -1):
             raise Unsupported(f"{where}: {given!r} depends on the dimensions of the tensor; say [{sizes}, 'back', -1]")
         return _checked((*sizes, 0), shape, where)
-    padding = [fill or 1] * (rank - len(sizes))
+    padding = [fill] * (rank - len(sizes))
     return _checked(tuple([*padding, *sizes] if place == "front" else [*sizes, *padding]), shape, where)
 
 

@@ -81,7 +81,7 @@ SUBMODULES = ("fake_quantize", "observer", "qconfig", "qconfig_mapping", "quanti
 
 
 def __getattr__(name: str) -> Any:
-    """The submodules of torch.ao.quantization are all here; names without a counterpart say what to do."""
+    """SUBMODULES of torch.ao.quantization are this module; names without a counterpart say what to do."""
     if name in SUBMODULES:
         return sys.modules[__name__]
     if name in dir(original):

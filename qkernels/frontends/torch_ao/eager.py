@@ -135,7 +135,7 @@ def prepared(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     work._forward_pre_hooks.clear()
     work._forward_pre_hooks_with_kwargs.clear()
     places = parse.places_of(work)
-    if not places.weights and not places.outputs and not quantizers(work):
+    if not places.weights and not places.outputs and next(quantizers(work), None) is None:
         raise InvalidState("convert: no module of the model has observers; call prepare first")
     args, kwargs = _arguments(module, work, example_inputs)
     result = prepare_placed(work, args, kwargs, places)

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from qkernels.core import operations as o
 from qkernels.core.fusion import folded
+from qkernels.core.layers import PreparedConvTranspose2d
 from qkernels.core.placed import Leave, Places
 from qkernels.core.qspec import INTEGER_RANGE, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
@@ -66,8 +67,8 @@ def factory_recipe(factory: Callable[[], nn.Module]) -> TensorRecipe:
     return tensor_recipe(factory())
 
 
-def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
-    """A Quantizer with the grid that the observer has found; without one if it saw no data.
+def quantizer_of(observer: nn.Module, source: str, axis: int | None = None) -> Quantizer:
+    """A Quantizer with the grid that the observer has found (on `axis`, if not its own); without one if it saw no data.
 
     An observer chooses scale and zero point for its range, but torch's integer layers clamp to the range of the dtype:
     so do ours. A fake-quantize module has clamped in training, and its range stays.
@@ -75,6 +76,7 @@ def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
     if isinstance(observer, Quantizer):
         return observer
     recipe = tensor_recipe(observer)
+    recipe = recipe if axis is None else replace(recipe, spec=replace(recipe.spec, axis=axis))
     if not hasattr(observer, "fake_quant_enabled") and not recipe.spec.simulated:
         qmin, qmax = INTEGER_RANGE[recipe.spec.dtype]
         recipe = replace(recipe, spec=replace(recipe.spec, qmin=qmin, qmax=qmax))
@@ -90,9 +92,15 @@ def quantizer_of(observer: nn.Module, source: str) -> Quantizer:
 
 
 def weight_quantizer(layer: nn.Module, observer: nn.Module, path: str) -> Quantizer:
-    """A Quantizer for the weight of now: what torch.ao, too, decides only when it converts."""
-    observer(layer.weight.detach())
-    return quantizer_of(observer, f"{path}.weight")
+    """A Quantizer for the weight of now: what torch.ao, too, decides only when it converts.
+
+    Channels of a transposed convolution are its outputs, as everywhere in the core; torch.ao refuses such a grid.
+    """
+    weight, spec, axis = layer.weight.detach(), tensor_recipe(observer).spec, None
+    if spec.per_channel and "ConvTranspose" in type(layer).__name__:
+        weight, axis = PreparedConvTranspose2d.rows(layer, weight).movedim(0, spec.axis), 0
+    observer(weight)
+    return quantizer_of(observer, f"{path}.weight", axis)
 
 
 def places_of(model: nn.Module) -> Places:

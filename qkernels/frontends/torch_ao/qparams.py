@@ -11,6 +11,7 @@ from qkernels.core.grids import Grid, Grids
 from qkernels.core.layers import Prepared
 from qkernels.core.quantizer import Quantizer
 from qkernels.errors import InvalidArgument
+from qkernels.frontends.common import check_one_of
 from qkernels.frontends.torch_ao.observers import QSCHEMES
 from qkernels.frontends.torch_ao.parse import observed_copy, places_of
 
@@ -30,9 +31,8 @@ def of_model(model: nn.Module) -> Grids:
     weights = {path: module.quantizers[WEIGHT] for path, module in work.named_modules() if isinstance(module, Prepared)}
     layers = dict(model.named_modules())
     for path, quantizer in (places.weights | weights).items():
-        holder = (
-            path if path in layers else path.removesuffix(".0")
-        )  # torch's trained layers hold their clamp themselves
+        # torch's trained layers hold their clamp themselves
+        holder = path if path in layers else path.removesuffix(".0")
         found.setdefault(holder, {})[WEIGHT] = Grid.of(quantizer)
     return found
 
@@ -61,6 +61,7 @@ def _grid(options: Mapping[str, Any], where: str) -> Grid:
     for name in ("scale", "zero_point", "quant_min", "quant_max", "qscheme"):
         if name not in options:
             raise InvalidArgument(f"{where}.{name}: missing; there are {list(options)}")
+    check_one_of(options["qscheme"], tuple(QSCHEMES), f"{where}.qscheme")
     scale, zero_point = (torch.as_tensor(options[name]).reshape(-1) for name in ("scale", "zero_point"))
     low, high = options["quant_min"], options["quant_max"]
     found = Grid(scale.tolist(), (low - zero_point.int()).tolist(), high - low + 1, *QSCHEMES[options["qscheme"]])
