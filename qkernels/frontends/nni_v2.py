@@ -75,9 +75,7 @@ def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...], keys: tup
         chosen = _selected(modules, entry, where)
         for path in chosen if parsed is not None and parsed.tensors.keys() <= {"weight"} else ():
             if not isinstance(modules[path], WEIGHTED):
-                raise InvalidArgument(
-                    f"{where}.quant_types: {path} is a {type(modules[path]).__name__}, without weight"
-                )
+                raise InvalidArgument(f"{where}.quant_types: {path} is a {type(modules[path]).__name__} without weight")
         found |= {path: parsed for path in modules if path in chosen}
     if not any(found.values()):
         raise InvalidArgument("config_list: no module is left to quantize")

@@ -440,7 +440,7 @@ def per_channel(scale, offset):
         (row_with(bitwidth="eight"), r"conv1\.weight: bitwidth, scale and offset must be numbers"),
         (row_with(bitwidth=16), r"conv1\.weight: from min to max there are 256 codes, in bitwidth 16 65536"),
         (per_channel([0.1, 0.2], [-128]), r"param_encodings\[0\]: must have as many offsets as scales"),
-        (per_channel([0.1] * 3, [-128] * 3), r"conv1\.weight: 3 encodings for 8 channels"),
+        (per_channel([0.1] * 3, [-128] * 3), r"conv1\.weight: 3 grids for 8 channels"),
         (
             {"encodings": [{"name": "conv1.weight", "output_dtype": "int8", "y_scale": [0.1], "y_zero_point": [1, 2]}]},
             r"encodings\[0\]: must have as many offsets as scales",

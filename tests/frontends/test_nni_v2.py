@@ -176,7 +176,7 @@ def test_set_quant_scheme_dtype_changes_what_entries_leave_open():
         ({"op_names": ["conv9"]}, InvalidArgument, "did you mean"),
         ({"op_types": "Conv2d"}, InvalidArgument, r"op_types: must be a list of strings, got 'Conv2d'"),
         ({"quant_types": "weight"}, InvalidArgument, r"quant_types: must be a list of strings, got 'weight'"),
-        ({"op_types": ["ReLU"]}, InvalidArgument, r"config_list\[0\]\.quant_types: relu1 is a ReLU, without weight"),
+        ({"op_types": ["ReLU"]}, InvalidArgument, r"config_list\[0\]\.quant_types: relu1 is a ReLU without weight"),
         ({"exclude": 1.5}, InvalidArgument, r"exclude: must be one of \[True, False\]"),
         ({"exclude": True}, InvalidArgument, "no module is left to quantize"),
     ],

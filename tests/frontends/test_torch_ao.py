@@ -289,13 +289,12 @@ def test_a_layer_without_a_stub_before_it_is_an_error_that_names_it():
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("api", [torch_ao, torch.ao.quantization])
-def test_a_transposed_convolution_has_a_grid_for_each_output_channel(api, axis, groups):
-    """As everywhere in qkernels, whatever axis the observer names; torch.ao refuses to convert it."""
+def test_a_transposed_convolution_has_a_grid_for_each_output_channel(axis, groups):
+    """As everywhere in qkernels, whatever axis the observer names; torch.ao refuses to prepare it."""
     network = nn.Sequential(torch_ao.QuantStub(), nn.ConvTranspose2d(4, 6, 3, 2, groups=groups), torch_ao.DeQuantStub())
-    observer = api.default_per_channel_weight_observer.with_args(ch_axis=axis)
-    network.eval().qconfig = api.QConfig(api.default_observer, observer)
-    prepared = api.prepare(network)
+    observer = torch_ao.default_per_channel_weight_observer.with_args(ch_axis=axis)
+    network.eval().qconfig = torch_ao.QConfig(torch_ao.default_observer, observer)
+    prepared = torch_ao.prepare(network)
     x = torch.randn(2, 4, 7, 7)
     prepared(x)
     ours, converted = torch_ao.prepared(prepared, x), torch_ao.convert(prepared, example_inputs=x)

@@ -215,7 +215,9 @@ def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
         scale, offset = tuple(float(row["scale"]) for row in rows), tuple(int(row["offset"]) for row in rows)
         ends = [float(first[end]) for end in ("min", "max") if end in first]
     except (TypeError, ValueError):
-        raise InvalidArgument(f"{where}: bitwidth, scale, offset and ends must be numbers, got {first!r}") from None
+        raise InvalidArgument(
+            f"{where}: bitwidth, scale and offset must be numbers, and min and max, got {first!r}"
+        ) from None
     if not 2 <= bits <= MAX_BITS:
         raise InvalidArgument(f"{where}: bitwidth must be from 2 to {MAX_BITS}, got {bits}")
     codes = 2**bits

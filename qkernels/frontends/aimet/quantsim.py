@@ -374,9 +374,7 @@ class QuantizationSimModel:
             raise InvalidArgument(f"param_encodings.{path}.bias: the layer has none")
         shape, axis = (module.weight.shape, axis) if key == WEIGHT else (module.bias.shape, 0)
         if len(grid.scale) not in (1, shape[axis]):
-            raise InvalidArgument(
-                f"param_encodings.{path}.{key}: {len(grid.scale)} encodings for {shape[axis]} channels"
-            )
+            raise InvalidArgument(f"param_encodings.{path}.{key}: {len(grid.scale)} grids for {shape[axis]} channels")
         module.param_quantizers[key] = QuantizeDequantize.from_grid(grid, shape, axis)
         return module.param_quantizers[key]
 

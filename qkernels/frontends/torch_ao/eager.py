@@ -141,9 +141,7 @@ def prepared(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     result = prepare_placed(work, args, kwargs, places)
     blind = [q.source for q in quantizers(result) if not q.has_grid()]
     if blind:
-        raise InvalidState(
-            f"convert: the observers of {', '.join(blind)} saw no data; run batches through the model first"
-        )
+        raise InvalidState(f"convert: the observers of {', '.join(blind)} saw no data; run batches through it first")
     floats = {row.name: row.reason for row in result.report.stayed_float}
     simulated = any(q.spec.simulated for q in quantizers(result))  # then float layers are what was asked for
     for path in places.weights:

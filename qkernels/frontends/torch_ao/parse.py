@@ -32,9 +32,7 @@ OBSERVER_HOOKS = {"_observer_forward_hook", "_observer_forward_pre_hook", "obser
 
 def is_a(module: nn.Module, name: str) -> bool:
     """Whether the module is of our class of that name, or of torch.ao's."""
-    return any(
-        cls.__name__ == name and cls.__module__.startswith(("torch.", "qkernels.")) for cls in type(module).__mro__
-    )
+    return any(c.__name__ == name and c.__module__.startswith(("torch.", "qkernels.")) for c in type(module).__mro__)
 
 
 def is_observer(module: nn.Module) -> bool:
@@ -94,7 +92,7 @@ def quantizer_of(observer: nn.Module, source: str, axis: int | None = None) -> Q
 def weight_quantizer(layer: nn.Module, observer: nn.Module, path: str) -> Quantizer:
     """A Quantizer for the weight of now: what torch.ao, too, decides only when it converts.
 
-    Channels of a transposed convolution are its outputs, as everywhere in the core; torch.ao refuses such a grid.
+    Channels of a transposed convolution are its outputs, as everywhere in the core; torch.ao prepares no such layer.
     """
     weight, spec, axis = layer.weight.detach(), tensor_recipe(observer).spec, None
     if spec.per_channel and "ConvTranspose" in type(layer).__name__:

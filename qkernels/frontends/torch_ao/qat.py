@@ -37,9 +37,7 @@ def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -
         model = copy.deepcopy(model)
     propagate_qconfig(model)
     if not any(getattr(m, "qconfig", None) for m in model.modules()):
-        raise InvalidArgument(
-            "prepare_qat: no module has a qconfig; set model.qconfig = get_default_qat_qconfig('x86')"
-        )
+        raise InvalidArgument("prepare_qat: no module has a qconfig: model.qconfig = get_default_qat_qconfig('x86')")
     _train(model, "")
     for quantizer in quantizers(model):
         quantizer.state = State.TRAIN
