@@ -81,8 +81,8 @@ struct NetworkWriter {
                      {-1, file.tensor<float>(DType::kF32, {1}, {kScale}),
                       file.tensor<int32_t>(DType::kS32, {1}, {kZero}), 3, 250});
   }
-  int dequantize(int q, int rank) {
-    return file.step(StepKind::kDequantize, {q}, DType::kF32, rank,
+  int dequantize(int q, int rank, DType dtype = DType::kF32) {
+    return file.step(StepKind::kDequantize, {q}, dtype, rank,
                      {-1, file.tensor<float>(DType::kF32, {1}, {kScale}),
                       file.tensor<int32_t>(DType::kS32, {1}, {kZero})});
   }

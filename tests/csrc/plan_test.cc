@@ -150,6 +150,32 @@ void quantize_and_dequantize_are_the_formula() {
   }
 }
 
+// A layer writes float32 itself; 16 bits are a step of their own, with the same values.
+void layers_are_dequantized_to_every_float() {
+  const auto outputs = [](DType dtype, size_t* operations) {
+    NetworkWriter n(3);
+    const int x = n.file.input(DType::kF32, {-1, 3, -1, -1});
+    const int codes = n.conv(n.quantize(x, 4), {.in = 3, .out = 8, .kernel = 3, .padding = 1});
+    n.file.output(n.dequantize(codes, 4, dtype));
+    const std::unique_ptr<Plan> plan = load(n.file.bytes());
+    Plan::Description description;
+    CHECK(plan->describe({contiguous_input({2, 3, 9, 7})}, kSerial, &description).ok());
+    *operations = description.operations.size();
+    return run_image(*plan, 2, 9, 7).outputs[0];
+  };
+  size_t fused, separate;
+  const std::vector<uint8_t> floats = outputs(DType::kF32, &fused);
+  const std::vector<uint8_t> halves = outputs(DType::kBF16, &separate);
+  CHECK_EQ(separate, fused + 1);
+  for (size_t i = 0; i < floats.size() / 4; ++i) {
+    float value;
+    uint16_t bits;
+    std::memcpy(&value, floats.data() + 4 * i, 4);
+    std::memcpy(&bits, halves.data() + 2 * i, 2);
+    CHECK_EQ(bits, qk::float_to_bfloat16(value));
+  }
+}
+
 void planar_images_are_interleaved() {
   Rng rng(5);
   for_each_isa([&](Isa) {
@@ -374,6 +400,7 @@ int main(int argc, char** argv) {
   }
   planar_images_are_interleaved();
   quantize_and_dequantize_are_the_formula();
+  layers_are_dequantized_to_every_float();
   every_isa_and_thread_count_gives_the_same_bits();
   slices_of_the_batch_give_the_same_bits();
   input_layouts_do_not_matter();
