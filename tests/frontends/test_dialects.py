@@ -259,6 +259,13 @@ def test_forms_without_blocks_refuse_them():
             aimet.encodings.write(grids, version, lambda path, key: path)
 
 
+def test_encodings_are_not_written_for_a_grid_that_they_do_not_hold():
+    grids = {"conv1": {"output": Grid((0.1,), (-100,), 201, symmetric=False)}}
+    assert torch_ao.qparams.read(torch_ao.qparams.write(grids)) == grids
+    with pytest.raises(Unsupported, match="no bitwidth has 201 codes"):
+        aimet.encodings.write(grids, "0.6.1", tensor_name)
+
+
 def test_dialects_find_the_same_grids():
     grids = in_aimet().grids()
     assert ordered(nni.calibration.read(in_nni().get_calibration_config())) == ordered(grids)

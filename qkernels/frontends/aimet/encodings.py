@@ -25,6 +25,8 @@ HEADER = ("version", "producer", "excluded_layers", "quantizer_args")
 def rows_of(grid: Grid) -> list[dict[str, Any]]:
     """A grid in the form of 0.6.1: an encoding a channel."""
     grid.check_no_blocks("encodings")
+    if 2**grid.bits - grid.codes > 1:
+        raise Unsupported(f"encodings: no bitwidth has {grid.codes} codes; {2**grid.bits} or one less")
     common = {"bitwidth": grid.bits, "dtype": "int", "is_symmetric": str(grid.symmetric)}
     numbers = zip(grid.scale, grid.offset, *grid.ends(), strict=True)
     return [{**common, "max": high, "min": low, "offset": o, "scale": s} for s, o, low, high in numbers]
@@ -221,8 +223,7 @@ def grid_of(rows: list[dict[str, Any]], where: str) -> Grid:
     if not 2 <= bits <= MAX_BITS:
         raise InvalidArgument(f"{where}: bitwidth must be from 2 to {MAX_BITS}, got {bits}")
     codes = 2**bits
-    grid = Grid(scale, offset, codes, symmetric, first.get("enc_type", "") == "PER_CHANNEL" or len(rows) > 1)
-    grid.checked(where)
+    grid = Grid(scale, offset, codes, symmetric, first.get("enc_type") == "PER_CHANNEL" or len(rows) > 1).checked(where)
     if symmetric and all(o == 1 - codes // 2 for o in offset):
         return replace(grid, codes=codes - 1)  # as many on both sides
     if len(ends) == 2:
