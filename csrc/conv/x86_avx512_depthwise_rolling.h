@@ -36,7 +36,7 @@ struct Columns512 {
 
   explicit Columns512(const DepthwiseStrip& s)
       : offsets(s.column_offset),
-        mask(first_bytes(s.channels)),
+        mask(avx512::byte_lanes(s.channels)),
         flip(Row::fill(0x80)),
         padding(Row::fill(Flip ? s.padding ^ 0x80 : s.padding)) {
     for (int r = 0; r < Rows; ++r) rows[r] = s.rows[r];

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "csrc/base/target.h"
+#include "csrc/base/x86_avx512.h"
 #include "csrc/conv/depthwise.h"
 
 QK_TARGET_BEGIN(QK_ISA_AVX512VNNI)
@@ -14,8 +15,6 @@ namespace qk {
 namespace {
 
 #include "csrc/conv/x86_depthwise_tile.h"
-
-QK_INLINE __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
 template <int V>
 struct Row512;
@@ -26,7 +25,7 @@ struct Row512<4> {
   QK_INLINE Type fill(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
   template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    return load_masked<Flip, false>(p, first_bytes(n), flip);
+    return load_masked<Flip, false>(p, avx512::byte_lanes(n), flip);
   }
   // The bytes of `mask`; all of them if Whole.
   template <bool Flip, bool Whole>
@@ -72,7 +71,7 @@ struct Row512<2> {
   QK_INLINE Type fill(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
   template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    return load_masked<Flip, false>(p, first_bytes(n), flip);
+    return load_masked<Flip, false>(p, avx512::byte_lanes(n), flip);
   }
   template <bool Flip, bool Whole>
   QK_INLINE Type load_masked(const uint8_t* p, __mmask64 mask, Type flip) {
@@ -113,7 +112,7 @@ struct Row512<1> {
   QK_INLINE Type fill(uint8_t byte) { return _mm_set1_epi8(static_cast<char>(byte)); }
   template <bool Flip>
   QK_INLINE Type load(const uint8_t* p, int64_t n, Type flip) {
-    const Type v = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_bytes(n)), p);
+    const Type v = _mm_maskz_loadu_epi8(static_cast<__mmask16>(avx512::byte_lanes(n)), p);
     return Flip ? _mm_xor_si128(v, flip) : v;
   }
   QK_INLINE void interleave(const Type (&r)[4], uint8_t* dst) {
@@ -184,7 +183,7 @@ struct Avx512 {
   QK_INLINE void store_bytes(const __m512i (&pairs)[(V + 1) / 2], const DepthwiseStrip& s,
                              uint8_t* out) {
     const __m512i q = pack_bytes<V>(pairs, s, Bare);
-    const __mmask64 mask = first_bytes(s.channels);
+    const __mmask64 mask = avx512::byte_lanes(s.channels);
     if constexpr (V == 4) {
       _mm512_mask_storeu_epi8(out, mask, q);
     } else if constexpr (V == 2) {
