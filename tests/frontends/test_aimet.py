@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -373,6 +375,33 @@ def test_exported_encodings_run_in_int8_on_a_float_model(tmp_path, version, mode
     assert not any("Quantize" in type(m).__name__ for m in exported.modules())
 
 
+def test_names_that_only_an_onnx_graph_has_are_found_in_it(tmp_path):
+    """As in the files that AIMET writes: inputs and outputs of the graph have names of their own."""
+    sim, x = calibrated(Everything, default_param_bw=4), images(Everything, seed=2)
+    torch.onnx.export(sim.original_model().eval(), (x,), tmp_path / "net.onnx", dynamo=False)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    names = {"/c1/Conv_input_0": graph.input[0].name, "/fc2/Gemm_output_0": graph.output[0].name}
+    content = sim.encodings("0.6.1")
+    table = content["activation_encodings"]
+    content["activation_encodings"] = {names.get(name, name): rows for name, rows in table.items()}
+    assert content["activation_encodings"].keys() - table.keys() == set(names.values())
+    (tmp_path / "net.encodings").write_text(json.dumps(content))
+
+    def simulation():
+        return quantsim.QuantizationSimModel(prepared_model(Everything), dummy_input=x)
+
+    other = simulation()
+    other.load_encodings(tmp_path / "net.encodings", partial=False)  # the graph beside the file
+    assert other.grids() == sim.grids()
+    assert torch.equal(other.convert()(x), sim.convert()(x))
+    other = simulation()
+    other.load_encodings(content, partial=False, onnx_file=tmp_path / "net.onnx")
+    assert other.grids() == sim.grids()
+    (tmp_path / "net.onnx").rename(tmp_path / "elsewhere.onnx")
+    with pytest.raises(InvalidArgument, match=rf"{re.escape(names['/c1/Conv_input_0'])}: the model has no such tensor"):
+        simulation().load_encodings(tmp_path / "net.encodings")
+
+
 def test_encoding_of_a_grid_is_that_of_the_schema():
     sim = calibrated(default_param_bw=4)
     row = sim.module_encodings()["param_encodings"]["conv1.weight"][0]
@@ -447,7 +476,7 @@ def per_channel(scale, offset):
         ),
         (
             {"activation_encodings": {"t.1": [row()]}, "param_encodings": {}},
-            r"activation_encodings\.t\.1: the model has no such tensor.*_torch\.encodings",
+            r"activation_encodings\.t\.1: the model has no such tensor.*onnx_file=.*_torch\.encodings",
         ),
     ],
 )
@@ -541,14 +570,15 @@ def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits
     with torch.no_grad():
         x = images(model)
         assert torch.allclose(mine.model(x), theirs.model(x).as_subclass(torch.Tensor), atol=1e-4)
-    other = quantsim.QuantizationSimModel(prepared_model(model), dummy_input=images(model))
-    other.load_encodings(tmp_path / "net_torch.encodings", partial=False)
-    with torch.no_grad():
-        for seed in range(3):
-            x = images(model, seed=seed)
-            expected = theirs.model(x).as_subclass(torch.Tensor)
-            assert torch.allclose(other.model(x), expected, atol=1e-4)
-            assert torch.allclose(other.convert()(x), expected, atol=1e-4)
+    for file in ("net_torch.encodings", "net.encodings"):  # by module; by tensor of the graph beside it
+        other = quantsim.QuantizationSimModel(prepared_model(model), dummy_input=images(model))
+        other.load_encodings(tmp_path / file, partial=False)
+        with torch.no_grad():
+            for seed in range(3):
+                x = images(model, seed=seed)
+                expected = theirs.model(x).as_subclass(torch.Tensor)
+                assert torch.allclose(other.model(x), expected, atol=1e-4)
+                assert torch.allclose(other.convert()(x), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", [Network, Everything])

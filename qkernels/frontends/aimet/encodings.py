@@ -12,6 +12,7 @@ from typing import Any
 
 from qkernels.core.attach import OUTPUT, PARAMETERS
 from qkernels.core.grids import Grid, Grids
+from qkernels.core.onnx_names import Place, place_of
 from qkernels.core.qspec import MAX_BITS
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.common import check_keys, check_one_of
@@ -90,12 +91,18 @@ def write_by_module(grids: Grids) -> dict[str, Any]:
     return dict(zip(TABLES, (activations, weights), strict=True))
 
 
-def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = True) -> Grids:
+def read(
+    encodings: Mapping[str, Any],
+    paths: Collection[str],
+    strict: bool = True,
+    graph: Callable[[], Mapping[str, list[Place]]] = dict,
+) -> Grids:
     """The grids of encodings of any form.
 
     Args:
         paths: the modules that there are.
         strict: a name that fits none of them is an error.
+        graph: gives the places of the tensors that are not named after a module.
     """
     found: Grids = {}
     check_keys(encodings, (*TABLES, LIST, *HEADER), "encodings")
@@ -103,7 +110,7 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
         raise InvalidArgument(f"encodings: none of {[*TABLES, LIST]}, only the keys {sorted(encodings)}")
     if LIST in encodings:
         encodings = _in_tables(encodings[LIST])
-    entries = [*_activations(encodings.get(TABLES[0], {}), paths), *_parameters(encodings.get(TABLES[1], {}))]
+    entries = [*_activations(encodings.get(TABLES[0], {}), paths, graph), *_parameters(encodings.get(TABLES[1], {}))]
     for where, path, key, rows in entries:
         if path in paths:
             found.setdefault(path, {})[key] = grid_of(rows, where)
@@ -112,7 +119,7 @@ def read(encodings: Mapping[str, Any], paths: Collection[str], strict: bool = Tr
             named = f"{path}.{key}" if key in PARAMETERS else path
             hint = close_matches(named, known)
             if where == f"{TABLES[0]}.{path}":
-                hint += "; tensors that only ONNX has names for are in <prefix>_torch.encodings by their module"
+                hint += "; names of an ONNX graph need that file (onnx_file=), <prefix>_torch.encodings names modules"
             raise InvalidArgument(f"{where}: the model has no such tensor{hint}")
     return found
 
@@ -148,7 +155,9 @@ def _parameters(table: Any) -> Iterator[tuple[str, str, str, list]]:
         yield f"{TABLES[1]}.{name}", path, key, rows
 
 
-def _activations(table: Any, paths: Collection[str]) -> Iterator[tuple[str, str, str, list]]:
+def _activations(
+    table: Any, paths: Collection[str], graph: Callable[[], Mapping[str, list[Place]]]
+) -> Iterator[tuple[str, str, str, list]]:
     """(where, module, key, encodings) of each activation, whether by module or by the tensor's name."""
     if isinstance(table, Mapping) and any("input" in row or "output" in row for row in table.values()):
         for path, sides in table.items():
@@ -156,22 +165,14 @@ def _activations(table: Any, paths: Collection[str]) -> Iterator[tuple[str, str,
                 where = f"{TABLES[0]}.{path}.{side}"
                 check_one_of(side, ("input", "output"), where)
                 for index, row in tensors.items():
-                    yield f"{where}.{index}", path, _key(side, index, where), [row]
+                    if side == "output" and index != "0":
+                        raise InvalidArgument(f"{where}.{index}: modules have one output")
+                    yield f"{where}.{index}", path, OUTPUT if side == "output" else f"input{index}", [row]
         return
-    known = {path.replace(".", "/"): path for path in paths}
     for name, rows in _by_name(table, TABLES[0]).items():
-        where = f"{TABLES[0]}.{name}"
-        parts = re.fullmatch(r"/(.+)/\w+_(input|output)_(\d+)", name)
-        found = parts[1] if parts else name
-        # ONNX exporters write /features/features.0/Conv for the module features.0.
-        path = known.get(found) or known.get(found.rpartition("/")[2].replace(".", "/")) or found.replace("/", ".")
-        yield where, path, _key(parts[2], parts[3], where) if parts else OUTPUT, rows
-
-
-def _key(side: str, index: str, where: str) -> str:
-    if side == "output" and index != "0":
-        raise InvalidArgument(f"{where}.{index}: modules have one output")
-    return OUTPUT if side == "output" else f"input{index}"
+        place = place_of(name, paths)
+        for path, key in [place] if place else graph().get(name, [(name, OUTPUT)]):
+            yield f"{TABLES[0]}.{name}", path, key, rows
 
 
 def _by_name(table: Any, where: str) -> dict[str, list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qkernels.core.convert import convert
 from qkernels.core.fusion import chain_from, foldable
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
 from qkernels.core.grids import Grid, Grids
+from qkernels.core.onnx_names import places_in, scope_of
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
@@ -298,7 +300,7 @@ class QuantizationSimModel:
     def _tensor_name(self, path: str, key: str) -> str:
         kind = op_type(self.model.get_submodule(path)).removeprefix("Quantized")
         which = "output_0" if key == OUTPUT else f"input_{key.removeprefix('input')}"
-        return f"/{path.replace('.', '/')}/{kind}_{which}"
+        return f"/{scope_of(path, self.model)}/{kind}_{which}"
 
     def _channel_axis(self, path: str) -> int:
         return CHANNEL_AXIS.get(type(self.model.get_submodule(path)).float_type, 0)
@@ -327,6 +329,7 @@ class QuantizationSimModel:
         partial: bool = True,
         requires_grad: bool | None = None,
         allow_overwrite: bool = True,
+        onnx_file: str | os.PathLike | None = None,
     ) -> None:
         """Takes the grids of an encodings file or dict: 0.6.1, 1.0.0 or 2.0.0, by tensor name or by module.
 
@@ -335,10 +338,15 @@ class QuantizationSimModel:
             partial: quantizers that the file does not name stay; otherwise they are removed.
             requires_grad: whether the ends of the grids are trained from now on.
             allow_overwrite: whether compute_encodings may change them later.
+            onnx_file: the graph that names the tensors; without, the .onnx of the same name beside a file of encodings.
         """
+        if onnx_file is None and isinstance(encodings, (str, os.PathLike)):
+            beside = Path(encodings).with_suffix(".onnx")
+            onnx_file = beside if beside.exists() else None
         kept: set[QuantizeDequantize] = set()
         modules = dict(self.named_qmodules())
-        for path, table in enc.read(from_json(encodings), modules, strict).items():
+        graph = cache(lambda: places_in(onnx_file, modules)) if onnx_file is not None else dict
+        for path, table in enc.read(from_json(encodings), modules, strict, graph).items():
             for key, grid in table.items():
                 made = self._take(modules[path], path, key, grid)
                 if made is not None:
