@@ -1,7 +1,8 @@
 """Calls of functions as modules of their own, so that something can be put around each of them.
 
 `calls_to_modules` changes a traced graph: a call of `torch.add` becomes a call of a module `Add`, `F.relu` one of
-`nn.ReLU`, and a module without parameters that is called several times becomes one module a call.
+`nn.ReLU`, and a module without parameters that is called several times becomes one module a call. The new modules stand
+in the module that calls them, with AIMET's names.
 """
 
 import copy
@@ -67,7 +68,7 @@ MODULES: dict[Any, type[nn.Module]] = {
 
 
 def calls_to_modules(traced: fx.GraphModule, note: Callable[[str, str], None]) -> None:
-    """Gives `traced` a module `module_<name>` for each call that there is one for; `note(why, name)` hears of it."""
+    """Gives `traced` a module for each call that there is one for; `note(why, name)` hears of it."""
     sizes: set[fx.Node] = set()  # what is computed from shapes
     for node in list(traced.graph.nodes):
         if _is_size(node, sizes):
@@ -106,10 +107,22 @@ def _to_module(prepared: fx.GraphModule, node: fx.Node, sizes: set[fx.Node], not
             args = tuple(tensors)
     else:
         return
-    name = f"module_{node.name}"
+    name = _inside(prepared, _caller(node), f"module_{node.name}")
     note("Functional", name)
     prepared.add_submodule(name, module)
     _replace_call(prepared, node, name, args, kwargs)
+
+
+def _caller(node: fx.Node) -> str:
+    """The path of the innermost module around a call of a function, or of the module that is called."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack else ""
+
+
+def _inside(prepared: fx.GraphModule, parent: str, name: str) -> str:
+    """The path of `name` in the module `parent`, or in the model if none of that module's parts are in the graph."""
+    kept = any(path == parent for path, _ in prepared.named_modules())
+    return f"{parent}.{name}" if parent and kept else name
 
 
 def _replace_call(prepared: fx.GraphModule, node: fx.Node, name: str, args: tuple, kwargs: dict) -> None:
@@ -128,7 +141,8 @@ def _one_module_a_call(prepared: fx.GraphModule, note: Callable[[str, str], None
         count = calls[id(module)]
         calls[id(module)] += 1
         if count and not any(True for _ in module.parameters()):
-            name = f"module_{node.target.replace('.', '_')}_{count}"
+            parent, _, own = (_caller(node) or node.target).rpartition(".")
+            name = _inside(prepared, parent, f"module_{own}_{node.name.rpartition('_')[2]}")
             note("Reused/Duplicate", name)
             prepared.add_submodule(name, copy.deepcopy(module))
             _replace_call(prepared, node, name, node.args, node.kwargs)

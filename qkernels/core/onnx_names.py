@@ -47,10 +47,15 @@ def place_of(name: str, paths: Collection[str]) -> Place | None:
 
 
 def _path_of(scope: str, paths: Collection[str]) -> str | None:
-    """The module of a scope: `layer1.0.conv` itself, `layer1/0/conv`, or `layer1/layer1.0/conv`."""
-    names = scope.split("/")
-    short = [name for name, inner in zip(names, [*names[1:], ""], strict=True) if inner.rpartition(".")[0] != name]
-    return next((path for path in (".".join(names), ".".join(short)) if path in paths), None)
+    """The module of a scope: `layer1.0.conv` itself, `layer1/0/conv` or `layer1/layer1.0/conv`."""
+    merged: list[str] = []
+    for name in scope.split("/"):
+        outer, _, own = name.rpartition(".")
+        if outer and merged and f".{merged[-1]}".endswith(f".{outer}"):
+            merged[-1] += f".{own}"
+        else:
+            merged.append(name)
+    return next((path for path in (".".join(merged), scope.replace("/", ".")) if path in paths), None)
 
 
 def places_in(file: str | os.PathLike, paths: Collection[str]) -> dict[str, list[Place]]:

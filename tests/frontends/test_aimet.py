@@ -56,6 +56,29 @@ class Everything(nn.Module):
         return self.fc2(torch.cat([x, mean], 1))
 
 
+class Block(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), act)
+        self.relu, self.last = nn.ReLU(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.relu(x + self.last(self.relu(self.body(x))))
+
+
+class Nested(nn.Module):
+    """Functions and modules called twice inside of blocks, in lists and sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Sequential(Block(nn.Hardswish()), nn.Sequential(Block(nn.ReLU6())))
+        self.parts = nn.ModuleList([Block(nn.Sigmoid()), nn.Linear(3, 10)])
+
+    def forward(self, x):
+        x = self.parts[0](self.layer1(x))
+        return self.parts[1](torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
 def images(model=Network, count=8, seed=0):
     shape = (1, 28, 28) if model is Network else (3, 16, 16)
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) - 0.3
@@ -102,6 +125,12 @@ def test_a_module_called_twice_becomes_two():
             return self.relu(self.b(self.relu(self.a(x))))
 
     assert isinstance(model_preparer.prepare_model(Twice()).module_relu_1, nn.ReLU)
+
+
+def test_modules_for_functions_stand_in_the_module_that_calls_them():
+    names = {name for name, _ in model_preparer.prepare_model(Nested().eval()).named_modules()}
+    assert {"layer1.0.module_add", "layer1.1.0.module_add_1", "parts.0.module_add_2"} <= names
+    assert {"layer1.0.module_relu_1", "layer1.1.0.module_relu_1", "module_adaptive_avg_pool2d"} <= names
 
 
 def test_control_flow_is_an_error_that_says_what_to_do():
@@ -557,7 +586,7 @@ def differences(mine, theirs, where=""):
         yield f"{where}: {mine} is not {theirs}"
 
 
-@pytest.mark.parametrize("model", [Network, Everything])
+@pytest.mark.parametrize("model", [Network, Everything, Nested])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits):
     theirs = calibrated(model, original, default_param_bw=bits)
