@@ -45,6 +45,18 @@ MatMul, Mean, Concat = (
     _functional("Concat", _concat),
 )
 
+
+class SplitSiLU(nn.Module):
+    """x * sigmoid(x), whose two operations have quantizers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmoid, self.mul = nn.Sigmoid(), Multiply()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.mul(x, self.sigmoid(x))
+
+
 FUNCTIONALS: dict[Any, type[Functional]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), Add),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), Subtract),

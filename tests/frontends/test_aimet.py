@@ -71,7 +71,7 @@ class Nested(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer1 = nn.Sequential(Block(nn.Hardswish()), nn.Sequential(Block(nn.ReLU6())))
+        self.layer1 = nn.Sequential(Block(nn.SiLU()), nn.Sequential(Block(nn.ReLU6())))
         self.parts = nn.ModuleList([Block(nn.Sigmoid()), nn.Linear(3, 10)])
 
     def forward(self, x):
@@ -130,7 +130,8 @@ def test_a_module_called_twice_becomes_two():
 def test_modules_for_functions_stand_in_the_module_that_calls_them():
     names = {name for name, _ in model_preparer.prepare_model(Nested().eval()).named_modules()}
     assert {"layer1.0.module_add", "layer1.1.0.module_add_1", "parts.0.module_add_2"} <= names
-    assert {"layer1.0.module_relu_1", "layer1.1.0.module_relu_1", "module_adaptive_avg_pool2d"} <= names
+    assert {"layer1.0.body.2.sigmoid", "layer1.0.body.2.mul", "layer1.0.module_relu_1"} <= names
+    assert {"layer1.1.0.module_relu_1", "module_adaptive_avg_pool2d"} <= names
 
 
 def test_control_flow_is_an_error_that_says_what_to_do():
@@ -608,6 +609,20 @@ def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits
                 expected = theirs.model(x).as_subclass(torch.Tensor)
                 assert torch.allclose(other.model(x), expected, atol=1e-4)
                 assert torch.allclose(other.convert()(x), expected, atol=1e-4)
+
+
+def test_quantizers_stand_behind_the_same_modules_as_in_aimet(original):
+    shuffles = [nn.PixelShuffle(2), nn.PixelUnshuffle(2), nn.ChannelShuffle(2), nn.Flatten(), nn.Unflatten(1, (2, 2))]
+    resizes = [nn.Upsample(scale_factor=2, mode=mode) for mode in ("nearest", "bilinear")]
+    pads = [nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.ConstantPad2d(1, 0.5)]
+    pools = [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(2), nn.LPPool2d(2, 2)]
+    others = [nn.Identity(), nn.Dropout(), nn.GroupNorm(2, 4), nn.LogSoftmax(1), nn.Softplus(), nn.SELU()]
+    for middle in (*shuffles, *resizes, nn.UpsamplingNearest2d(scale_factor=2), *pads, *pools, *others):
+        model, found = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), middle, nn.Hardswish()).eval(), []
+        for api in (aimet, original):
+            sim = api.quantsim.QuantizationSimModel(model, dummy_input=torch.rand(2, 3, 14, 14))
+            found.append([getattr(m, "output_quantizers", [None])[0] is not None for m in sim.model.children()])
+        assert found[0] == found[1], middle
 
 
 @pytest.mark.parametrize("model", [Network, Everything])

@@ -35,6 +35,7 @@ FLAGS = ("is_quantized", "is_symmetric")
 OP_FLAGS = ("is_output_quantized", "is_input_quantized", "is_symmetric")
 OP_KEYS = (*OP_FLAGS, "params", "per_channel_quantization", "supported_kernels")
 PARAMS = ("weight", "bias", "running_mean", "running_var")
+PADS = tuple(getattr(nn, f"{mode}Pad{d}d") for mode in ("Constant", "Reflection", "Replication") for d in (1, 2, 3))
 OP_TYPES: dict[str, tuple[type, ...]] = {
     "Conv": o.CONVS[:3],
     "ConvTranspose": o.CONVS[3:],
@@ -63,6 +64,14 @@ OP_TYPES: dict[str, tuple[type, ...]] = {
     "MaxPool": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     "AveragePool": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     "GlobalAveragePool": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    "Resize": (nn.Upsample,),
+    "Pad": PADS,
+    "DepthToSpace": (nn.PixelShuffle,),
+    "SpaceToDepth": (nn.PixelUnshuffle,),
+    "GroupNormalization": (nn.GroupNorm,),
+    "Softplus": (nn.Softplus,),
+    "LogSoftmax": (nn.LogSoftmax,),
+    "Gather": (nn.Embedding,),
     "Flatten": (nn.Flatten,),
     "Dropout": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     "Cast": (),

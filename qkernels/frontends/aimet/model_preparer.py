@@ -6,7 +6,18 @@ from typing import Any
 
 from torch import fx, nn
 
-from qkernels.core.functional import Add, Concat, Divide, Functional, MatMul, Mean, Multiply, Subtract, calls_to_modules
+from qkernels.core.functional import (
+    Add,
+    Concat,
+    Divide,
+    Functional,
+    MatMul,
+    Mean,
+    Multiply,
+    SplitSiLU,
+    Subtract,
+    calls_to_modules,
+)
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 
 __all__ = ["Add", "Concat", "Divide", "Functional", "MatMul", "Mean", "Multiply", "Subtract", "prepare_model"]
@@ -31,7 +42,7 @@ def prepare_model(
 ) -> fx.GraphModule:
     """The graph of `model` with a module `module_<name>` for each function that can have quantizers.
 
-    A module without parameters that is called several times becomes one module a call. Layers keep their Parameters.
+    A module without parameters that is called several times becomes one module a call, SiLU a sigmoid and a product.
     """
     leaves, classes = set(modules_to_exclude or ()), tuple(module_classes_to_exclude or ())
     leaves |= {m for m in model.modules() if isinstance(m, classes)}
@@ -49,4 +60,7 @@ def prepare_model(
         ) from error
     prepared = fx.GraphModule(model, graph)
     calls_to_modules(prepared, lambda why, name: logger.info("%-19s: Adding new module for node: {%s} ", why, name))
+    for path, module in list(prepared.named_modules()):
+        if type(module) is nn.SiLU:
+            prepared.set_submodule(path, SplitSiLU())
     return prepared.train(model.training)

@@ -44,7 +44,7 @@ OBSERVERS = {
 }
 QuantScheme = Enum("QuantScheme", {name: name for name in OBSERVERS})
 # The output is on the grid of the input.
-PASSING = {"MaxPool", "Flatten", "Dropout", "Identity", "PixelShuffle", "PixelUnshuffle", "Unflatten", "Upsample"}
+PASSING = {"MaxPool", "Flatten", "Dropout", "Identity", "Pad", "DepthToSpace", "SpaceToDepth", "Gather"}
 CHANNEL_AXIS = {cls: 1 if cls in o.CONVS[3:] else 0 for cls in (*o.CONVS, nn.Linear)}
 
 
