@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> norm_fake_quant(const Tensor& x, const Tensor& factor
   const NormGrid grid = check_norm_grid(op, scale, zero_point, qmin, qmax, floor, ceiling);
   if (code_dtype.has_value()) {
     check_code_type(op, "code_dtype", *code_dtype);
-    check_code_grid(op, "qmin", *code_dtype, qmin, qmin, qmax);
+    check_code_range(op, *code_dtype, qmin, qmax);
   }
   const Tensor factors = check_channels(op, "factor", factor, channels);
   const Tensor shifts = check_channels(op, "shift", shift, channels);

@@ -56,7 +56,8 @@ ResidualAdd check_residual_grid(const char* op, const std::vector<double>& n, Sc
   add.qmin = integer(op, "the residual's out_qmin", n[8]);
   add.qmax = integer(op, "the residual's out_qmax", n[9]);
   add.residual_zero_point = residual_zero_point;
-  check_code_grid(op, "the residual's out_zero_point", dtype, add.zero_point, add.qmin, add.qmax);
+  check_clamped_grid(op, "the residual's out_zero_point", dtype, add.zero_point, add.qmin,
+                     add.qmax);
   return add;
 }
 
@@ -141,8 +142,8 @@ OutputGrid check_epilogue(const char* op, const std::vector<double>& numbers, Sc
   grid.epilogue.zero_point = integer(op, "the output zero_point", numbers[1]);
   grid.epilogue.qmin = integer(op, "qmin", numbers[2]);
   grid.epilogue.qmax = integer(op, "qmax", numbers[3]);
-  check_code_grid(op, "the output zero_point", dtype, grid.epilogue.zero_point, grid.epilogue.qmin,
-                  grid.epilogue.qmax);
+  check_clamped_grid(op, "the output zero_point", dtype, grid.epilogue.zero_point,
+                     grid.epilogue.qmin, grid.epilogue.qmax);
   if (table.has_value()) {
     check_vector(op, "table", *table, dtype);
     STD_TORCH_CHECK(table->dim() == 1 && table->numel() == 256, op,

@@ -133,7 +133,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> foreach_observe_fake_quan
   bool q_signed = false;
   if (code_dtype.has_value()) {
     q_signed = check_code_type(op, "code_dtype", *code_dtype);
-    check_code_grid(op, "qmin", *code_dtype, qmin, qmin, qmax);
+    check_code_range(op, *code_dtype, qmin, qmax);
   }
   Tensors ys, codes, scales, zero_points;
   std::vector<ForeachQuantItem> items;

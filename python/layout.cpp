@@ -172,14 +172,20 @@ void check_zero_point(const char* op, const char* name, ScalarType dtype, int64_
                   ", got ", zero_point);
 }
 
-void check_code_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
-                     int64_t qmin, int64_t qmax) {
+void check_code_range(const char* op, ScalarType dtype, int64_t qmin, int64_t qmax) {
   const int64_t lowest = dtype == ScalarType::Char ? -128 : 0;
   STD_TORCH_CHECK(qmin < qmax && qmin >= lowest && qmax <= lowest + 255, op,
                   ": qmin and qmax must satisfy ", lowest, " <= qmin < qmax <= ", lowest + 255,
                   " for ", dtype_text(dtype), ", got qmin ", qmin, " and qmax ", qmax);
-  STD_TORCH_CHECK(zero_point >= qmin && zero_point <= qmax, op, ": ", name, " must be in [", qmin,
-                  ", ", qmax, "], got ", zero_point);
+}
+
+void check_clamped_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
+                        int64_t qmin, int64_t qmax) {
+  const int64_t lowest = dtype == ScalarType::Char ? -128 : 0;
+  STD_TORCH_CHECK(qmin <= qmax && qmin >= lowest && qmax <= lowest + 255, op,
+                  ": qmin and qmax must satisfy ", lowest, " <= qmin <= qmax <= ", lowest + 255,
+                  " for ", dtype_text(dtype), ", got qmin ", qmin, " and qmax ", qmax);
+  check_zero_point(op, name, dtype, zero_point);
 }
 
 void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype) {

@@ -51,9 +51,12 @@ bool check_code_type(const char* op, const char* name, ScalarType type);
 float check_scale(const char* op, const char* name, double scale);
 // A zero point inside the range of the dtype.
 void check_zero_point(const char* op, const char* name, ScalarType dtype, int64_t zero_point);
-// An 8-bit grid given as numbers: qmin < qmax inside the dtype, zero_point in [qmin, qmax].
-void check_code_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
-                     int64_t qmin, int64_t qmax);
+// The codes of a grid: qmin < qmax, inside the dtype.
+void check_code_range(const char* op, ScalarType dtype, int64_t qmin, int64_t qmax);
+// The grid of an output whose codes a fused clamp limits to [qmin, qmax], perhaps to one of them or
+// to a range without the zero point.
+void check_clamped_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
+                        int64_t qmin, int64_t qmax);
 // out: the shape of x, `dtype`, on x's device, dense, and in x's layout if x is dense.
 void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype);
 

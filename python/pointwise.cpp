@@ -35,7 +35,7 @@ BinaryCall check_binary(const char* op, BinaryOp kind, const Tensor& a, const Te
   check_device(op, "b", b, a);
   check_zero_point(op, "a_zero_point", a.scalar_type(), n.a_zero_point);
   check_zero_point(op, "b_zero_point", b.scalar_type(), n.b_zero_point);
-  check_code_grid(op, "zero_point", n.dtype, n.zero_point, n.qmin, n.qmax);
+  check_clamped_grid(op, "zero_point", n.dtype, n.zero_point, n.qmin, n.qmax);
   const BinaryGrid grid{.a_signed = a_signed,
                         .b_signed = b_signed,
                         .out_signed = out_signed,

@@ -89,7 +89,8 @@ PoolCall<AvgPoolArgs> check_mean(const char* op, const Tensor& q, const PoolGeom
                                  const MeanNumbers& numbers) {
   const bool out_signed = check_code_type(op, "dtype", numbers.dtype);
   check_zero_point(op, "q_zero_point", q.scalar_type(), numbers.q_zero_point);
-  check_code_grid(op, "zero_point", numbers.dtype, numbers.zero_point, numbers.qmin, numbers.qmax);
+  check_clamped_grid(op, "zero_point", numbers.dtype, numbers.zero_point, numbers.qmin,
+                     numbers.qmax);
   PoolCall<AvgPoolArgs> call{
       as_channels_last(q), empty_channels_last(q, output_sizes(q, g), numbers.dtype), {}};
   call.args = {.q = static_cast<const uint8_t*>(call.input.const_data_ptr()),

@@ -7,7 +7,7 @@ GridCall<QuantizeArgs> check_quantize(const Tensor& x, const Tensor& scale,
                                       int64_t qmin, int64_t qmax, Tensor out) {
   const FloatType type = check_float_type("quantize", "x", x);
   const bool q_signed = check_code_type("quantize", "the output dtype", out.scalar_type());
-  check_code_grid("quantize", "qmin", out.scalar_type(), qmin, qmin, qmax);
+  check_code_range("quantize", out.scalar_type(), qmin, qmax);
   axis = check_axis("quantize", x, axis);
   GridCall<QuantizeArgs> call{
       x, axis, check_grid("quantize", x, scale, zero_point, axis, qmin, qmax), {}};

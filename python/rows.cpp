@@ -28,7 +28,7 @@ QuantizeRowsCall check_quantize_rows(const Tensor& x, int64_t qmin, int64_t qmax
   constexpr const char* op = "quantize_rows";
   const FloatType type = check_float_type(op, "x", x);
   const bool q_signed = check_code_type(op, "dtype", dtype);
-  check_code_grid(op, "qmin", dtype, qmin, qmin, qmax);
+  check_code_range(op, dtype, qmin, qmax);
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   std::vector<int64_t> sizes = sizes_of(x);
   const int64_t depth = sizes.back();

@@ -13,6 +13,12 @@ enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kA
 inline constexpr int kIsaCount = 5;
 inline constexpr const char* kIsaNames = "scalar, avx2, avxvnni, avx512vnni, amx";
 
+// Multiply-adds of one thread, for estimates of work.
+constexpr int64_t macs_per_ns(Isa isa) {
+  constexpr int64_t kRates[kIsaCount] = {1, 64, 192, 384, 1024};
+  return kRates[static_cast<int>(isa)];
+}
+
 // Bits of a feature set. One bit per Isa, and sub-features that single kernels ask for.
 using CpuFeatures = uint32_t;
 inline constexpr CpuFeatures kCpuScalar = 0;

@@ -2,18 +2,11 @@
 // of the threads, and the padded copy of the image that its rows may be read from.
 #pragma once
 
+#include "csrc/base/integers.h"
 #include "csrc/conv/implicit_gemm.h"
 
 namespace qk {
 
-// Of one thread, for estimates: multiply-adds.
-constexpr int64_t macs_per_ns(Isa isa) {
-  constexpr int64_t kRates[kIsaCount] = {1, 64, 192, 384, 1024};
-  return kRates[static_cast<int>(isa)];
-}
-
-inline int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t clamp(int64_t v, int64_t low, int64_t high) {
   return v < low ? low : v > high ? high : v;

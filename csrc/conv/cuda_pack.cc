@@ -3,10 +3,10 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/base/integers.h"
+
 namespace qk {
 namespace {
-
-int64_t align_up(int64_t bytes) { return (bytes + kPackedAlign - 1) / kPackedAlign * kPackedAlign; }
 
 // Where torch's weight has output channel o, input channel c of its group, kernel tap `tap`.
 int64_t weight_at(const ConvShape& s, int64_t o, int64_t c, int64_t tap) {
@@ -97,9 +97,10 @@ ConvCudaPart conv_cuda_part(const ConvShape& shape, int64_t index, int64_t offse
   part.taps = part.runs ? rows : rows * columns;
   part.depth = part.runs ? columns * channels : channels;
   part.layout = cuda_packed_layout(shape.out_channels, part.taps, part.depth);
-  part.bytes = part.depthwise
-                   ? align_up(part.layout.weight + part.taps * cuda_depth(shape.out_channels))
-                   : part.layout.bytes;
+  part.bytes =
+      part.depthwise
+          ? align_up(part.layout.weight + part.taps * cuda_depth(shape.out_channels), kPackedAlign)
+          : part.layout.bytes;
   return part;
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "csrc/base/integers.h"
 #include "csrc/conv/implicit_gemm.h"
 
 namespace qk {
@@ -15,9 +16,6 @@ namespace {
 constexpr int64_t kScratchBytes = 32 * 1024, kNarrowScratchBytes = 16 * 1024;
 constexpr int64_t kTileUnit = 8;
 constexpr int64_t kMacsPerNs = 30;
-
-int64_t align_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The channel at `position` of a block of `chunks` times 16 channels. In a block of one chunk
 // positions are channels. In wider ones the byte unpacks work in lanes of 16 bytes: quad u (0..3)

@@ -199,6 +199,11 @@ ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
   return part;
 }
 
+int64_t group_bytes(const ConvArgs& args, int64_t threads) {
+  return padding_bytes(args) + image_of(args).bytes() +
+         threads * scratch_bytes(args, threads).total();
+}
+
 }  // namespace
 
 bool conv_adds_in_place(const PackedConvHeader& packed) {
@@ -244,9 +249,11 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
 }
 
 int64_t implicit_gemm_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
-  const ConvArgs part = images(args, 0, images_at_once(args));
-  return padding_bytes(args) + image_of(part).bytes() +
-         parallel.threads * scratch_bytes(part, parallel.threads).total();
+  const int64_t batch = args.extent.batch, step = images_at_once(args);
+  const int64_t group = group_bytes(images(args, 0, step), parallel.threads);
+  if (step == 0 || batch % step == 0) return group;
+  // The last images may be cut into larger blocks.
+  return most(group, group_bytes(images(args, 0, batch % step), parallel.threads));
 }
 
 void implicit_gemm(const ConvArgs& args, const Parallel& parallel) {

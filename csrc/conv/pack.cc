@@ -1,14 +1,13 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/base/integers.h"
 #include "csrc/conv/conv.h"
 #include "csrc/conv/depthwise.h"
 #include "csrc/conv/implicit_gemm.h"
 
 namespace qk {
 namespace {
-
-int64_t align_up(int64_t bytes) { return (bytes + kPackedAlign - 1) / kPackedAlign * kPackedAlign; }
 
 // A weight with one matrix's columns, as [column][tap][depth]. What a column does not read holds
 // its zero point.
@@ -132,11 +131,12 @@ Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes)
   ConvSource source = original;
   if (h.kind == ConvKind::kDepthwise) source.shape = depthwise_shape(original.shape);
   const ConvShape& s = source.shape;
-  int64_t at = align_up(h.parts_offset + h.parts * static_cast<int64_t>(sizeof(int64_t)));
+  int64_t at =
+      align_up(h.parts_offset + h.parts * static_cast<int64_t>(sizeof(int64_t)), kPackedAlign);
   int64_t* offsets = dst ? reinterpret_cast<int64_t*>(dst + h.parts_offset) : nullptr;
   const auto place = [&](int64_t part, int64_t size) {
     if (offsets) offsets[part] = at;
-    at += align_up(size);
+    at += align_up(size, kPackedAlign);
   };
   for (int64_t p = 0; p < h.phases; ++p) {
     const ConvPhase phase = conv_phase(s, p);

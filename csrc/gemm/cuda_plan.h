@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "csrc/base/integers.h"
+
 namespace qk {
 
 struct CudaMachine {
@@ -67,22 +69,20 @@ struct CudaGemmPlan {
 
 namespace detail {
 
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // `m` rows by `n` columns, `groups` times; k in bytes.
 inline CudaGemmPlan cost_of(int index, int splits, int64_t m, int64_t n, int64_t k, int64_t groups,
                             const CudaMachine& machine) {
   constexpr double kMacsPerCycle = 2048, kL2BytesPerCycle = 48, kFixedCycles = 1500;
   const CudaTile& tile = kCudaTiles[index];
-  const int64_t blocks = divide_up(m, tile.rows) * divide_up(n, tile.columns) * groups * splits;
+  const int64_t blocks = ceil_div(m, tile.rows) * ceil_div(n, tile.columns) * groups * splits;
   const int64_t fit = machine.shared_per_multiprocessor / (tile.shared_bytes() + 1024);
   const int64_t by_registers = 512 / tile.threads() < 1 ? 1 : 512 / tile.threads();
   int64_t residents = fit < by_registers ? fit : by_registers;
-  const int64_t wanted = divide_up(blocks, machine.multiprocessors);
+  const int64_t wanted = ceil_div(blocks, machine.multiprocessors);
   if (residents > wanted) residents = wanted;
   if (residents < 1) residents = 1;
-  const double rounds = static_cast<double>(divide_up(blocks, machine.multiprocessors * residents));
-  const double steps = static_cast<double>(divide_up(divide_up(k, tile.depth), splits));
+  const double rounds = static_cast<double>(ceil_div(blocks, machine.multiprocessors * residents));
+  const double steps = static_cast<double>(ceil_div(ceil_div(k, tile.depth), splits));
   const double macs = double(tile.rows) * tile.columns * tile.depth / kMacsPerCycle;
   const double bytes = double(tile.rows + tile.columns) * tile.depth / kL2BytesPerCycle;
   // A warp tile of 32 rows or columns feeds the tensor cores from shared memory less well.
@@ -108,10 +108,10 @@ inline CudaGemmPlan plan_cuda_gemm(int64_t m, int64_t n, int64_t k, int64_t grou
     if ((tiles >> tile & 1) == 0) continue;
     if (kCudaTiles[tile].shared_bytes() > machine.shared_per_block) continue;
     if (kCudaTiles[tile].needs_async_copies() && machine.capability < 80) continue;
-    const int64_t steps = detail::divide_up(k, kCudaTiles[tile].depth);
+    const int64_t steps = ceil_div(k, kCudaTiles[tile].depth);
     for (int splits = 1; splits <= 16 && splits <= steps / 4 + 1; ++splits) {
       // No split is left without a step.
-      if (splits > 1 && detail::divide_up(steps, splits) * (splits - 1) >= steps) continue;
+      if (splits > 1 && ceil_div(steps, splits) * (splits - 1) >= steps) continue;
       const CudaGemmPlan plan = detail::cost_of(tile, splits, m, n, k, groups, machine);
       if (best.cycles == 0 || plan.cycles < best.cycles) best = plan;
     }
@@ -123,8 +123,7 @@ inline CudaGemmPlan plan_cuda_gemm(int64_t m, int64_t n, int64_t k, int64_t grou
 inline int64_t cuda_gemm_workspace(const CudaGemmPlan& plan, int64_t m, int64_t n, int64_t groups) {
   if (plan.splits == 1) return 0;
   const CudaTile& tile = kCudaTiles[plan.tile];
-  const int64_t tiles =
-      detail::divide_up(m, tile.rows) * detail::divide_up(n, tile.columns) * groups;
+  const int64_t tiles = ceil_div(m, tile.rows) * ceil_div(n, tile.columns) * groups;
   return tiles * (int64_t{plan.splits} * tile.rows * tile.columns * 4) + (tiles * 4 + 15) / 16 * 16;
 }
 

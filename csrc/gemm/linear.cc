@@ -1,5 +1,7 @@
 #include "csrc/gemm/linear.h"
 
+#include "csrc/base/integers.h"
+
 namespace qk {
 namespace {
 
@@ -7,14 +9,8 @@ namespace {
 constexpr int64_t kRowGroup = 6;
 // Rows whose codes are dequantized at a time.
 constexpr int64_t kCodeRows = 256;
-// About what one core does in a nanosecond: weights from L3, and multiply-adds.
+// About what one core gets of weights from L3 in a nanosecond.
 constexpr int64_t kBytesPerNs = 48;
-constexpr int64_t macs_per_ns(Isa isa) {
-  constexpr int64_t kRates[kIsaCount] = {1, 64, 192, 384, 1024};
-  return kRates[static_cast<int>(isa)];
-}
-
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 struct Grid {
   int64_t rows, panels;  // parts in each direction
@@ -29,7 +25,7 @@ Grid choose_grid(int64_t row_groups, int64_t panels, int64_t threads, bool weigh
     const int64_t rows = weights_are_larger ? i : threads / i;
     const int64_t columns = weights_are_larger ? threads / i : i;
     if (rows > row_groups || columns > panels || rows < 1 || columns < 1) continue;
-    const int64_t size = divide_up(row_groups, rows) * divide_up(panels, columns);
+    const int64_t size = ceil_div(row_groups, rows) * ceil_div(panels, columns);
     if (size < best_size) {
       best_size = size;
       best = {rows, columns};
@@ -73,7 +69,7 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
   const PackedHeader& header = *args.matrix.header;
   if (args.rows == 0 || header.n == 0) return;
   const int64_t panels = panel_count(header.n, header.isa);
-  const int64_t row_groups = divide_up(args.rows, kRowGroup);
+  const int64_t row_groups = ceil_div(args.rows, kRowGroup);
   const int64_t weights = header.n * header.depth;
   const Grid grid =
       choose_grid(row_groups, panels, parallel.threads, weights >= args.rows * header.depth);

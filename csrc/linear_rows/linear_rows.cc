@@ -1,12 +1,12 @@
 #include "csrc/linear_rows/linear_rows.h"
 
+#include "csrc/base/integers.h"
+
 namespace qk {
 namespace {
 
 // A block of sums is at most so large: it stays in L2, and on the stack.
 constexpr int64_t kBlockRows = 96, kBlockColumns = 256;
-
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 struct BlockRange {
   int64_t first_row, rows, first_panel, end_panel;
@@ -62,12 +62,12 @@ void linear_rows(const LinearRowsArgs& args, const Parallel& parallel) {
   if (args.rows == 0 || header.n == 0) return;
   const ScaleKernel scale = select_scale_kernel();
   const int64_t panels = panel_count(header.n, header.isa);
-  const int64_t row_blocks = divide_up(args.rows, kBlockRows);
+  const int64_t row_blocks = ceil_div(args.rows, kBlockRows);
   // Fewer columns at a time where threads would be left without a block.
   const int64_t most_panels = kBlockColumns / panel_shape(header.isa).columns;
-  const int64_t wanted = divide_up(panels * row_blocks, 2 * parallel.threads);
+  const int64_t wanted = ceil_div(panels * row_blocks, 2 * parallel.threads);
   const int64_t step = wanted < 1 ? 1 : wanted < most_panels ? wanted : most_panels;
-  const int64_t blocks = divide_up(panels, step) * row_blocks;
+  const int64_t blocks = ceil_div(panels, step) * row_blocks;
   parallel.for_each_range(
       blocks, linear_work_ns(header, args.rows), [&](int64_t begin, int64_t end) {
         alignas(64) int32_t sums[kBlockRows * kBlockColumns];

@@ -1,6 +1,7 @@
 #include "csrc/observe/cuda.h"
 
 #include "csrc/base/float_types.h"
+#include "csrc/base/integers.h"
 #include "csrc/observe/cuda_extremes.cuh"
 
 namespace qk {
@@ -130,8 +131,6 @@ cudaError_t launch_extremes(const MinMaxCudaArgs& args, const Left& left, cudaSt
                       static_cast<uint32_t>(left.below));
 }
 
-int64_t align_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
 }  // namespace
 
 int64_t minmax_cuda_workspace(const DenseGrid& given) {
@@ -154,7 +153,7 @@ cudaError_t minmax_cuda(const MinMaxCudaArgs& given, cudaStream_t stream) {
 }
 
 int64_t observe_cuda_workspace(const DenseGrid& grid) {
-  return minmax_cuda_workspace(grid) + 16 + 2 * align_up(grid.channels * 4);
+  return minmax_cuda_workspace(grid) + 16 + 2 * align_up(grid.channels * 4, 16);
 }
 
 cudaError_t observe_cuda(const ObserveCudaArgs& args, cudaStream_t stream) {
@@ -165,15 +164,16 @@ cudaError_t observe_cuda(const ObserveCudaArgs& args, cudaStream_t stream) {
   if (args.grid.size == 0) return cudaSuccess;
   auto* strange = static_cast<int64_t*>(args.workspace);
   auto* low = reinterpret_cast<float*>(strange + 2);
-  float* high = low + align_up(args.grid.channels * 4) / 4;
-  const cudaError_t error = minmax_cuda({.x = args.x,
-                                         .type = args.type,
-                                         .grid = args.grid,
-                                         .low = low,
-                                         .high = high,
-                                         .non_finite = strange,
-                                         .workspace = high + align_up(args.grid.channels * 4) / 4},
-                                        stream);
+  float* high = low + align_up(args.grid.channels * 4, 16) / 4;
+  const cudaError_t error =
+      minmax_cuda({.x = args.x,
+                   .type = args.type,
+                   .grid = args.grid,
+                   .low = low,
+                   .high = high,
+                   .non_finite = strange,
+                   .workspace = high + align_up(args.grid.channels * 4, 16) / 4},
+                  stream);
   if (error != cudaSuccess) return error;
   const int64_t blocks = (args.grid.channels + kObserveThreads - 1) / kObserveThreads;
   return cuda::launch(observe_step_kernel, static_cast<unsigned>(blocks), kObserveThreads, 0,

@@ -6,28 +6,29 @@
 #include <new>
 #include <vector>
 
+#include "csrc/base/integers.h"
+
 namespace qk::plan {
 
 inline constexpr int64_t kMemoryAlign = 64;
 
-constexpr int64_t align_up(int64_t bytes) {
-  return (bytes + kMemoryAlign - 1) / kMemoryAlign * kMemoryAlign;
-}
-
-// A 64-byte aligned block that may be missing: allocation never throws.
+// A 64-byte aligned block that may be missing: allocation never throws, and one that fails leaves
+// the block of before.
 class Block {
  public:
   bool allocate(int64_t bytes) {
     constexpr int64_t kMost = int64_t{1} << 46;
-    bytes_ = bytes;
     if (bytes < 0 || bytes > kMost) return false;
-    const size_t size = static_cast<size_t>(align_up(bytes > 0 ? bytes : 1));
-    data_.reset(
-        static_cast<uint8_t*>(::operator new(size, std::align_val_t{kMemoryAlign}, std::nothrow)));
-    return data_ != nullptr;
+    const size_t size = static_cast<size_t>(align_up(bytes > 0 ? bytes : 1, kMemoryAlign));
+    auto* data =
+        static_cast<uint8_t*>(::operator new(size, std::align_val_t{kMemoryAlign}, std::nothrow));
+    if (data == nullptr) return false;
+    data_.reset(data);
+    bytes_ = bytes;
+    return true;
   }
   uint8_t* data() const { return data_.get(); }
-  int64_t bytes() const { return data_ == nullptr ? 0 : bytes_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
   struct Free {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "csrc/base/integers.h"
 #include "csrc/plan/model.h"
 #include "csrc/plan/step_reader.h"
 
@@ -15,8 +16,6 @@ static_assert(std::endian::native == std::endian::little, "the records are read 
 constexpr const char* kSectionNames[kSectionCount] = {"strings", "metadata", "tensors", "values",
                                                       "scalars", "steps",    "cells",   "inputs",
                                                       "outputs", "data"};
-
-int64_t align_up(int64_t bytes) { return (bytes + kFileAlign - 1) / kFileAlign * kFileAlign; }
 
 // One section as an array of records.
 template <typename T>
@@ -95,7 +94,7 @@ class Reader {
         return damaged("section ", kSectionNames[s], " has an impossible size of ", bytes,
                        " bytes");
       }
-      at = align_up(at + bytes);
+      at = align_up(at + bytes, kFileAlign);
       if (at > size_) return damaged("section ", kSectionNames[s], " ends outside of the file");
     }
     if (at != size_) return damaged("there is something behind the data");

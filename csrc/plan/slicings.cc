@@ -9,13 +9,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "csrc/base/integers.h"
 #include "csrc/plan/operations.h"
 #include "csrc/plan/placement.h"
 
 namespace qk::plan {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Chooser {
  public:

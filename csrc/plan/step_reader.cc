@@ -114,10 +114,8 @@ class StepReader {
     g.zero_point = code("zero_point", dtype);
     // The writer's place for a float output is u8.
     g.qmin = static_cast<int32_t>(integer("qmin", lowest, lowest + 255));
-    g.qmax = static_cast<int32_t>(integer("qmax", g.qmin + 1, lowest + 255));
-    if (error_.ok() && (g.zero_point < g.qmin || g.zero_point > g.qmax)) {
-      complain("zero_point must be in [", g.qmin, ", ", g.qmax, "], got ", g.zero_point);
-    }
+    // A fused clamp may leave a single code, and none that means zero.
+    g.qmax = static_cast<int32_t>(integer("qmax", g.qmin, lowest + 255));
     return g;
   }
 

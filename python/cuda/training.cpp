@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
   check_grid_ends(op, qmin, qmax);
   if (code_dtype.has_value()) {
     check_code_type(op, "code_dtype", *code_dtype);
-    check_code_grid(op, "qmin", *code_dtype, qmin, qmin, qmax);
+    check_code_range(op, *code_dtype, qmin, qmax);
   }
   const GridView view = check_grid(op, input, scale, zero_point, axis, qmin, qmax);
   Tensor y = empty_like(input, input.scalar_type());

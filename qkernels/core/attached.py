@@ -44,13 +44,15 @@ class Attached:
     @torch.no_grad()
     def track(self, args: tuple, kwargs: dict) -> None:
         """Remembers the arguments and runs the model: the Quantizers see a first batch, which is no training step."""
-        self.example = args, kwargs
         before = [(q, q.training, q.delay) for q in quantizers(self.model)]
         for quantizer, _, _ in before:
             quantizer.train()
-        self.model(*args, **kwargs)
-        for quantizer, training, delay in before:
-            quantizer.training, quantizer.delay = training, delay
+        try:
+            self.model(*args, **kwargs)
+        finally:
+            for quantizer, training, delay in before:
+                quantizer.training, quantizer.delay = training, delay
+        self.example = args, kwargs
 
     def learn(self, optimizer: Optimizer, **options: Any) -> None:
         """What the rules learn joins the optimizer."""

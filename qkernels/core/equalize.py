@@ -11,6 +11,7 @@ Large biases spread what the second layer reads. `absorb_bias` moves the part of
 all inputs, max(0, beta - 3 |gamma|) of the batch normalization that was folded, into the bias of the second layer.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -58,6 +59,7 @@ def equalizable(traced: fx.GraphModule) -> list[tuple[str, ...]]:
     """
     modules, found = modules_of(traced), []
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    owners = Counter(id(parameter) for path in set(calls) for parameter in modules[path].parameters())
     done: set[str] = set()
     for node in traced.graph.nodes:
         if _kind(node, modules) is None or node.target in done:
@@ -66,7 +68,8 @@ def equalizable(traced: fx.GraphModule) -> list[tuple[str, ...]]:
         while (following := _next_layer(run[-1], modules)) is not None:
             run.append(following)
         done.update(n.target for n in run)
-        if all(calls.count(n.target) == 1 for n in run):
+        parameters = [p for n in run for p in modules[n.target].parameters()]
+        if all(calls.count(n.target) == 1 for n in run) and all(owners[id(p)] == 1 for p in parameters):
             found += _chains([(n.target, _kind(n, modules)) for n in run])
     return found
 
@@ -138,6 +141,8 @@ def absorb_bias(first: nn.Module, second: nn.Module, factor: Tensor, norm: nn.Mo
         norm: the batch normalization that was folded into `first`.
         clamped: whether an activation stands between them; otherwise all of the bias moves.
     """
+    if not norm.affine:
+        return  # the mean of what is normalized is zero
     beta, gamma = norm.bias / factor, norm.weight / factor
     moved = (beta - DEVIATIONS * gamma.abs()).clamp(min=0.0) if clamped else beta
     sums = _outputs_first(second).flatten(2).sum(2)

@@ -129,6 +129,8 @@ class ExactUnit(nn.Module):
         weighted = self.template.module if isinstance(self.template.module, Prepared) else None
         grids = tuple(q.numbers() for q in (*(source for source, _ in self.sources), *self.target))
         key = (*grids, *(() if weighted is None else _versions(weighted)))
+        if weighted is not None and not self.training:
+            key += tuple(_fingerprint(weighted))
         if self._made is None or self._made[0] != key:
             inputs, output = tuple(source.qparams() for source, _ in self.sources), self.target[0].qparams()
             unit = replace(self.template, inputs=inputs, output=output)
@@ -140,6 +142,12 @@ class ExactUnit(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}
+
+
+def _fingerprint(layer: nn.Module) -> Iterator[float]:
+    """Numbers that change with edits past autograd, through `.data`, which no version counts."""
+    for parameter in layer.parameters():
+        yield from (float(parameter.detach().sum()), float(torch.linalg.vector_norm(parameter.detach())))
 
 
 def _versions(layer: nn.Module) -> Iterator[int]:

@@ -37,13 +37,24 @@ def _concat(*tensors: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return torch.cat(tensors, dim)
 
 
-Add, Subtract = _functional("Add", torch.add), _functional("Subtract", torch.sub)
-Multiply, Divide = _functional("Multiply", torch.mul), _functional("Divide", torch.div)
-MatMul, Mean, Concat = (
-    _functional("MatMul", torch.matmul),
-    _functional("Mean", torch.mean),
-    _functional("Concat", _concat),
-)
+def _arithmetic(operation: Any, function: Any) -> Any:
+    """Of tensors or of sizes; options are torch's."""
+    return lambda a, b, **options: function(a, b, **options) if options else operation(a, b)
+
+
+Add = _functional("Add", _arithmetic(operator.add, torch.add))
+Subtract = _functional("Subtract", _arithmetic(operator.sub, torch.sub))
+Multiply = _functional("Multiply", _arithmetic(operator.mul, torch.mul))
+Divide = _functional("Divide", _arithmetic(operator.truediv, torch.div))
+FloorDivide = _functional("FloorDivide", operator.floordiv)
+Pow = _functional("Pow", operator.pow)
+MatMul, Concat = _functional("MatMul", torch.matmul), _functional("Concat", _concat)
+Mean, Sum = _functional("Mean", torch.mean), _functional("Sum", torch.sum)
+Exponential, Square = _functional("Exponential", torch.exp), _functional("Square", torch.square)
+RSqrt, Where = _functional("RSqrt", torch.rsqrt), _functional("Where", torch.where)
+Norm, CumSum = _functional("Norm", torch.norm), _functional("CumSum", torch.cumsum)
+MaskedFill, Pad = _functional("MaskedFill", torch.masked_fill), _functional("Pad", F.pad)
+Interpolate, GridSample = _functional("Interpolate", F.interpolate), _functional("GridSample", F.grid_sample)
 
 
 class SplitSiLU(nn.Module):
@@ -63,8 +74,19 @@ FUNCTIONALS: dict[Any, type[Functional]] = {
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), Multiply),
     **dict.fromkeys((operator.truediv, torch.div, "div"), Divide),
     **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"), MatMul),
+    **dict.fromkeys((operator.floordiv, torch.floor_divide, "floor_divide"), FloorDivide),
+    **dict.fromkeys((operator.pow, torch.pow, "pow"), Pow),
     **dict.fromkeys((torch.mean, "mean"), Mean),
+    **dict.fromkeys((torch.sum, "sum"), Sum),
+    **dict.fromkeys((torch.exp, "exp"), Exponential),
+    **dict.fromkeys((torch.square, "square"), Square),
+    **dict.fromkeys((torch.rsqrt, "rsqrt"), RSqrt),
+    **dict.fromkeys((torch.norm, "norm"), Norm),
+    **dict.fromkeys((torch.cumsum, "cumsum"), CumSum),
+    **dict.fromkeys((torch.masked_fill, "masked_fill"), MaskedFill),
     **dict.fromkeys((torch.cat, torch.concat), Concat),
+    **{torch.where: Where, F.pad: Pad, torch._C._nn.pad: Pad},
+    **{F.interpolate: Interpolate, F.grid_sample: GridSample},
 }
 _ACTIVATIONS = "ReLU ReLU6 Sigmoid Tanh Softmax GELU SiLU Hardswish Hardsigmoid Hardtanh ELU SELU CELU Softplus Mish"
 _NAMES = {name.lower(): getattr(nn, name) for name in (_ACTIVATIONS + " Softsign Dropout").split()}
@@ -81,24 +103,15 @@ MODULES: dict[Any, type[nn.Module]] = {
 
 def calls_to_modules(traced: fx.GraphModule, note: Callable[[str, str], None]) -> None:
     """Gives `traced` a module for each call that there is one for; `note(why, name)` hears of it."""
-    sizes: set[fx.Node] = set()  # what is computed from shapes
     for node in list(traced.graph.nodes):
-        if _is_size(node, sizes):
-            sizes.add(node)
-        elif node.op in ("call_function", "call_method"):
-            _to_module(traced, node, sizes, note)
+        if node.op in ("call_function", "call_method"):
+            _to_module(traced, node, note)
     _one_module_a_call(traced, note)
     traced.graph.lint()
     traced.recompile()
 
 
-def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
-    if node.target in (getattr, "size", "dim", len):
-        return True
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(n in sizes for n in node.all_input_nodes)
-
-
-def _to_module(prepared: fx.GraphModule, node: fx.Node, sizes: set[fx.Node], note: Callable[[str, str], None]) -> None:
+def _to_module(prepared: fx.GraphModule, node: fx.Node, note: Callable[[str, str], None]) -> None:
     if node.target in MODULES:
         cls, kwargs = MODULES[node.target], dict(node.kwargs)
         if "input" in kwargs and not node.args:
@@ -111,7 +124,7 @@ def _to_module(prepared: fx.GraphModule, node: fx.Node, sizes: set[fx.Node], not
         names = names.split()[1:] or list(known)
         positional = {n: v for n, v in zip(names, node.args[1:], strict=False) if n in known}
         module, args, kwargs = cls(**positional, **kwargs), node.args[:1], {}
-    elif node.target in FUNCTIONALS and not any(n in sizes for n in node.all_input_nodes):
+    elif node.target in FUNCTIONALS:
         module, args, kwargs = FUNCTIONALS[node.target](), node.args, dict(node.kwargs)
         if isinstance(module, Concat):
             tensors = args[0] if args else kwargs.pop("tensors")

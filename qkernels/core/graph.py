@@ -250,6 +250,7 @@ def _reshapes_for_views(traced: fx.GraphModule) -> None:
 def _drop_in_place(traced: fx.GraphModule) -> None:
     """In-place calls become ordinary ones; whoever reads the overwritten tensor later reads the result."""
     modules = modules_of(traced)
+    in_place_modules = {path for path, module in modules.items() if getattr(module, "inplace", False) is True}
     plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
     plain |= {operator.itruediv: operator.truediv, torch.relu_: torch.relu}
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
@@ -261,7 +262,7 @@ def _drop_in_place(traced: fx.GraphModule) -> None:
             in_place, node.target = True, plain[node.target]
         elif node.op == "call_method" and node.target.endswith("_") and node.target in METHODS:
             in_place, node.target = True, node.target.rstrip("_")
-        elif node.op == "call_module" and getattr(modules[node.target], "inplace", False) is True:
+        elif node.op == "call_module" and node.target in in_place_modules:
             in_place, modules[node.target].inplace = True, False
         if in_place and node.args and isinstance(node.args[0], fx.Node):
             for user in list(node.args[0].users):

@@ -240,7 +240,7 @@ class Prepared:
         """`canonical` with the output channels of the weight first."""
         quantizer, bias = self.quantizers["weight"], self.corrected_bias()
         bias, grid = None if bias is None else bias.detach(), quantizer.qparams()
-        if not self.trained:
+        if not self.trained and self.norm is None:
             return self._corrected_rows().detach(), self.rounded_bias(bias), grid
         rows = quantizer.on_grid(self.observed_weight())
         if self.norm is None:

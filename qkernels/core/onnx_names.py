@@ -49,6 +49,7 @@ def place_of(name: str, paths: Collection[str]) -> Place | None:
 def _path_of(scope: str, paths: Collection[str]) -> str | None:
     """The module of a scope: `layer1.0.conv` itself, `layer1/0/conv` or `layer1/layer1.0/conv`."""
     merged: list[str] = []
+    scope = re.sub(r"#\d+(\.end)?$", "", scope)  # as AIMET numbers the nodes of one module
     for name in scope.split("/"):
         outer, _, own = name.rpartition(".")
         if outer and merged and f".{merged[-1]}".endswith(f".{outer}"):

@@ -34,7 +34,7 @@ def output_channels(layer: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Value:
-    """What a node gave on the example: "tensor", "sequence" (of tensors) or "other" (sizes, numbers, None)."""
+    """What a node gave on the example: "tensor", "sequence" (of tensors), "other" (sizes, numbers, None) or "mixed"."""
 
     kind: str
     shape: tuple[int, ...] = ()
@@ -46,11 +46,18 @@ class Value:
             return cls("tensor", tuple(result.shape), result.dtype)
         if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
             return cls("sequence", (), result[0].dtype)
-        return cls("other")
+        return cls("other" if _is_plain(result) else "mixed")
 
     @property
     def is_float(self) -> bool:
-        return self.kind != "other" and self.dtype == torch.float32
+        return self.dtype == torch.float32
+
+
+def _is_plain(result: Any) -> bool:
+    """Whether no numbers of a tensor can be in it."""
+    if isinstance(result, (tuple, list)):
+        return all(_is_plain(r) for r in result)
+    return isinstance(result, (type(None), bool, int, float, str, slice, torch.dtype, torch.device))
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,13 @@ def test_what_others_read_too_stays():
         def forward(self, x):
             return self.b(self.a(self.a(x)))
 
+    class Tied(Fork):
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+
+    tied = Tied().eval()
+    tied.c.weight = tied.a.weight
+    assert equalizable(trace(tied, (torch.randn(1, 4, 8, 8),))) == []
     assert equalizable(trace(Fork().eval(), (torch.randn(1, 4, 8, 8),))) == [("b", "c")]
     assert equalizable(trace(Twice().eval(), (torch.randn(1, 4, 8, 8),))) == []
 

@@ -60,6 +60,20 @@ def test_eval_gives_the_bits_of_exact(options):
         assert torch.equal(got, expected)
 
 
+def test_an_edit_past_autograd_reaches_the_integers():
+    """`parameter.data` counts no versions."""
+    model, _ = trained()
+    qkernels.disable_observer(model.eval())
+    before = outputs(model, images(9))
+    weight = next(p for p in model.parameters() if p.dim() == 4)
+    weight.data.mul_(0.5)
+    assert not all(map(torch.equal, outputs(model, images(9)), before))
+    for got, expected in zip(outputs(model, images(9)), outputs(qkernels.exact(model), images(9)), strict=True):
+        assert torch.equal(got, expected)
+    weight.data.mul_(2.0)
+    assert all(map(torch.equal, outputs(model, images(9)), before))
+
+
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_training_with_everything_frozen_gives_the_bits_of_exact(options):
     model, optimizer = trained(**options)

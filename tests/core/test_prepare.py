@@ -349,6 +349,19 @@ def test_in_place_operations_keep_their_meaning():
     check_same(model, prepared, IMAGE)
 
 
+def test_an_in_place_module_that_is_called_twice_keeps_its_meaning():
+    def forward(self, x):
+        a = self.relu(self.first(x))
+        b = self.last(a)
+        return self.relu(b) + b
+
+    layers = {"first": nn.Conv2d(4, 4, 1), "last": nn.Conv2d(4, 4, 1)}
+    model = model_of(forward, **layers, relu=nn.ReLU(inplace=True))
+    prepared = qkernels.prepare(model, IMAGE)
+    check_same(model, prepared, IMAGE)
+    assert all(row.integer for row in prepared.report), prepared.report
+
+
 def test_a_model_with_data_dependent_control_flow_is_prepared_in_parts():
     class Block(nn.Module):
         def __init__(self):

@@ -301,47 +301,58 @@ void check_case(Rng& rng, const Case& c) {
   });
 }
 
+struct Map {
+  int64_t in, out, groups, kernel, stride, dilation, height, width;
+  int transposed;
+};
+
+void check_map(Rng& rng, const Map& map, int64_t batch, int threads, bool plain) {
+  Case c = {};
+  ConvShape& s = c.shape;
+  s.in_channels = map.in;
+  s.out_channels = map.out;
+  s.groups = map.groups;
+  s.transposed = map.transposed;
+  c.extent.batch = batch;
+  c.extent.in[1] = map.height;
+  c.extent.in[2] = map.width;
+  for (int d = 1; d < kConvDims; ++d) {
+    s.kernel[d] = map.kernel;
+    s.stride[d] = map.stride;
+    s.dilation[d] = map.dilation;
+    s.pad_lo[d] = s.pad_hi[d] = map.kernel / 2;
+    const int64_t in = c.extent.in[d], reach = (map.kernel - 1) * map.dilation;
+    c.extent.out[d] = map.transposed ? (in - 1) * map.stride - 2 * s.pad_lo[d] + reach + 1
+                                     : (in + 2 * s.pad_lo[d] - reach - 1) / map.stride + 1;
+  }
+  c.with_bias = true;
+  c.input_zero_point = 77;
+  c.input_scale = 0.02f;
+  c.output_scale = 1.0f;
+  c.threads = threads;
+  if (!plain) random_epilogue(rng, &c);
+  CONTEXT("map: ", text(c));
+  CHECK_EQ(check_conv_extent(s, c.extent), Status::kOk);
+  check_case(rng, c);
+}
+
 // Maps large enough for many blocks and strips, and for threads to be worth their fork.
 void large_maps() {
-  struct Large {
-    int64_t in, out, groups, kernel, stride, dilation, height, width;
-    int transposed;
-  };
-  const Large maps[] = {{24, 40, 1, 3, 1, 1, 61, 67, 0},   {96, 96, 96, 3, 1, 1, 40, 150, 0},
-                        {80, 80, 80, 5, 2, 1, 60, 133, 0}, {64, 64, 16, 3, 1, 1, 50, 61, 0},
-                        {48, 100, 1, 1, 1, 1, 60, 60, 0},  {16, 160, 1, 3, 2, 2, 90, 91, 0},
-                        {32, 24, 1, 3, 2, 1, 33, 31, 1},   {48, 48, 48, 3, 2, 1, 41, 47, 1}};
+  const Map maps[] = {{24, 40, 1, 3, 1, 1, 61, 67, 0},   {96, 96, 96, 3, 1, 1, 40, 150, 0},
+                      {80, 80, 80, 5, 2, 1, 60, 133, 0}, {64, 64, 16, 3, 1, 1, 50, 61, 0},
+                      {48, 100, 1, 1, 1, 1, 60, 60, 0},  {16, 160, 1, 3, 2, 2, 90, 91, 0},
+                      {32, 24, 1, 3, 2, 1, 33, 31, 1},   {48, 48, 48, 3, 2, 1, 41, 47, 1}};
   Rng rng(2);
-  for (const Large& map : maps) {
-    for (int threads : {2, 7}) {
-      Case c = {};
-      ConvShape& s = c.shape;
-      s.in_channels = map.in;
-      s.out_channels = map.out;
-      s.groups = map.groups;
-      s.transposed = map.transposed;
-      c.extent.batch = 2;
-      c.extent.in[1] = map.height;
-      c.extent.in[2] = map.width;
-      for (int d = 1; d < kConvDims; ++d) {
-        s.kernel[d] = map.kernel;
-        s.stride[d] = map.stride;
-        s.dilation[d] = map.dilation;
-        s.pad_lo[d] = s.pad_hi[d] = map.kernel / 2;
-        const int64_t in = c.extent.in[d], reach = (map.kernel - 1) * map.dilation;
-        c.extent.out[d] = map.transposed ? (in - 1) * map.stride - 2 * s.pad_lo[d] + reach + 1
-                                         : (in + 2 * s.pad_lo[d] - reach - 1) / map.stride + 1;
-      }
-      c.with_bias = true;
-      c.input_zero_point = 77;
-      c.input_scale = 0.02f;
-      c.output_scale = 1.0f;
-      c.threads = threads;
-      random_epilogue(rng, &c);
-      CONTEXT("large map: ", text(c));
-      CHECK_EQ(check_conv_extent(s, c.extent), Status::kOk);
-      check_case(rng, c);
-    }
+  for (const Map& map : maps) {
+    for (int threads : {2, 7}) check_map(rng, map, 2, threads, false);
+  }
+}
+
+// Batches that are padded in groups of images, of which the last has fewer, cut into larger blocks.
+void last_group_of_images() {
+  Rng rng(3);
+  for (int threads : {1, 3}) {
+    check_map(rng, {20, 256, 1, 3, 2, 1, 33, 33, 0}, 43, threads, true);
   }
 }
 
@@ -400,5 +411,6 @@ int main() {
   damaged_headers_are_refused();
   random_configurations(3000);
   large_maps();
+  last_group_of_images();
   return 0;
 }

@@ -115,6 +115,7 @@ CASES = {
     "bnn": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"])], {}),
     "bnn outputs": ("BNNQuantizer", [entry(target_names=WEIGHTS, op_names=["conv2"]), RELU], {}),
     "ptq": ("PtqQuantizer", [entry()], {}),
+    "ptq bn fold": ("PtqQuantizer", [entry(fuse_names=[("conv1", "bn1", "relu1")])], {}),
     "ptq blocks and bias": ("PtqQuantizer", [entry(op_names=["fc"], target_names=BIAS, **weights([5, 9]))], {}),
     "ptq int16": ("PtqQuantizer", [entry(quant_dtype="int16")], {}),
     "ptq out_channel": ("PtqQuantizer", [entry(target_settings=PER_CHANNEL)], {}),

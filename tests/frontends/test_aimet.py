@@ -76,6 +76,7 @@ class Nested(nn.Module):
 
     def forward(self, x):
         x = self.parts[0](self.layer1(x))
+        x = x.reshape(x.shape[0], x.shape[1] // 1, -1, x.shape[3])
         return self.parts[1](torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
@@ -129,7 +130,7 @@ def test_a_module_called_twice_becomes_two():
 
 def test_modules_for_functions_stand_in_the_module_that_calls_them():
     names = {name for name, _ in model_preparer.prepare_model(Nested().eval()).named_modules()}
-    assert {"layer1.0.module_add", "layer1.1.0.module_add_1", "parts.0.module_add_2"} <= names
+    assert {"module_floordiv", "layer1.0.module_add", "layer1.1.0.module_add_1", "parts.0.module_add_2"} <= names
     assert {"layer1.0.body.2.sigmoid", "layer1.0.body.2.mul", "layer1.0.module_relu_1"} <= names
     assert {"layer1.1.0.module_relu_1", "module_adaptive_avg_pool2d"} <= names
 
@@ -405,6 +406,62 @@ def test_exported_encodings_run_in_int8_on_a_float_model(tmp_path, version, mode
     assert not any("Quantize" in type(m).__name__ for m in exported.modules())
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.lstm, self.last = nn.Linear(8, 8), nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.lstm(self.first(x))[0])
+
+
+@pytest.mark.parametrize("model", [Attention, Recurrent])
+def test_modules_with_other_outputs_than_tensors_stay_float(model):
+    torch.manual_seed(0)
+    x = torch.rand(2, 5, 8)
+    sim = quantsim.QuantizationSimModel(model().eval(), dummy_input=x)
+    sim.compute_encodings(lambda network: network(x))
+    converted = sim.convert()
+    with torch.no_grad():
+        assert torch.allclose(converted(x), sim.model(x), atol=1e-5)
+    assert qkernels.verify(sim.prepared(), converted, [x]).total_mismatches == 0
+
+
+def test_a_grid_coarser_than_a_clamp_leaves_one_code():
+    x = images(Everything)
+    sim = quantsim.QuantizationSimModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6()).eval(), dummy_input=x)
+    sim.compute_encodings(lambda network: network(x))
+    sim.model[1].output_quantizers[0].set_range(0, 255 * 20.0)
+    with torch.no_grad():
+        assert torch.equal(sim.convert()(x), sim.model(x))
+
+
+def test_weights_of_normalizations_and_embeddings_are_rounded():
+    x = torch.randint(0, 9, (2, 5))
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+    nn.init.uniform_(model[2].weight, 0.5, 2.0)
+    sim = quantsim.QuantizationSimModel(model, dummy_input=x, default_param_bw=3)
+    sim.compute_encodings(lambda network: network(x))
+    converted = sim.convert()
+    assert len(converted.get_submodule("2").weight.unique()) <= 8
+    assert len(converted.get_submodule("0").weight.unique()) <= 8
+    with torch.no_grad():
+        assert torch.allclose(converted(x), sim.model(x), atol=1e-5)
+    other = quantsim.QuantizationSimModel(model, dummy_input=x)
+    other.load_encodings(sim.module_encodings(), partial=False)
+    assert other.grids() == sim.grids()
+
+
 def test_names_that_only_an_onnx_graph_has_are_found_in_it(tmp_path):
     """As in the files that AIMET writes: inputs and outputs of the graph have names of their own."""
     sim, x = calibrated(Everything, default_param_bw=4), images(Everything, seed=2)
@@ -611,17 +668,29 @@ def test_encodings_and_logits_are_those_of_aimet(original, tmp_path, model, bits
                 assert torch.allclose(other.convert()(x), expected, atol=1e-4)
 
 
+def places(module):
+    """Where a module has quantizers, and of which shape and kind those of its parameters are."""
+    parameters = getattr(module, "param_quantizers", {}).items()
+    output = getattr(module, "output_quantizers", [None])[0] is not None
+    return output, {name: (tuple(q.shape), q.bitwidth, q.symmetric) for name, q in parameters if q is not None}
+
+
 def test_quantizers_stand_behind_the_same_modules_as_in_aimet(original):
     shuffles = [nn.PixelShuffle(2), nn.PixelUnshuffle(2), nn.ChannelShuffle(2), nn.Flatten(), nn.Unflatten(1, (2, 2))]
     resizes = [nn.Upsample(scale_factor=2, mode=mode) for mode in ("nearest", "bilinear")]
     pads = [nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.ConstantPad2d(1, 0.5)]
     pools = [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(2), nn.LPPool2d(2, 2)]
     others = [nn.Identity(), nn.Dropout(), nn.GroupNorm(2, 4), nn.LogSoftmax(1), nn.Softplus(), nn.SELU()]
-    for middle in (*shuffles, *resizes, nn.UpsamplingNearest2d(scale_factor=2), *pads, *pools, *others):
-        model, found = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), middle, nn.Hardswish()).eval(), []
+    weighted = [nn.BatchNorm2d(4), nn.PReLU(), nn.PReLU(4), nn.InstanceNorm2d(4, affine=True), nn.LayerNorm(12)]
+    convs = [nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 3, groups=4), nn.ConvTranspose2d(4, 4, 3, groups=4)]
+    chains = [(conv, act) for conv in (*convs, nn.Conv2d(4, 4, 3, groups=2)) for act in (nn.ReLU(), nn.ReLU6())]
+    chains += [(nn.Conv2d(4, 4, 3), nn.Hardtanh()), (nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU())]
+    alone = (*shuffles, *resizes, nn.UpsamplingNearest2d(scale_factor=2), *pads, *pools, *others, *weighted)
+    for middle in [*((module,) for module in alone), *chains]:
+        model, found = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), *middle, nn.Hardswish()).eval(), []
         for api in (aimet, original):
             sim = api.quantsim.QuantizationSimModel(model, dummy_input=torch.rand(2, 3, 14, 14))
-            found.append([getattr(m, "output_quantizers", [None])[0] is not None for m in sim.model.children()])
+            found.append([places(module) for module in sim.model.children()])
         assert found[0] == found[1], middle
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import qkernels
 import qkernels.frontends.aimet as aimet
+from qkernels.core.functional import Add
 from qkernels.errors import InvalidArgument, Unsupported
 from qkernels.frontends.aimet import bn_reestimation, cross_layer_equalization, quantsim
 from qkernels.frontends.aimet.adaround_weight import Adaround, AdaroundParameters
@@ -45,7 +46,7 @@ class Mobile(nn.Module):
         self.c4, self.r4, self.c5 = nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)
         self.up, self.b6, self.r6 = nn.ConvTranspose2d(6, 5, 2, stride=2), nn.BatchNorm2d(5), nn.PReLU()
         self.c7, self.clip, self.c8 = nn.Conv2d(5, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 1)
-        self.add = aimet.model_preparer.Add()
+        self.add = Add()
 
     def forward(self, x):
         x = self.b3(self.c3(self.r2(self.b2(self.c2(self.r1(self.b1(self.c1(x))))))))

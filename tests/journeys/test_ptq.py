@@ -230,6 +230,26 @@ def test_every_recipe_verifies(options):
     assert report.total_mismatches == 0, str(report)
 
 
+@pytest.mark.parametrize("limits", [(1.0, 2.0), (-3.0, -1.0), (0.2, 0.3), (-0.1, 6.0)])
+@pytest.mark.parametrize("shape", ["conv", "add"])
+def test_a_fused_clamp_may_leave_few_codes_and_none_for_zero(limits, shape):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Hardtanh(*limits), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.last(self.act(y + x.sum(1, keepdim=True) if shape == "add" else y))
+
+    torch.manual_seed(0)
+    prepared, converted = quantized(Model().eval(), (2, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+    assert torch.allclose(converted(x), prepared(x), atol=1e-2)
+    assert torch.equal(qkernels.compile(converted, x)(x), converted(x))
+
+
 def test_int8_activations():
     spec = qkernels.QSpec.activation(dtype=torch.int8)
     recipe = qkernels.Recipe(activation=qkernels.core.recipe.TensorRecipe(spec, "minmax"))

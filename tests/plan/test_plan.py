@@ -149,6 +149,19 @@ def test_plan_of_a_loaded_model_is_the_same(resnet, tmp_path):
     assert torch.equal(again(*example), plan(*example))
 
 
+def test_a_call_without_memory_leaves_the_plan_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = qkernels.prepare(model, x)
+    with qkernels.calibrating(prepared):
+        prepared(x)
+    plan = qkernels.compile(qkernels.convert(prepared), x)
+    expected = plan(x)
+    with pytest.raises(MemoryError, match="no memory for an arena of"):
+        plan(torch.zeros(1, 3, 1, 1).expand(1, 3, 2**18, 2**18))
+    assert torch.equal(plan(x), expected)
+
+
 def test_empty_batch_gives_an_empty_result(resnet):
     plan, model, (x,), _ = resnet
     assert plan(x[:0]).shape == model(x[:0]).shape == (0, 10)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from qkernels.core import functional as functions
 from qkernels.core import operations as o
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
-from qkernels.frontends.aimet import model_preparer as functions
 from qkernels.frontends.common import check_keys, check_words, from_json
 
 DEFAULT: dict[str, Any] = {
@@ -42,7 +42,7 @@ OP_TYPES: dict[str, tuple[type, ...]] = {
     "Gemm": (nn.Linear,),
     "MatMul": (functions.MatMul,),
     "Relu": (nn.ReLU,),
-    "Clip": (nn.ReLU6, nn.Hardtanh),
+    "Clip": (nn.ReLU6,),
     "Add": (functions.Add,),
     "Sub": (functions.Subtract,),
     "Mul": (functions.Multiply,),
@@ -65,7 +65,7 @@ OP_TYPES: dict[str, tuple[type, ...]] = {
     "AveragePool": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     "GlobalAveragePool": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     "Resize": (nn.Upsample,),
-    "Pad": PADS,
+    "Pad": (*PADS, functions.Pad),
     "DepthToSpace": (nn.PixelShuffle,),
     "SpaceToDepth": (nn.PixelUnshuffle,),
     "GroupNormalization": (nn.GroupNorm,),

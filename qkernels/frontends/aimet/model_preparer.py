@@ -6,21 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from qkernels.core.functional import (
-    Add,
-    Concat,
-    Divide,
-    Functional,
-    MatMul,
-    Mean,
-    Multiply,
-    SplitSiLU,
-    Subtract,
-    calls_to_modules,
-)
+from qkernels.core.functional import Functional, SplitSiLU, calls_to_modules
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
-
-__all__ = ["Add", "Concat", "Divide", "Functional", "MatMul", "Mean", "Multiply", "Subtract", "prepare_model"]
 
 logger = logging.getLogger("ModelPreparer")
 

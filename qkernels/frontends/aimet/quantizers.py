@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.core import functional
 from qkernels.core.grids import Grid
 from qkernels.core.qspec import MAX_BITS, QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.aimet import model_preparer
 
 MIN_SCALE = 2.0**-23
 
@@ -198,7 +198,7 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
 def __getattr__(name: str) -> Any:
     """The quantized classes of torch.nn by name, for pickle."""
     if name.startswith("Quantized"):
-        cls = getattr(nn, name[9:], None) or getattr(model_preparer, name[9:], None)
+        cls = getattr(nn, name[9:], None) or getattr(functional, name[9:], None)
         if inspect.isclass(cls):
             return quantized_class(cls)
     raise AttributeError(name)

@@ -17,9 +17,11 @@ from qkernels import __version__
 from qkernels.core import operations as o
 from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT
 from qkernels.core.convert import convert
+from qkernels.core.functional import Concat, Functional
 from qkernels.core.fusion import chain_from, foldable
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
 from qkernels.core.grids import Grid, Grids
+from qkernels.core.layers import PREPARED
 from qkernels.core.onnx_names import places_in, scope_of
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.recipe import Match, Override, Recipe
@@ -27,7 +29,6 @@ from qkernels.errors import InvalidArgument, Unsupported, close_matches
 from qkernels.frontends.aimet import encodings as enc
 from qkernels.frontends.aimet import quantizers as qz
 from qkernels.frontends.aimet.config import OP_TYPES, Config, Tensors, op_type, read_config
-from qkernels.frontends.aimet.model_preparer import Concat, Functional
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
 from qkernels.frontends.common import from_json
 
@@ -45,7 +46,7 @@ OBSERVERS = {
 QuantScheme = Enum("QuantScheme", {name: name for name in OBSERVERS})
 # The output is on the grid of the input.
 PASSING = {"MaxPool", "Flatten", "Dropout", "Identity", "Pad", "DepthToSpace", "SpaceToDepth", "Gather"}
-CHANNEL_AXIS = {cls: 1 if cls in o.CONVS[3:] else 0 for cls in (*o.CONVS, nn.Linear)}
+CHANNEL_AXIS = {cls: 1 if cls in o.CONVS[3:] else 0 for cls in (*o.CONVS, nn.Linear, nn.PReLU)}
 
 
 class QuantizationSimModel:
@@ -126,22 +127,28 @@ class QuantizationSimModel:
                     module.input_quantizers[i] = self._quantizer((), wanted, f"{node.target}'s input")
             if output and node.meta["value"].is_float:
                 module.output_quantizers[0] = self._quantizer((), wanted, node.target)
-            axis = CHANNEL_AXIS.get(type(module).float_type)
-            if axis is not None and wanted.params_quantized:
-                shape = module.weight.shape if wanted.per_channel else ()
-                shape = tuple(n if i == axis else 1 for i, n in enumerate(shape))
-                quantizer = self._quantizer(shape, wanted, f"{node.target}.weight", axis)
-                module.param_quantizers["weight"] = quantizer.to(module.weight.device)
-            if axis is not None and wanted.bias_quantized and module.bias is not None:
-                shape = module.bias.shape if wanted.per_channel else ()
-                named = replace(wanted, params_symmetric=wanted.bias_symmetric)
-                quantizer = self._quantizer(shape, named, f"{node.target}.bias", 0)
-                module.param_quantizers["bias"] = quantizer.to(module.weight.device)
+            self._place_parameters(node.target, module, wanted, node.target in layers)
 
         for node in reversed(calls):
             module = modules[node.target]
             if isinstance(module, (Concat, nn.ReLU)) and is_quantized(module):
                 self._share_with_sources(node, module.output_quantizers[0], modules)
+
+    def _place_parameters(self, path: str, module: nn.Module, wanted: Tensors, is_folded: bool) -> None:
+        """Quantizers of weight and bias; channels of normalizations and embeddings share one grid."""
+        axis, is_wide = CHANNEL_AXIS.get(type(module).float_type, 0), type(module).float_type in CHANNEL_AXIS
+        if isinstance(module, nn.LayerNorm):
+            wanted = replace(wanted, params_symmetric=self._bits[1] >= 16)
+        quantized = {WEIGHT: wanted.params_quantized and not is_folded, BIAS: wanted.bias_quantized and is_wide}
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if quantized.get(name, False):
+                dim, shape = (axis, parameter.shape) if name == WEIGHT else (0, parameter.shape)
+                shape = (
+                    tuple(n if i == dim else 1 for i, n in enumerate(shape)) if wanted.per_channel and is_wide else ()
+                )
+                kind = wanted if name == WEIGHT else replace(wanted, params_symmetric=wanted.bias_symmetric)
+                made = self._quantizer(shape, kind, f"{path}.{name}", dim)
+                module.param_quantizers[name] = made.to(parameter.device)
 
     def _share_with_sources(
         self, node: fx.Node, quantizer: QuantizeDequantize | None, modules: dict[str, nn.Module]
@@ -224,12 +231,11 @@ class QuantizationSimModel:
                 inputs[path] = list(module.input_quantizers)
             if module.output_quantizers[0] is not None:
                 outputs[path] = module.output_quantizers[0]
-            parameters = dict(module.param_quantizers.items())
-            weight, bias = parameters.get(WEIGHT), parameters.get(BIAS)
-            if weight is not None:
-                weights[path] = Grid.of(weight).quantizer(f"{path}.weight", True).to(weight.scale.device)
-            if bias is not None:
-                module.bias = nn.Parameter(bias(module.bias).detach())  # integer layers add the rounded numbers
+            for name, quantizer in module.param_quantizers.items():
+                if name == WEIGHT and quantizer is not None and type(module).float_type in PREPARED:
+                    weights[path] = Grid.of(quantizer).quantizer(f"{path}.weight", True).to(quantizer.scale.device)
+                elif quantizer is not None:  # what is added or computed in float is the rounded numbers
+                    setattr(module, name, nn.Parameter(quantizer(getattr(module, name)).detach()))
             qz.make_float(module)
         return prepare_placed(work, *self._dummy, Places(inputs, outputs, weights))
 
@@ -367,7 +373,9 @@ class QuantizationSimModel:
                             table[key] = None
 
     def _take(self, module: nn.Module, path: str, key: str, grid: Grid) -> QuantizeDequantize | None:
-        """Puts a quantizer with this grid in its place; None for a weight that stays float."""
+        """Puts a quantizer with this grid in its place; None where sizes are computed, which stay what they are."""
+        if key not in PARAMETERS and isinstance(module, Functional) and not len(module.input_quantizers):
+            return None
         if key not in PARAMETERS:
             side = "output" if key == OUTPUT else "input"
             index, table = int(key.removeprefix(side) or 0), getattr(module, f"{side}_quantizers")
@@ -375,12 +383,10 @@ class QuantizationSimModel:
                 raise InvalidArgument(f"activation_encodings.{path}.{side}.{index}: {path} has no such {side}")
             table[index] = QuantizeDequantize.from_grid(grid, (1,), None)
             return table[index]
-        axis = CHANNEL_AXIS.get(type(module).float_type)
-        if axis is None:
-            return None
-        if key == BIAS and module.bias is None:
-            raise InvalidArgument(f"param_encodings.{path}.bias: the layer has none")
-        shape, axis = (module.weight.shape, axis) if key == WEIGHT else (module.bias.shape, 0)
+        if getattr(module, key, None) is None:
+            raise InvalidArgument(f"param_encodings.{path}.{key}: the module has none")
+        axis = CHANNEL_AXIS.get(type(module).float_type, 0) if key == WEIGHT else 0
+        shape = getattr(module, key).shape
         if len(grid.scale) not in (1, shape[axis]):
             raise InvalidArgument(f"param_encodings.{path}.{key}: {len(grid.scale)} grids for {shape[axis]} channels")
         module.param_quantizers[key] = QuantizeDequantize.from_grid(grid, shape, axis)
@@ -406,7 +412,16 @@ def _inside_supergroups(
     inside: set[fx.Node] = set()
     for group in config.supergroups:
         for node in traced.graph.nodes:
+            if node.op != "call_module" or _is_never_fused(modules[node.target]):
+                continue
             chain = chain_from(node, group, modules, op_type, norms)
             inside.update(chain[:-1])
             inside.update(reader for part in chain[:-1] for reader in part.users if reader.target in norms)
     return inside
+
+
+def _is_never_fused(module: nn.Module) -> bool:
+    """Convolutions that AIMET leaves out of supergroups: of three dimensions, and depthwise."""
+    if not isinstance(module, o.CONVS):
+        return False
+    return module.weight.dim() == 5 or 1 != module.groups == module.in_channels
