@@ -44,7 +44,7 @@ float* running(const char* op, const char* name, Tensor& t, int64_t channels) {
   return t.mutable_data_ptr<float>();
 }
 
-Tensor vector_of(int64_t channels) { return torch::stable::empty({channels}, ScalarType::Float); }
+Tensor vector_of(int64_t channels) { return empty_on_cpu({channels}, ScalarType::Float); }
 
 NormGrid check_norm_grid(const char* op, double scale, int64_t zero_point, int64_t qmin,
                          int64_t qmax, std::optional<double> floor, std::optional<double> ceiling) {
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_statistics(
   Tensor mean = vector_of(channels), inv_std = vector_of(channels);
   Tensor factor = vector_of(channels), shift = vector_of(channels), ends = vector_of(2);
   const Tensor workspace =
-      torch::stable::empty({batch_statistics_workspace(rows, channels)}, ScalarType::Double);
+      empty_on_cpu({batch_statistics_workspace(rows, channels)}, ScalarType::Double);
   const Extremes extremes = batch_statistics({.x = x.const_data_ptr<float>(),
                                               .rows = rows,
                                               .channels = channels,
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> norm_fake_quant(const Tensor& x, const Tensor& factor
   const Tensor shifts = check_channels(op, "shift", shift, channels);
   Tensor y = empty_strided(x, sizes_of(x), strides_of(x), ScalarType::Float);
   Tensor codes = code_dtype.has_value() ? empty_strided(x, sizes_of(x), strides_of(x), *code_dtype)
-                                        : torch::stable::empty({0}, ScalarType::Byte);
+                                        : empty_on_cpu({0}, ScalarType::Byte);
   qk::norm_fake_quant(
       {.x = x.const_data_ptr<float>(),
        .y = y.mutable_data_ptr<float>(),
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_fake_quant_backward(
   Tensor grad_weight = vector_of(channels), grad_bias = vector_of(channels);
   Tensor grad_scale = vector_of(learned ? 1 : 0), grad_zero_point = vector_of(learned ? 1 : 0);
   const Tensor workspace =
-      torch::stable::empty({norm_backward_workspace(rows, channels)}, ScalarType::Double);
+      empty_on_cpu({norm_backward_workspace(rows, channels)}, ScalarType::Double);
   norm_backward({.grad = dense_grad.const_data_ptr<float>(),
                  .x = x.const_data_ptr<float>(),
                  .out = out.mutable_data_ptr<float>(),

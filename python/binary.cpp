@@ -52,7 +52,7 @@ PackSignsCall check_pack_signs(const Tensor& input, int64_t axis_in) {
   const FloatType type = check_float_type(op, "x", input);
   const int64_t axis = *check_axis(op, input, axis_in);
   PackSignsCall call;
-  call.out = torch::stable::new_empty(input, packed_shape(input, axis), ScalarType::Long);
+  call.out = empty(input, packed_shape(input, axis), ScalarType::Long);
   call.x = torch::stable::contiguous(input);
   const Tensor& x = call.x;
   int64_t inner = 1, outer = 1;
@@ -83,8 +83,7 @@ Tensor pack_binary_weight(const Tensor& weight) {
   if (rows.out.numel() > 0) binary_pack(rows.args, torch_threads());
   const int64_t channels = weight.size(0);
   const int64_t words = channels > 0 ? rows.out.numel() / channels : 0;
-  Tensor out =
-      torch::stable::empty({binary_blocks(channels), words, kBinaryBlock}, ScalarType::Long);
+  Tensor out = empty_on_cpu({binary_blocks(channels), words, kBinaryBlock}, ScalarType::Long);
   binary_pack_weight(rows.args.out, channels, words,
                      reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>()));
   return out;
@@ -149,7 +148,7 @@ BinaryCall check_binary_linear(const Tensor& input, const Tensor& packed, const 
   std::vector<int64_t> shape = sizes_of(input);
   const int64_t rows = input.numel() / (shape.back() > 0 ? shape.back() : 1);
   shape.back() = scale.numel();
-  const Tensor out = torch::stable::new_empty(input, shape, ScalarType::Float);
+  const Tensor out = empty(input, shape, ScalarType::Float);
   BinaryConvArgs args{};
   args.images = 1;
   args.in_channels = in_features;

@@ -167,7 +167,7 @@ Tensor conv_pack(const Tensor& weight, const Tensor& weight_scale,
       epilogue, output_dtype, table, stride, padding, dilation, groups, transposed, padding_mode);
   const ConvShape& shape = call.source.shape;
   const Isa isa = isa_active();
-  Tensor packed = torch::stable::empty({packed_conv_bytes(call.source, isa)}, ScalarType::Byte);
+  Tensor packed = empty_on_cpu({packed_conv_bytes(call.source, isa)}, ScalarType::Byte);
   check_packing("conv_pack", pack_conv(call.source, isa, packed.mutable_data_ptr()),
                 shape.in_per_group() * shape.kernel_size(), input_dtype);
   return packed;
@@ -204,8 +204,7 @@ Tensor conv(const Tensor& input, const Tensor& packed, const OptionalTensor& res
     args.residual = static_cast<const uint8_t*>(other.const_data_ptr());
   }
   const Parallel threads = torch_threads();
-  const Tensor workspace =
-      torch::stable::empty({conv_workspace_bytes(args, threads)}, ScalarType::Byte);
+  const Tensor workspace = empty_on_cpu({conv_workspace_bytes(args, threads)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   qk::conv(args, threads);
   return out;

@@ -22,7 +22,7 @@ DorefaGrid check_dorefa_grid(const char* op, const Tensor& x, const Tensor& scal
 float largest_of(const char* op, const Tensor& x, FloatType type) {
   Tensor walked = x;
   const GridLayout grid = plan_grid(x, &walked, std::nullopt, {});
-  Tensor workspace = torch::stable::empty({minmax_workspace(grid)}, ScalarType::Float);
+  Tensor workspace = empty_on_cpu({minmax_workspace(grid)}, ScalarType::Float);
   float low, high;
   const bool finite = minmax({.x = x.const_data_ptr(),
                               .type = type,
@@ -68,7 +68,7 @@ Tensor dorefa_weight_backward(const Tensor& grad_in, const Tensor& input, const 
   const Tensor x = is_dense(input) ? input : copy_in_layout(input, out);
   const Tensor grad =
       strides_of(grad_in) == strides_of(out) ? grad_in : copy_in_layout(grad_in, out);
-  Tensor workspace = torch::stable::empty({dorefa_workspace(x.numel())}, ScalarType::Double);
+  Tensor workspace = empty_on_cpu({dorefa_workspace(x.numel())}, ScalarType::Double);
   qk::dorefa_weight_backward({.grad = grad.const_data_ptr(),
                               .x = x.const_data_ptr(),
                               .out = out.mutable_data_ptr(),

@@ -34,7 +34,7 @@ void check_vector(const char* op, const char* name, const Tensor& t, ScalarType 
 // One value a tensor stands for all channels.
 Tensor broadcast_to_match(const Tensor& t, int64_t elements) {
   if (t.numel() == elements) return torch::stable::contiguous(t);
-  Tensor wide = torch::stable::empty({elements}, t.scalar_type());
+  Tensor wide = empty_on_cpu({elements}, t.scalar_type());
   const auto* from = static_cast<const uint32_t*>(t.const_data_ptr());
   auto* to = static_cast<uint32_t*>(wide.mutable_data_ptr());
   for (int64_t i = 0; i < elements; ++i) to[i] = from[0];

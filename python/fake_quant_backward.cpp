@@ -88,7 +88,7 @@ GridView check_learned_grid(const char* op, const Tensor& x, const Tensor& scale
     STD_TORCH_CHECK(std::isfinite(values[c]), op, ": zero_point must be finite, got ", values[c],
                     " at channel ", c);
   }
-  Tensor rounded = torch::stable::empty(sizes_of(learned), ScalarType::Int);
+  Tensor rounded = empty_on_cpu(sizes_of(learned), ScalarType::Int);
   round_zero_points(values, rounded.mutable_data_ptr<int32_t>(), learned.numel(),
                     static_cast<int32_t>(qmin), static_cast<int32_t>(qmax));
   return check_grid(op, x, scale, rounded, axis, qmin, qmax);
@@ -128,9 +128,9 @@ std::tuple<Tensor, Tensor> pact_backward(const Tensor& grad, const Tensor& x, co
   Tensor out = empty_like(x, x.scalar_type());
   Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
   pass.args.clips = true;
-  Tensor workspace = torch::stable::empty({lsq_workspace(pass.args.grid)}, ScalarType::Double);
-  Tensor grad_scale = torch::stable::empty(sizes_of(scale), ScalarType::Float);
-  Tensor unused = torch::stable::empty({grid.channels}, ScalarType::Float);
+  Tensor workspace = empty_on_cpu({lsq_workspace(pass.args.grid)}, ScalarType::Double);
+  Tensor grad_scale = empty_on_cpu(sizes_of(scale), ScalarType::Float);
+  Tensor unused = empty_on_cpu({grid.channels}, ScalarType::Float);
   qk::lsq_backward(pass.args,
                    {.channels = grid.channels,
                     .factor = 1.0,
@@ -177,12 +177,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
     check_code_range(op, *code_dtype, qmin, qmax);
   }
   Tensor y = empty_like(input, input.scalar_type());
-  Tensor codes = code_dtype.has_value() ? empty_like(input, *code_dtype)
-                                        : torch::stable::empty({0}, ScalarType::Byte);
+  Tensor codes =
+      code_dtype.has_value() ? empty_like(input, *code_dtype) : empty_on_cpu({0}, ScalarType::Byte);
   Tensor x = same_layout(input, y) ? input : copy_in_layout(input, y);
   const GridLayout grid = plan_grid(y, &x, axis, view);
-  Tensor mask = torch::stable::empty({mask_layout(grid).bytes}, ScalarType::Byte);
-  Tensor clipped = torch::stable::empty({}, ScalarType::Bool);
+  Tensor mask = empty_on_cpu({mask_layout(grid).bytes}, ScalarType::Byte);
+  Tensor clipped = empty_on_cpu({}, ScalarType::Bool);
   *clipped.mutable_data_ptr<bool>() = qk::fake_quant_mask(
       {.x = x.const_data_ptr(),
        .y = y.mutable_data_ptr(),
@@ -235,9 +235,9 @@ std::tuple<Tensor, Tensor> lsq_backward_out(const Tensor& grad, const Tensor& x,
   const GridView grid = check_learned_grid(op, x, scale, zero_point, axis, qmin, qmax);
   check_out(op, x, out, x.scalar_type());
   const Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
-  Tensor workspace = torch::stable::empty({lsq_workspace(pass.args.grid)}, ScalarType::Double);
-  Tensor grad_scale = torch::stable::empty(sizes_of(scale), ScalarType::Float);
-  Tensor grad_zero_point = torch::stable::empty(sizes_of(zero_point), ScalarType::Float);
+  Tensor workspace = empty_on_cpu({lsq_workspace(pass.args.grid)}, ScalarType::Double);
+  Tensor grad_scale = empty_on_cpu(sizes_of(scale), ScalarType::Float);
+  Tensor grad_zero_point = empty_on_cpu(sizes_of(zero_point), ScalarType::Float);
   qk::lsq_backward(pass.args,
                    {.channels = grid.channels,
                     .factor = grad_factor,

@@ -144,8 +144,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> foreach_observe_fake_quan
     const FloatType type = check_item(op, x, xs[0], axis);
     const int64_t channels = axis.has_value() ? x.size(*axis) : 1;
     ys.push_back(empty_like(x, x.scalar_type()));
-    scales.push_back(torch::stable::new_empty(x, {channels}, ScalarType::Float));
-    zero_points.push_back(torch::stable::new_empty(x, {channels}, ScalarType::Int));
+    scales.push_back(empty(x, {channels}, ScalarType::Float));
+    zero_points.push_back(empty(x, {channels}, ScalarType::Int));
     if (code_dtype.has_value()) codes.push_back(empty_like(x, *code_dtype));
     items.push_back({.in = make_item(x, type, channels, scales[i].mutable_data_ptr<float>(),
                                      zero_points[i].mutable_data_ptr<int32_t>()),
@@ -158,10 +158,10 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> foreach_observe_fake_quan
                       check_scale(op, "min_scale", min_scale)};
   const auto count = static_cast<int64_t>(xs.size());
   if (xs.empty()) {
-    return {ys, codes, scales, zero_points, torch::stable::empty({count}, ScalarType::Bool)};
+    return {ys, codes, scales, zero_points, empty_on_cpu({count}, ScalarType::Bool)};
   }
-  Tensor flags = torch::stable::new_empty(xs[0], {rows}, ScalarType::Byte);
-  Tensor clipped = torch::stable::new_empty(xs[0], {count}, ScalarType::Bool);
+  Tensor flags = empty(xs[0], {rows}, ScalarType::Byte);
+  Tensor clipped = empty(xs[0], {count}, ScalarType::Bool);
   uint8_t* flag = flags.mutable_data_ptr<uint8_t>();
   for (ForeachQuantItem& item : items) {
     item.flags = flag;

@@ -30,7 +30,7 @@ void observe_histogram(const Tensor& x, const Tensor& batch_low, const Tensor& b
                        const Tensor& low, const Tensor& high, const Tensor& histogram) {
   const HistogramCall call = check_histogram(x, batch_low, batch_high, low, high, histogram);
   Tensor workspace =
-      torch::stable::empty({histogram_workspace(call.x.numel(), call.bins)}, ScalarType::Byte);
+      empty_on_cpu({histogram_workspace(call.x.numel(), call.bins)}, ScalarType::Byte);
   qk::observe_histogram({.x = call.x.const_data_ptr(),
                          .type = call.type,
                          .n = call.x.numel(),

@@ -26,6 +26,26 @@ std::optional<int64_t> row_stride(const Tensor& t) {
   return stride.value_or(0);
 }
 
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  return strides;
+}
+
+// Past the dispatcher, which would cost more than a small operation.
+Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& sizes,
+                const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 
 Rows as_rows(const Tensor& t) {
@@ -46,6 +66,7 @@ std::vector<int64_t> strides_of(const Tensor& t) {
 }
 
 Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  if (is_dense(like)) return empty_strided(like, sizes_of(like), strides_of(like), dtype);
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(like),         from(std::optional<ScalarType>(dtype)),
                                     from(std::nullopt), from(std::nullopt),
@@ -57,15 +78,18 @@ Tensor empty_like(const Tensor& like, ScalarType dtype) {
 
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                      const std::vector<int64_t>& strides, ScalarType dtype) {
-  AtenTensorHandle handle;
   int32_t type = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index,
-      &handle));
-  return Tensor(handle);
+  return empty_on(type, index, sizes, strides, dtype);
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty_strided(like, sizes, contiguous_strides(sizes), dtype);
+}
+
+Tensor empty_on_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, contiguous_strides(sizes), dtype);
 }
 
 std::vector<int64_t> channels_last_strides(const std::vector<int64_t>& sizes) {
@@ -140,7 +164,7 @@ Tensor empty_broadcast(const char* op, const Tensor& a, const Tensor& b, ScalarT
   const std::vector<int64_t> shape = broadcast_shape(op, a, b);
   if (sizes_of(a) == shape) return empty_like(a, dtype);
   if (sizes_of(b) == shape) return empty_like(b, dtype);
-  return torch::stable::new_empty(a, shape, dtype);
+  return empty(a, shape, dtype);
 }
 
 FloatType check_float_type(const char* op, const char* name, const Tensor& t) {

@@ -17,6 +17,8 @@ Tensor empty_like(const Tensor& like, ScalarType dtype);
 // This and the following on the device of `like`.
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                      const std::vector<int64_t>& strides, ScalarType dtype);
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
+Tensor empty_on_cpu(const std::vector<int64_t>& sizes, ScalarType dtype);
 
 // [N, C, *spatial] stored as N, *spatial, C.
 Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);

@@ -54,7 +54,7 @@ Tensor linear_pack(const Tensor& weight, const Tensor& weight_scale,
   const PackSource& source = checked.source;
   const Isa isa = isa_active();
   Tensor packed =
-      torch::stable::empty({packed_igemm_bytes(source.n, 1, source.depth, isa)}, ScalarType::Byte);
+      empty_on_cpu({packed_igemm_bytes(source.n, 1, source.depth, isa)}, ScalarType::Byte);
   check_packing("linear_pack", pack_igemm(source, isa, packed.mutable_data_ptr()), source.depth,
                 input_dtype);
   return packed;
@@ -81,7 +81,7 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
   sizes.back() = header.n;
   const bool residual_signed = check_residual(op, residual, header.epilogue, sizes);
 
-  Tensor out = torch::stable::empty(sizes, output_dtype);
+  Tensor out = empty_on_cpu(sizes, output_dtype);
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
   if (rows == 0 || header.n == 0) return out;

@@ -24,11 +24,11 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
   axis = check_axis(op, input, axis);
   Tensor x = dense(input);
   const int64_t channels = axis.has_value() ? x.size(*axis) : 1;
-  Tensor low = torch::stable::empty({channels}, ScalarType::Float);
-  Tensor high = torch::stable::empty({channels}, ScalarType::Float);
-  Tensor non_finite = torch::stable::empty({2}, ScalarType::Long);
+  Tensor low = empty_on_cpu({channels}, ScalarType::Float);
+  Tensor high = empty_on_cpu({channels}, ScalarType::Float);
+  Tensor non_finite = empty_on_cpu({2}, ScalarType::Long);
   const GridLayout grid = plan_grid(x, &x, axis, {});
-  Tensor workspace = torch::stable::empty({minmax_workspace(grid)}, ScalarType::Float);
+  Tensor workspace = empty_on_cpu({minmax_workspace(grid)}, ScalarType::Float);
   const MinMaxArgs args{.x = x.const_data_ptr(),
                         .type = type,
                         .grid = grid,
@@ -94,8 +94,8 @@ bool run_observer(const char* op, const Tensor& input, const Observer& observer,
   int64_t* counts = call.counts;
   const GridLayout grid = plan_grid(out == nullptr ? x : *out, &x, call.axis, {});
   Tensor workspace =
-      torch::stable::empty({observe_workspace(grid, channels) + 3 * channels}, ScalarType::Float);
-  Tensor zero_points = torch::stable::empty({channels}, ScalarType::Int);
+      empty_on_cpu({observe_workspace(grid, channels) + 3 * channels}, ScalarType::Float);
+  Tensor zero_points = empty_on_cpu({channels}, ScalarType::Int);
   float* scratch = workspace.mutable_data_ptr<float>();
   const Observed observed =
       qk::observe({.x = x.const_data_ptr(),
@@ -144,7 +144,7 @@ Tensor observe_fake_quant_out(const Tensor& x, const Tensor& low, const Tensor& 
                               const std::optional<Tensor>& non_finite, std::optional<int64_t> axis,
                               int64_t qmin, int64_t qmax, bool symmetric, double min_scale,
                               std::optional<double> momentum, std::string source, Tensor out) {
-  Tensor clipped = torch::stable::empty({}, ScalarType::Bool);
+  Tensor clipped = empty_on_cpu({}, ScalarType::Bool);
   *clipped.mutable_data_ptr<bool>() = run_observer(
       "observe_fake_quant", x,
       {low, high, scale, zero_point, non_finite, axis, qmin, qmax, symmetric, min_scale, momentum},

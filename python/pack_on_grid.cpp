@@ -79,8 +79,8 @@ Tensor pack_on_grid(const Tensor& weight, const Tensor& weight_scale,
         check_linear_pack(call.weight, call.weight_scale, call.weight_zero_point, call.bias, scale,
                           zero_point, input_dtype, epilogue, ScalarType::Float, std::nullopt);
     const PackSource& source = linear.source;
-    Tensor packed = torch::stable::empty({packed_igemm_bytes(source.n, 1, source.depth, isa)},
-                                         ScalarType::Byte);
+    Tensor packed =
+        empty_on_cpu({packed_igemm_bytes(source.n, 1, source.depth, isa)}, ScalarType::Byte);
     check_packing(kOp, pack_igemm(source, isa, packed.mutable_data_ptr()), source.depth,
                   input_dtype);
     return packed;
@@ -90,7 +90,7 @@ Tensor pack_on_grid(const Tensor& weight, const Tensor& weight_scale,
       call.weight, call.weight_scale, call.weight_zero_point, call.bias, scale, zero_point,
       input_dtype, epilogue, ScalarType::Float, std::nullopt, numbers.stride, numbers.padding,
       numbers.dilation, numbers.groups, numbers.transposed, numbers.padding_mode);
-  Tensor packed = torch::stable::empty({packed_conv_bytes(conv.source, isa)}, ScalarType::Byte);
+  Tensor packed = empty_on_cpu({packed_conv_bytes(conv.source, isa)}, ScalarType::Byte);
   check_packing(kOp, pack_conv(conv.source, isa, packed.mutable_data_ptr()),
                 call.shape.in_per_group() * call.shape.kernel_size(), input_dtype);
   return packed;

@@ -85,7 +85,7 @@ CatCall check_cat(const std::vector<Tensor>& tensors, const Tensor& tables, int6
     channels_last = channels_last && (t.numel() == 0 || is_channels_last(t));
   }
   Tensor out = channels_last ? empty_channels_last(first, sizes, tables.scalar_type())
-                             : torch::stable::new_empty(first, sizes, tables.scalar_type());
+                             : empty(first, sizes, tables.scalar_type());
   // Bytes that belong to one index of `axis`, and rows of all such bytes.
   int64_t inner = 1, rows = 1;
   for (int64_t d = 0; d < first.dim(); ++d) {

@@ -32,13 +32,10 @@ QuantizeRowsCall check_quantize_rows(const Tensor& x, int64_t qmin, int64_t qmax
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   std::vector<int64_t> sizes = sizes_of(x);
   const int64_t depth = sizes.back();
-  Tensor q = torch::stable::new_empty(x, sizes, dtype);
+  Tensor q = empty(x, sizes, dtype);
   sizes.pop_back();
-  QuantizeRowsCall call{as_rows(x),
-                        q,
-                        torch::stable::new_empty(x, sizes, ScalarType::Float),
-                        torch::stable::new_empty(x, sizes, ScalarType::Int),
-                        {}};
+  QuantizeRowsCall call{
+      as_rows(x), q, empty(x, sizes, ScalarType::Float), empty(x, sizes, ScalarType::Int), {}};
   call.args = {.x = call.x.owner.const_data_ptr(),
                .type = type,
                .rows = rows_of(x),
@@ -126,7 +123,7 @@ Tensor linear_rows(const Tensor& input, const Tensor& packed, const Tensor& row_
   STD_TORCH_CHECK(call.depth == header.depth, op, ": input must have shape [..., ", header.depth,
                   "], got ", shape_text(input));
   check_row_sums(header.depth, header.has_weight_zero_point != 0);
-  Tensor out = torch::stable::empty(call.sizes, output_dtype);
+  Tensor out = empty_on_cpu(call.sizes, output_dtype);
   qk::linear_rows({.matrix = matrix,
                    .input = static_cast<const uint8_t*>(call.input.owner.const_data_ptr()),
                    .rows = call.rows,

@@ -21,8 +21,8 @@ Tensor conv_pack(const Tensor& weight, const Tensor& weight_scale,
                       input_scale, input_zero_point, input_dtype, epilogue, output_dtype,
                       to_cpu(table), stride, padding, dilation, groups, transposed, padding_mode);
   const ConvSource& source = call.source;
-  Tensor packed = torch::stable::empty(
-      {packed_conv_cuda_bytes(source.shape, conv_cuda_facts(source))}, ScalarType::Byte);
+  Tensor packed = empty_on_cpu({packed_conv_cuda_bytes(source.shape, conv_cuda_facts(source))},
+                               ScalarType::Byte);
   check_packing(op, pack_conv_cuda(source, packed.mutable_data_ptr()),
                 source.shape.in_per_group() * source.shape.kernel_size(), input_dtype);
   return to_device_of(weight, packed);
@@ -86,8 +86,7 @@ Tensor conv(const Tensor& input, const Tensor& packed, const OptionalTensor& res
     other = as_channels_last(*residual);
     args.residual = static_cast<const uint8_t*>(other.const_data_ptr());
   }
-  const Tensor workspace =
-      torch::stable::new_empty(input, {conv_cuda_workspace(args, machine)}, ScalarType::Byte);
+  const Tensor workspace = empty(input, {conv_cuda_workspace(args, machine)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   check_launch(op, conv_cuda(args, machine, current_stream(input)));
   return out;

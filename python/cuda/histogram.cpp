@@ -11,8 +11,7 @@ void observe_histogram(const Tensor& x, const Tensor& batch_low, const Tensor& b
   constexpr const char* op = "observe_histogram";
   const torch::stable::accelerator::DeviceGuard guard(guarded_device(op, x));
   const HistogramCall call = check_histogram(x, batch_low, batch_high, low, high, histogram);
-  Tensor workspace =
-      torch::stable::new_empty(x, {histogram_cuda_workspace(call.bins)}, ScalarType::Byte);
+  Tensor workspace = empty(x, {histogram_cuda_workspace(call.bins)}, ScalarType::Byte);
   check_launch(op, observe_histogram_cuda({.x = call.x.const_data_ptr(),
                                            .type = call.type,
                                            .n = call.x.numel(),

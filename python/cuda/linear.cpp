@@ -19,7 +19,7 @@ Tensor linear_pack(const Tensor& weight, const Tensor& weight_scale,
   const PackSource& source = checked.source;
   STD_TORCH_CHECK(weight.is_cuda(), op, ": weight must be on the device of the other tensors");
   const int64_t bytes = packed_cuda_bytes(source.n, 1, source.depth, cuda_packed_facts(source));
-  Tensor packed = torch::stable::empty({bytes}, ScalarType::Byte);
+  Tensor packed = empty_on_cpu({bytes}, ScalarType::Byte);
   check_packing(op, pack_igemm_cuda(source, packed.mutable_data_ptr()), source.depth, input_dtype);
   return to_device_of(weight, packed);
 }
@@ -51,7 +51,7 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
 
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const CudaMachine machine = check_machine(op);
-  Tensor out = torch::stable::new_empty(input, sizes, output_dtype);
+  Tensor out = empty(input, sizes, output_dtype);
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
   if (rows == 0 || out_features == 0) return out;
@@ -72,8 +72,7 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
       .residual_row_stride = r ? r->stride : 0,
       .residual_signed = residual_signed,
       .workspace = nullptr};
-  const Tensor workspace =
-      torch::stable::new_empty(input, {linear_cuda_workspace(args, machine)}, ScalarType::Byte);
+  const Tensor workspace = empty(input, {linear_cuda_workspace(args, machine)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   check_launch(op, linear_cuda(args, plan_linear_cuda(args, machine),
                                current_stream(input.get_device_index())));

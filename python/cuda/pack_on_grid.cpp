@@ -37,8 +37,8 @@ Tensor pack_on_grid(const Tensor& weight, const Tensor& weight_scale,
   given.source.epilogue.output = OutputType::kF32;
   given.input_scale = call.input_scale.const_data_ptr<float>();
   given.input_zero_point = call.input_zero_point.const_data_ptr<int32_t>();
-  Tensor packed = torch::stable::new_empty(
-      weight, {packed_conv_cuda_bytes(shape, conv_cuda_facts(given.source))}, ScalarType::Byte);
+  Tensor packed = empty(weight, {packed_conv_cuda_bytes(shape, conv_cuda_facts(given.source))},
+                        ScalarType::Byte);
   if (shape.out_channels == 0) return packed;
   check_launch(op, pack_conv_on_device(given, packed.mutable_data_ptr(), current_stream(weight)));
   return packed;

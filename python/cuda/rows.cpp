@@ -37,7 +37,7 @@ Tensor linear_rows(const Tensor& input, const Tensor& packed, const Tensor& row_
                   ", as it was when the weight was packed, got ", dtype_text(input.scalar_type()));
   check_row_sums(call.depth, facts.weight_zero_points);
   const CudaMachine machine = check_machine(op);
-  Tensor out = torch::stable::new_empty(input, call.sizes, output_dtype);
+  Tensor out = empty(input, call.sizes, output_dtype);
   if (call.rows == 0 || out_features == 0) return out;
   check_launch_size(op, call.rows, out_features);
   LinearCudaArgs args{.packed = packed.const_data_ptr(),
@@ -54,8 +54,7 @@ Tensor linear_rows(const Tensor& input, const Tensor& packed, const Tensor& row_
                       .workspace = nullptr,
                       .scales = call.scales,
                       .scaled_output = call.output};
-  const Tensor workspace =
-      torch::stable::new_empty(input, {linear_cuda_workspace(args, machine)}, ScalarType::Byte);
+  const Tensor workspace = empty(input, {linear_cuda_workspace(args, machine)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   check_launch(op, linear_cuda(args, plan_linear_cuda(args, machine), current_stream(input)));
   return out;

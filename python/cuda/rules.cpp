@@ -63,7 +63,7 @@ DorefaWeightCudaArgs weight_args(const char* op, const Tensor& x, const Tensor& 
 }
 
 Tensor weight_workspace(const Tensor& x) {
-  return torch::stable::new_empty(x, {dorefa_cuda_workspace(x.numel())}, ScalarType::Byte);
+  return empty(x, {dorefa_cuda_workspace(x.numel())}, ScalarType::Byte);
 }
 
 Tensor dorefa_weight(const Tensor& input, const Tensor& scale_in, const Tensor& zero_point_in,

@@ -51,7 +51,7 @@ GridView learned_grid(const char* op, const Tensor& x, const Tensor& scale,
                       int64_t qmax) {
   check_learned_zero_point(op, x, scale, zero_point, qmin, qmax);
   const Tensor learned = torch::stable::contiguous(zero_point);
-  Tensor rounded = torch::stable::new_empty(x, sizes_of(learned), ScalarType::Int);
+  Tensor rounded = empty(x, sizes_of(learned), ScalarType::Int);
   check_launch(op, round_zero_points_cuda(learned.const_data_ptr<float>(),
                                           rounded.mutable_data_ptr<int32_t>(), learned.numel(),
                                           static_cast<int32_t>(qmin), static_cast<int32_t>(qmax),
@@ -90,9 +90,9 @@ std::tuple<Tensor, Tensor> grid_gradients(const char* op, const Tensor& grad, co
                                           bool clips, double factor, Tensor out) {
   const Tensor g = in_layout_of(out, grad), input = in_layout_of(out, x);
   const DenseGrid dense = dense_grid(out, axis, grid);
-  Tensor workspace = torch::stable::new_empty(x, {lsq_cuda_workspace(dense)}, ScalarType::Double);
-  Tensor grad_scale = torch::stable::new_empty(x, sizes_of(scale), ScalarType::Float);
-  Tensor grad_zero_point = torch::stable::new_empty(x, sizes_of(scale), ScalarType::Float);
+  Tensor workspace = empty(x, {lsq_cuda_workspace(dense)}, ScalarType::Double);
+  Tensor grad_scale = empty(x, sizes_of(scale), ScalarType::Float);
+  Tensor grad_zero_point = empty(x, sizes_of(scale), ScalarType::Float);
   check_launch(op, lsq_backward_cuda({.grad = g.const_data_ptr(),
                                       .x = input.const_data_ptr(),
                                       .out = out.mutable_data_ptr(),
@@ -188,10 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
   Tensor y = empty_like(input, input.scalar_type());
   Tensor x = in_layout_of(y, input);
   const MaskLayout layout = mask_layout(plan_grid(y, &x, axis, view));
-  Tensor mask = torch::stable::new_empty(input, {layout.bytes}, ScalarType::Byte);
-  Tensor clipped = torch::stable::new_empty(input, {}, ScalarType::Bool);
-  Tensor codes = code_dtype.has_value() ? empty_like(input, *code_dtype)
-                                        : torch::stable::new_empty(input, {0}, ScalarType::Byte);
+  Tensor mask = empty(input, {layout.bytes}, ScalarType::Byte);
+  Tensor clipped = empty(input, {}, ScalarType::Bool);
+  Tensor codes =
+      code_dtype.has_value() ? empty_like(input, *code_dtype) : empty(input, {0}, ScalarType::Byte);
   check_launch(
       op, fake_quant_mask_cuda(
               {.x = x.const_data_ptr(),
@@ -248,12 +248,12 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
   axis = check_axis(op, input, axis);
   const Tensor x = dense(input);
   const int64_t channels = axis.has_value() ? x.size(*axis) : 1;
-  Tensor low = torch::stable::new_empty(x, {channels}, ScalarType::Float);
-  Tensor high = torch::stable::new_empty(x, {channels}, ScalarType::Float);
-  Tensor non_finite = torch::stable::new_empty(x, {2}, ScalarType::Long);
+  Tensor low = empty(x, {channels}, ScalarType::Float);
+  Tensor high = empty(x, {channels}, ScalarType::Float);
+  Tensor non_finite = empty(x, {2}, ScalarType::Long);
   DenseGrid grid = dense_grid(x, axis, {});
   grid.channels = channels;
-  Tensor workspace = torch::stable::new_empty(x, {minmax_cuda_workspace(grid)}, ScalarType::Byte);
+  Tensor workspace = empty(x, {minmax_cuda_workspace(grid)}, ScalarType::Byte);
   check_launch(op, minmax_cuda({.x = x.const_data_ptr(),
                                 .type = type,
                                 .grid = grid,
@@ -267,8 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
 
 void run_observer(const char* op, const ObserverCall& call, bool* clipped) {
   const DenseGrid grid = dense_grid(call.x, call.axis, {});
-  Tensor workspace =
-      torch::stable::new_empty(call.x, {observe_cuda_workspace(grid)}, ScalarType::Byte);
+  Tensor workspace = empty(call.x, {observe_cuda_workspace(grid)}, ScalarType::Byte);
   check_launch(op, observe_cuda({.x = call.x.const_data_ptr(),
                                  .type = call.type,
                                  .grid = grid,
@@ -304,7 +303,7 @@ Tensor observe_fake_quant_out(const Tensor& x, const Tensor& low, const Tensor& 
       {low, high, scale, zero_point, non_finite, axis, qmin, qmax, symmetric, min_scale, momentum},
       &out);
   call.x = in_layout_of(out, call.x);
-  Tensor clipped = torch::stable::new_empty(x, {}, ScalarType::Bool);
+  Tensor clipped = empty(x, {}, ScalarType::Bool);
   run_observer(op, call, clipped.mutable_data_ptr<bool>());
   DenseGrid grid = dense_grid(out, call.axis, {});
   grid.scale = call.state.scale;
@@ -324,8 +323,7 @@ Tensor observe_fake_quant_out(const Tensor& x, const Tensor& low, const Tensor& 
 void quantize_on_cuda(const char* op, const Tensor& like, const ForeachQuantArgs& args,
                       Tensor* clipped) {
   const DeviceGuard guard(guarded_device(op, like));
-  Tensor workspace =
-      torch::stable::new_empty(like, {foreach_cuda_workspace(args)}, ScalarType::Byte);
+  Tensor workspace = empty(like, {foreach_cuda_workspace(args)}, ScalarType::Byte);
   check_launch(op, foreach_fake_quant_cuda(
                        args, clipped == nullptr ? nullptr : clipped->mutable_data_ptr<bool>(),
                        workspace.mutable_data_ptr(), current_stream(like)));
