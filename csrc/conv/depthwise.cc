@@ -11,9 +11,9 @@
 namespace qk {
 namespace {
 
-// Of an interleaved strip: stays in L1, beside the input of narrow groups, whose strip is written
-// and read more often. Outputs of a strip: a multiple of the columns that kernels take together.
-constexpr int64_t kScratchBytes = 32 * 1024, kNarrowScratchBytes = 16 * 1024;
+// Of a strip in the scratch: stays in L1.
+constexpr int64_t kScratchBytes = 32 * 1024;
+// Outputs of a strip: a multiple of the columns that kernels take together.
 constexpr int64_t kTileUnit = 8;
 constexpr int64_t kMacsPerNs = 30;
 
@@ -30,6 +30,7 @@ struct DepthwiseLayout {
   int64_t lanes, most_vectors;
   int64_t weight_bytes;  // of one vector
   bool words;            // weights as int16: rows 0 and 2, then rows 1 and 3
+  bool holds_taps;       // three taps beside each other are read in the order of the scratch
 
   int64_t block_channels() const { return lanes * most_vectors; }
   // Vectors for `channels` left: the fewest of 1, 2, 4 (times 16 channels) that hold them.
@@ -45,15 +46,15 @@ DepthwiseLayout layout_of(Isa isa) {
   switch (isa) {
     case Isa::kAmx:  // has nothing to offer to a sum of one channel
     case Isa::kAvx512Vnni:
-      return {16, 4, 64, false};
+      return {16, 4, 64, false, true};
     case Isa::kAvxVnni:
-      return {8, 4, 32, false};
+      return {8, 4, 32, false, false};
     case Isa::kAvx2:
-      return {8, 4, 64, true};
+      return {8, 4, 64, true, false};
     case Isa::kScalar:
       break;
   }
-  return {16, 1, 64, false};
+  return {16, 1, 64, false, false};
 }
 
 // At the start of a packed part; then for each block init, addend, mult and weights.
@@ -257,6 +258,7 @@ struct PhaseRun {
   int64_t tile, tiles;    // output columns of a strip
   int64_t row_columns;    // input columns, padding included, under a whole row of outputs
   int64_t strip_columns;  // under a strip
+  bool goes_down;         // strips one below the other share input rows in the scratch
 };
 
 int64_t columns_under(const DimPhase& dim, int64_t outputs) {
@@ -271,13 +273,18 @@ PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t
   for (int d = 0; d < kConvDims; ++d) run.count[d] = run.phase.dim[d].count(e.out[d]);
   if (run.count[0] == 0 || run.count[1] == 0 || run.count[2] == 0) {
     run.row_pairs = run.tile = run.tiles = run.row_columns = run.strip_columns = 0;
+    run.goes_down = false;
     return run;
   }
   const DimPhase& w = run.phase.dim[2];
   run.row_pairs = ceil_div(run.count[1], run.plan.rows_out);
+  run.goes_down = run.plan.quads > 0 && layout.holds_taps && run.phase.dim[0].taps == 1;
+  for (int d = 1; d < kConvDims; ++d) {
+    const DimPhase& dim = run.phase.dim[d];
+    run.goes_down &= dim.taps == 3 && dim.in_stride == 1 && dim.in_dilation == 1;
+  }
   const int64_t column_bytes = run.plan.row_groups * layout.block_channels() * 4;
-  const int64_t bytes = run.plan.quads > 0 ? kNarrowScratchBytes : kScratchBytes;
-  const int64_t fit = (bytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
+  const int64_t fit = (kScratchBytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
   const int64_t most = fit < kTileUnit ? kTileUnit : fit / kTileUnit * kTileUnit;
   const int64_t even = ceil_div(run.count[2], ceil_div(run.count[2], most));
   run.tile = run.count[2] <= most ? run.count[2] : ceil_div(even, kTileUnit) * kTileUnit;
@@ -353,20 +360,12 @@ class Worker {
     strip_.output_flip = static_cast<uint8_t>(flip);
   }
 
-  // Output rows [row * rows_out, ...) of plane z of image n, columns of tile `tile`.
-  void run_strip(int64_t n, int64_t z, int64_t row, int64_t tile) {
+  // `count` strips one below the other, from output rows [row * rows_out, ...) of plane z of image
+  // n on, columns of tile `tile`.
+  void run_strips(int64_t n, int64_t z, int64_t row, int64_t count, int64_t tile) {
     const int64_t x0 = run_.tile * tile, to_end = run_.count[2] - x0;
     const int64_t x1 = x0 + (to_end < run_.tile ? to_end : run_.tile);
-    find_rows(n, z, row);
     const int64_t element = output_bytes(packed_.epilogue.output), channels = shape_.out_channels;
-    uint8_t* out[2] = {};
-    int64_t pixel[2] = {};
-    const int64_t left = run_.count[1] - row * run_.plan.rows_out;
-    const int64_t rows = left < run_.plan.rows_out ? left : run_.plan.rows_out;
-    for (int64_t p = 0; p < rows; ++p) {
-      pixel[p] = out_pixel(n, z, row * run_.plan.rows_out + p, x0);
-      out[p] = static_cast<uint8_t*>(args_.out) + pixel[p] * channels * element;
-    }
     strip_.column_offset = column_offset_ + x0 * strip_.column_step;
     strip_.outputs = x1 - x0;
     strip_.strip_columns = columns_under(run_.phase.dim[2], x1 - x0);
@@ -374,15 +373,23 @@ class Worker {
     strip_.acc = part_.raw ? acc_ : nullptr;
     const uint8_t* block = blocks_;
     for (int64_t first = 0; first < channels; first += layout_.block_channels()) {
-      run_channels(first, block, out);
-      if (part_.raw && packed_.epilogue.output == OutputType::kF32) {
-        store_floats(first, rows, out);
-      } else if (part_.raw) {
-        store_raw(first, rows, pixel, out);
+      for (int64_t i = 0; i < count; ++i) {
+        if (count > 1 || first == 0) find_strip(n, z, row + i, x0);
+        strip_.known_rows = static_cast<uint8_t>(i == 0 ? 0 : run_.plan.rows - 1);
+        strip_.turn = static_cast<uint8_t>(i % run_.plan.rows);
+        run_channels(first, block, out_);
+        if (part_.raw && packed_.epilogue.output == OutputType::kF32) {
+          store_floats(first, rows_out_, out_);
+        } else if (part_.raw) {
+          store_raw(first, rows_out_, pixel_, out_);
+        }
       }
       block += part_.block_bytes;
     }
-    if (!part_.raw) finish(rows, pixel, out);
+    for (int64_t i = 0; i < count && !part_.raw && finishes(); ++i) {
+      find_strip(n, z, row + i, x0);
+      finish(rows_out_, pixel_, out_);
+    }
   }
 
  private:
@@ -392,6 +399,18 @@ class Worker {
     const int64_t oy = dim[1].out_first + y * dim[1].out_step;
     const int64_t ox = dim[2].out_first + x * dim[2].out_step;
     return ((n * extent_.out[0] + oz) * extent_.out[1] + oy) * extent_.out[2] + ox;
+  }
+
+  // Where a strip reads and writes.
+  void find_strip(int64_t n, int64_t z, int64_t row, int64_t x0) {
+    find_rows(n, z, row);
+    const int64_t bytes = shape_.out_channels * output_bytes(packed_.epilogue.output);
+    const int64_t left = run_.count[1] - row * run_.plan.rows_out;
+    rows_out_ = left < run_.plan.rows_out ? left : run_.plan.rows_out;
+    for (int64_t p = 0; p < 2; ++p) {
+      pixel_[p] = p < rows_out_ ? out_pixel(n, z, row * run_.plan.rows_out + p, x0) : 0;
+      out_[p] = p < rows_out_ ? static_cast<uint8_t*>(args_.out) + pixel_[p] * bytes : nullptr;
+    }
   }
 
   void find_rows(int64_t n, int64_t z, int64_t row) {
@@ -494,10 +513,11 @@ class Worker {
     }
   }
 
+  bool finishes() const { return part_.epilogue.has_table || part_.epilogue.has_residual; }
+
   // Table and residual on the bytes that the fast epilogue wrote.
   void finish(int64_t rows, const int64_t pixel[2], uint8_t* const out[2]) const {
     const Epilogue& e = part_.epilogue;
-    if (!e.has_table && !e.has_residual) return;
     const int64_t channels = shape_.out_channels, step = run_.phase.dim[2].out_step;
     const int64_t runs = step == 1 ? 1 : strip_.outputs;
     const int64_t bytes = step == 1 ? strip_.outputs * channels : channels;
@@ -527,6 +547,8 @@ class Worker {
   const uint8_t** image_rows_;
   const uint8_t** rows_;
   int32_t* acc_;
+  uint8_t* out_[2] = {};  // of a strip, like the following
+  int64_t pixel_[2] = {}, rows_out_ = 0;
   const DepthwiseKernel kernel_;
   const LookupKernel lookup_;
   DepthwiseStrip strip_ = {};
@@ -568,10 +590,17 @@ void depthwise(const ConvArgs& args, const Parallel& parallel) {
       for (int64_t task = task_begin; task < task_end; ++task) {
         Worker worker(args, run, base + parts[p], padding_row, column_offset,
                       scratches + task * bytes.per_thread(), bytes);
-        for (int64_t s = strips * task / tasks; s < strips * (task + 1) / tasks; ++s) {
-          const int64_t tile = s % run.tiles, row = s / run.tiles % run.row_pairs;
+        const int64_t end = strips * (task + 1) / tasks;
+        for (int64_t s = strips * task / tasks; s < end;) {
           const int64_t z = s / (run.tiles * run.row_pairs) % run.count[0];
-          worker.run_strip(s / per_image, z, row, tile);
+          int64_t tile = s % run.tiles, row = s / run.tiles % run.row_pairs, count = 1;
+          if (run.goes_down) {
+            row = s % run.row_pairs;
+            tile = s / run.row_pairs % run.tiles;
+            count = run.row_pairs - row < end - s ? run.row_pairs - row : end - s;
+          }
+          worker.run_strips(s / per_image, z, row, count, tile);
+          s += count;
         }
       }
     });

@@ -17,7 +17,9 @@
 //   Narrow groups: a dword is four channels of the lane's group (one permutation), so all lanes of
 //   the dot product work, which a GEMM of one group cannot reach. Interleaving permutes the
 //   channels of a block; the packed parameters are permuted the same way, and the narrowing packs
-//   of the epilogue undo it for free.
+//   of the epilogue undo it for free. Where output rows lie one below the other (three taps, no
+//   stride or dilation), a strip of narrow groups goes down the image: it keeps the input rows that
+//   the next output row reads, too.
 #pragma once
 
 #include "csrc/base/parallel.h"
@@ -46,8 +48,11 @@ struct DepthwiseStrip {
   int64_t channel_phase;              // first output channel of the block % out_group
   int64_t channels;                   // output channels of the block
   int64_t vectors;
-  uint8_t padding;                                  // the input's zero point
-  uint8_t input_flip;                               // 0x80 for int8 input
+  uint8_t padding;     // the input's zero point
+  uint8_t input_flip;  // 0x80 for int8 input
+  // Input rows [0, known_rows) are in the scratch already, row i in the place of (turn + i) %
+  // input_rows: those that the output row above has read, too.
+  uint8_t known_rows, turn;
   int64_t row_groups, taps, tap_step, column_step;  // steps in strip columns
   int64_t rows_out;
   const int8_t* weights;  // [taps][row_groups][vectors][rows_out][vector]

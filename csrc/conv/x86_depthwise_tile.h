@@ -87,18 +87,22 @@ QK_INLINE void spread_columns(const DepthwiseStrip& strip, int64_t begin, int64_
   typename Kernel::Vector order[Quads * V];
 #pragma GCC unroll 16
   for (int i = 0; i < Quads * V; ++i) order[i] = Kernel::load(s.order + i * Kernel::kLanes);
-  uint8_t* dst = s.scratch + begin * s.row_groups * V * Kernel::kLanes * 4;
+  constexpr int64_t kRowBytes = Quads * V * Kernel::kLanes * 4;
+  uint8_t* dst = s.scratch + begin * s.input_rows * kRowBytes;
   for (int64_t column = begin; column < end; ++column) {
     const int64_t offset = s.column_offset[column];
-    for (int64_t r = 0; r < s.input_rows; ++r) {
+    for (int64_t r = s.known_rows; r < s.input_rows; ++r) {
       const auto pixel =
           offset < 0 ? padding : Row::template load<Flip>(s.rows[r] + offset, bytes, flip);
+      const int64_t place = s.turn + r;
+      auto* row = reinterpret_cast<int32_t*>(
+          dst + (place < s.input_rows ? place : place - s.input_rows) * kRowBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < Quads * V; ++i) {
-        Kernel::store(reinterpret_cast<int32_t*>(dst), Kernel::permute(pixel, order[i]));
-        dst += Kernel::kLanes * 4;
+        Kernel::store(row + i * Kernel::kLanes, Kernel::permute(pixel, order[i]));
       }
     }
+    dst += s.input_rows * kRowBytes;
   }
 }
 
@@ -177,6 +181,20 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   }
 }
 
+// `accumulate` as a function of its own, on memory: among what columns() holds for two rows of four
+// vectors gcc finds no registers for it, and keeps weights on the stack.
+template <typename Kernel, int V, int T, int P>
+static __attribute__((noinline)) void accumulate_apart(const DepthwiseStrip& s, int64_t x, int j,
+                                                       typename Kernel::Vector (&result)[T][P]) {
+  typename Kernel::Vector acc[T][P];
+  accumulate<Kernel, V, T, P>(s, x, j, acc);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) result[t][p] = acc[t][p];
+  }
+}
+
 // The accumulators of T columns of one row with three taps beside each other, for J vectors of the
 // block from `j` on: a column is loaded once for the three outputs that it belongs to.
 template <typename Kernel, int V, int J, int T>
@@ -192,8 +210,12 @@ QK_INLINE void accumulate_three_taps(const DepthwiseStrip& s, int64_t x, int j,
     for (int t = 0; t < T; ++t) acc[i][t][0] = init;
   }
   const uint8_t* b = s.scratch + x * column_bytes + j * kVectorBytes;
-  const int8_t* w = s.weights + j * Kernel::kWeightBytes;
+  // In the order of the places; the first of the input rows lies in place `turn`.
+  const int64_t first = s.turn * s.quads;
+  const int8_t* const top = s.weights + j * Kernel::kWeightBytes;
+  const int8_t* w = top + (groups - first) * V * Kernel::kWeightBytes;
   for (int64_t group = 0; group < groups; ++group) {
+    if (group == first) w = top;
 #pragma GCC unroll 2
     for (int i = 0; i < J; ++i) {
       typename Kernel::Weights weights[3];
@@ -270,7 +292,11 @@ QK_INLINE void columns(const DepthwiseStrip& s, int64_t x) {
       }
 #pragma GCC unroll 2
       for (int i = 0; i < kBoth; ++i) {
-        if constexpr (!ThreeTaps) accumulate<Kernel, V, T, P>(s, x, 2 * pair + i, acc[i]);
+        if constexpr (P == 2 && T * V * Kernel::kLanes > 128) {
+          accumulate_apart<Kernel, V, T, P>(s, x, 2 * pair + i, acc[i]);
+        } else if constexpr (!ThreeTaps) {
+          accumulate<Kernel, V, T, P>(s, x, 2 * pair + i, acc[i]);
+        }
         narrow<Kernel, V, T, P>(s, 2 * pair + i, acc[i]);
       }
 #pragma GCC unroll 8
@@ -319,7 +345,7 @@ static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
     columns<Kernel, F, V, kColumns / 2, P, ThreeTaps>(s, x);
     x += kColumns / 2;
   }
-  for (; x < s.outputs; ++x) columns<Kernel, F, V, 1, P, false>(s, x);
+  for (; x < s.outputs; ++x) columns<Kernel, F, V, 1, P, ThreeTaps>(s, x);
 }
 
 template <typename Kernel, int V, int P, bool ThreeTaps>
