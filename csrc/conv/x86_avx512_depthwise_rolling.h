@@ -133,6 +133,60 @@ QK_INLINE void finish_output(const DepthwiseStrip& s, const W& window, bool bare
       out, mask, Avx512::pack_bytes<W::kVectors>(pairs, s, bare));
 }
 
+// The products of tap `Tap` for both rows and vectors 2 * Pair and 2 * Pair + 1.
+template <typename W, int Pair, int Tap>
+QK_INLINE void add_tap_of_rows(const int8_t* weights, const W& window, __m512i (&sum)[2][2]) {
+  constexpr int kFirst = (Tap * W::kVectors + 2 * Pair) * 128;
+  const auto& column = window.columns[Tap];
+  dot_at<kFirst>(sum[0][0], column[2 * Pair], weights);
+  dot_at<kFirst + 64>(sum[1][0], column[2 * Pair], weights);
+  dot_at<kFirst + 128>(sum[0][1], column[2 * Pair + 1], weights);
+  dot_at<kFirst + 192>(sum[1][1], column[2 * Pair + 1], weights);
+}
+
+// Loaded into a register; gcc would make it an operand of each instruction that reads it.
+template <typename T>
+QK_INLINE T once(T v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
+template <typename W, int Pair>
+QK_INLINE void finish_pair_of_rows(const DepthwiseStrip& s, const W& window,
+                                   __m512i (&pairs)[2][W::kVectors / 2]) {
+  __m512i sum[2][2];
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    sum[0][k] = sum[1][k] = once(_mm512_loadu_si512(s.init + 16 * (2 * Pair + k)));
+  }
+  add_tap_of_rows<W, Pair, 0>(s.weights, window, sum);
+  add_tap_of_rows<W, Pair, 1>(s.weights, window, sum);
+  add_tap_of_rows<W, Pair, 2>(s.weights, window, sum);
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const __m512 addend = once(_mm512_loadu_ps(s.addend + 16 * (2 * Pair + k)));
+    const __m512 mult = once(_mm512_loadu_ps(s.mult + 16 * (2 * Pair + k)));
+    sum[0][k] = Avx512::narrow(sum[0][k], addend, mult);
+    sum[1][k] = Avx512::narrow(sum[1][k], addend, mult);
+  }
+  pairs[0][Pair] = _mm512_packs_epi32(sum[0][0], sum[0][1]);
+  pairs[1][Pair] = _mm512_packs_epi32(sum[1][0], sum[1][1]);
+}
+
+// An output of each of two rows with three taps: what both are scaled with is loaded once. (A core
+// that loads 512 bits a cycle is at its limit here.)
+template <typename W, bool Whole>
+QK_INLINE void finish_rows(const DepthwiseStrip& s, const W& window, bool bare, __mmask64 mask,
+                           uint8_t* out, uint8_t* below) {
+  __m512i pairs[2][W::kVectors / 2];
+  finish_pair_of_rows<W, 0>(s, window, pairs);
+  if constexpr (W::kVectors == 4) finish_pair_of_rows<W, 1>(s, window, pairs);
+  using Row = Row512<W::kVectors>;
+  constexpr int V = W::kVectors;
+  Row::template store_masked<Whole>(out, mask, Avx512::pack_bytes<V>(pairs[0], s, bare));
+  Row::template store_masked<Whole>(below, mask, Avx512::pack_bytes<V>(pairs[1], s, bare));
+}
+
 template <typename W, int Pass, bool Flip, bool Whole>
 static __attribute__((noinline)) void roll_avx512(const DepthwiseStrip& strip) {
   const DepthwiseStrip s = strip;
@@ -161,14 +215,18 @@ static __attribute__((noinline)) void roll_avx512(const DepthwiseStrip& strip) {
         input.template read<Pass>(column, g, window.columns[tap * W::kGroups + g]);
       }
     }
-    finish_output<W, Pass, 0, Whole>(s, window, bare, input.mask, half, out);
-    out += s.out_step;
-    half += 64;
-    if constexpr (W::kOutputs == 2) {
-      finish_output<W, Pass, 1, Whole>(s, window, bare, input.mask, half, out_below);
-      out_below += step_below;
+    if constexpr (W::kOutputs == 2 && W::kTaps == 3) {
+      finish_rows<W, Whole>(s, window, bare, input.mask, out, out_below);
+    } else {
+      finish_output<W, Pass, 0, Whole>(s, window, bare, input.mask, half, out);
       half += 64;
+      if constexpr (W::kOutputs == 2) {
+        finish_output<W, Pass, 1, Whole>(s, window, bare, input.mask, half, out_below);
+        half += 64;
+      }
     }
+    out += s.out_step;
+    out_below += step_below;
     window.roll();
   }
 }
