@@ -107,6 +107,9 @@ def training_cases(n: int):
     yield "lsq fwd+bwd", lsq, 2 * n
     yield "lsq fwd+bwd ch. innermost", lambda: lsq(*columns, torch.zeros(256)), 2 * n
 
+    torchs = torch.fake_quantize_per_tensor_affine
+    yield "fake_quant forward, torch", lambda: torchs(x, 0.05, 0, *ends), 2 * n
+
     leaf, leaf_scale = x.clone().requires_grad_(), scale.clone().requires_grad_()
     leaf_zero = zeros.clone().requires_grad_()
     everything = leaf, leaf_scale, leaf_zero

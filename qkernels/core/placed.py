@@ -20,7 +20,7 @@ from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.operations import Operation
 from qkernels.core.placement import Placement
 from qkernels.core.prepare import PreparedModel
-from qkernels.core.qspec import QSpec
+from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
 from qkernels.core.report import Decision, PrepareReport
@@ -29,6 +29,8 @@ from qkernels.errors import Unsupported
 # Without a Quantizer of their own these may stay on the grid that they read.
 KEEP_GRID = o.CLAMPS | {"avg_pool", "adaptive_avg_pool", "mean"}
 BATCH_NORM_WEIGHT = TensorRecipe(QSpec.weight())
+# What torch's kernels compute on codes without an observer, as scale and zero point of uint8.
+TORCHS_GRIDS = {"sigmoid": (1 / 256, 0), "hardsigmoid": (1 / 256, 0), "tanh": (2 / 256, 128)}
 WEIGHT_QUANTIZER = "weight_quantizer"  # of a call, in the meta of its node
 
 
@@ -51,12 +53,14 @@ class Places:
         weights: of linear and convolution layers.
         keep_grids: a clamp or an average without a Quantizer stays on the grid of its input, as in torch.ao;
             otherwise it is computed in float.
+        torchs_grids: a sigmoid, hardsigmoid, tanh or gelu without one has the grid that torch's kernel gives it.
     """
 
     inputs: Mapping[str, Sequence[Quantizer | None]] = field(default_factory=dict)
     outputs: Mapping[str, Quantizer] = field(default_factory=dict)
     weights: Mapping[str, Quantizer] = field(default_factory=dict)
     keep_grids: bool = False
+    torchs_grids: bool = False
 
     def below(self, path: str) -> "Places":
         """The places inside the module at `path`, seen from there."""
@@ -64,7 +68,7 @@ class Places:
         def cut(table: Mapping[str, Any]) -> dict[str, Any]:
             return {name[len(path) + 1 :]: value for name, value in table.items() if name.startswith(path + ".")}
 
-        return Places(cut(self.inputs), cut(self.outputs), cut(self.weights), self.keep_grids)
+        return Places(cut(self.inputs), cut(self.outputs), cut(self.weights), self.keep_grids, self.torchs_grids)
 
 
 def prepare_placed(model: nn.Module, args: tuple, kwargs: dict, places: Places) -> nn.Module:
@@ -92,6 +96,8 @@ def prepare_placed(model: nn.Module, args: tuple, kwargs: dict, places: Places) 
 def _placed_graph(model: nn.Module, args: tuple, kwargs: dict, places: Places, prefix: str) -> PreparedModel:
     traced = g.trace(model, args, kwargs)
     _insert(traced, places)
+    if places.torchs_grids:
+        _insert_torchs_grids(traced)
     _weights_of_calls(traced)
     g.simplify(traced)
     _batch_norms_on_codes(traced)
@@ -132,6 +138,43 @@ def _insert(traced: fx.GraphModule, places: Places) -> None:
             for reader in readers:
                 reader.replace_input_with(node, made)
     traced.recompile()
+
+
+def _insert_torchs_grids(traced: fx.GraphModule) -> None:
+    """Quantizers behind the functions that torch computes on codes without an observer: gelu stays on its grid."""
+    modules, grids = g.modules_of(traced), {}  # value -> the path of the Quantizer whose grid it is on
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], Quantizer):
+            grids[node] = node.target
+            continue
+        op = o.operation(node, modules)
+        if op is None or not op.inputs or any(n not in grids for n in op.inputs):
+            continue
+        if any(reader.op == "call_module" and isinstance(modules[reader.target], Quantizer) for reader in node.users):
+            continue
+        name = grids[op.inputs[0]]
+        if op.kind in KEEP_GRID | o.SAME_GRID | {o.PASS, o.PAD, o.DROPOUT}:
+            grids[node] = name
+        elif op.kind in TORCHS_GRIDS or op.kind == "gelu":
+            if op.kind != "gelu":
+                name = f"{node.name}_grid"
+                modules[name] = _fixed(*TORCHS_GRIDS[op.kind], node.name)
+                traced.add_submodule(name, modules[name])
+            with traced.graph.inserting_after(node):
+                call = traced.graph.call_module(name, (node,))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call, lambda user, call=call: user is not call)
+            grids[call] = name
+    traced.recompile()
+
+
+def _fixed(scale: float, zero_point: int, source: str) -> Quantizer:
+    quantizer = Quantizer(TensorRecipe(QSpec.activation()), source, 1)
+    spec = quantizer.spec
+    numbers = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
+    quantizer.set_qparams(QParams(*numbers, None, spec.qmin, spec.qmax, spec.dtype))
+    quantizer.state = State.FROZEN
+    return quantizer
 
 
 def _weights_of_calls(traced: fx.GraphModule) -> None:

@@ -421,6 +421,39 @@ def test_qat_in_eval_mode_is_an_error():
         torch_ao.prepare_qat(model)
 
 
+ACTIVATIONS = [
+    nn.Sigmoid(),
+    nn.Tanh(),
+    nn.Hardsigmoid(),
+    nn.GELU(),
+    nn.Hardswish(),
+    nn.ELU(),
+    nn.LeakyReLU(),
+    nn.ReLU6(),
+]
+MOVES = [nn.Hardtanh(), nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.Dropout(), nn.BatchNorm2d(4)]
+
+
+@pytest.mark.parametrize("module", [*ACTIVATIONS, *MOVES], ids=lambda m: type(m).__name__)
+def test_observers_stand_where_torchs_do_and_modules_without_one_have_torchs_grid(module):
+    """Fixed grids of sigmoid, hardsigmoid and tanh; gelu and what moves values stay on that of the input."""
+    x, found, outputs = torch.randn(4, 4, 12, 12, generator=torch.Generator().manual_seed(0)), [], []
+    for api in (torch.ao.quantization, torch_ao):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(4, 4, 3), module, nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)
+        model = nn.Sequential(api.QuantStub(), *layers, api.DeQuantStub()).eval()
+        model.qconfig = api.get_default_qconfig("fbgemm")
+        prepared = api.prepare(model)
+        prepared(x)
+        found.append({name for name, _ in prepared.named_modules() if name.endswith("activation_post_process")})
+        outputs.append(torch_ao.convert(prepared, example_inputs=x)(x))
+        if api is not torch_ao:
+            outputs.append(api.convert(prepared)(x))
+    assert found[0] == found[1]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], outputs[1])
+
+
 def test_models_trained_by_torch_convert():
     model = torchs().fuse(is_qat=True)
     model.qconfig = ao.get_default_qat_qconfig("fbgemm")

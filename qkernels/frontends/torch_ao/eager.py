@@ -12,7 +12,7 @@ from qkernels.core.containers import become, keep_containers
 from qkernels.core.convert import convert as core_convert
 from qkernels.core.graph import arguments
 from qkernels.core.outline import example, guessed_input, outline
-from qkernels.core.placed import prepare_placed
+from qkernels.core.placed import TORCHS_GRIDS, prepare_placed
 from qkernels.core.prepare import PreparedModel, quantizers
 from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.core.tables import UNARY
@@ -22,7 +22,7 @@ from qkernels.frontends.torch_ao.observers import QConfig
 
 EXAMPLE = "_example_outline"
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-OBSERVED_KINDS = (frozenset(UNARY) | o.WEIGHTED | {"batch_norm"}) - {"relu", "hardtanh", "clamp"}
+OBSERVED_KINDS = (frozenset(UNARY) | o.WEIGHTED | {"batch_norm"}) - {"relu", "hardtanh", "clamp", *TORCHS_GRIDS, "gelu"}
 
 
 def prepare(

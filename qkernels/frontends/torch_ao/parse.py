@@ -136,7 +136,7 @@ def places_of(model: nn.Module) -> Places:
                 weights[path] = weight_quantizer(module, module.weight_post_process, path)
             elif qconfig is not None:
                 weights[path] = weight_quantizer(module, qconfig.weight(), path)
-    return Places(outputs=outputs, weights=weights, keep_grids=True)
+    return Places(outputs=outputs, weights=weights, keep_grids=True, torchs_grids=qconfigs is None)
 
 
 def _from_torch_qat(model: nn.Module) -> None:
