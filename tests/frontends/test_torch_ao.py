@@ -429,7 +429,6 @@ ACTIVATIONS = [
     nn.Hardswish(),
     nn.ELU(),
     nn.LeakyReLU(),
-    nn.ReLU6(),
 ]
 MOVES = [nn.Hardtanh(), nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.Dropout(), nn.BatchNorm2d(4)]
 
@@ -452,6 +451,20 @@ def test_observers_stand_where_torchs_do_and_modules_without_one_have_torchs_gri
     assert found[0] == found[1]
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], outputs[1])
+
+
+def test_a_relu6_of_its_own_has_the_grid_of_its_observer():
+    """torch's converted model leaves it on the grid of the layer before, which its simulation in training does not."""
+    x = torch.randn(4, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(4, 4, 3), nn.ReLU6(), torch_ao.DeQuantStub()).eval()
+    model.qconfig = torch_ao.get_default_qconfig("fbgemm")
+    prepared = torch_ao.prepare(model)
+    prepared(x)
+    scale, _ = prepared[2].activation_post_process.calculate_qparams()
+    steps = torch_ao.convert(prepared)(x) / scale
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    assert steps.max() > 50
 
 
 def test_models_trained_by_torch_convert():
