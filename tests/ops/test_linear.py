@@ -281,7 +281,7 @@ BAD_ARGUMENTS = [
     ({"input_zero_point": -1}, r"input_zero_point must be in \[0, 255\]"),
     ({"input_dtype": torch.int32}, "input_dtype must be uint8 or int8, got Int"),
     ({"epilogue": Epilogue(scale=-1.0)}, "the output scale must be positive"),
-    ({"epilogue": Epilogue(zero_point=300)}, r"the output zero_point must be in \[0, 255\] for uint8, got 300"),
+    ({"epilogue": Epilogue(zero_point=300)}, r"the output zero_point must be in \[0, 255\] for Byte, got 300"),
     ({"epilogue": Epilogue(zero_point=0.5)}, "the output zero_point must be an integer, got 0.5"),
     ({"epilogue": Epilogue(qmin=-1)}, "qmin and qmax must satisfy"),
     (
