@@ -108,6 +108,14 @@ def test_what_others_read_too_stays():
     assert equalizable(trace(Twice().eval(), (torch.randn(1, 4, 8, 8),))) == []
 
 
+def test_a_norm_without_parameters_leaves_nothing_to_absorb():
+    first, second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+    before = first.bias.clone(), second.bias.clone()
+    absorb_bias(first, second, torch.ones(8), nn.BatchNorm2d(8, affine=False), clamped=False)
+    assert torch.equal(first.bias, before[0])
+    assert torch.equal(second.bias, before[1])
+
+
 def test_channels_of_zeros_stay_as_they_are():
     model = chain(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     model[0].weight.data[2] = 0

@@ -81,6 +81,16 @@ def test_dorefa_rounds_the_gradients_of_outputs_that_are_not_rounded_themselves(
         assert (sample.unique().diff() > 1e-3).all()
 
 
+def test_a_first_batch_that_fails_leaves_the_quantizers_as_they_were():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    quantizer = quantizer_of(model, [entry(op_names=["0"])])
+    model.eval()
+    with pytest.raises(RuntimeError):
+        quantizer.track_forward(torch.rand(1, 5, 4, 4))
+    assert not any(q.training for _, _, q in quantizer.attached)
+    assert quantizer.attached.example is None
+
+
 def test_a_calibration_config_has_the_form_of_the_original():
     calibration = run(nni, "qat affine").calibration
     weight = calibration["fc"]["weight"]
