@@ -68,8 +68,11 @@ KernelLists list_kernels() {
 #undef QK_IGEMM_KERNEL
 #define QK_DEPTHWISE_KERNEL(need, isa, name) \
   lists["conv_depthwise"].emplace_back(#name, has_features(active, need));
+#define QK_WINOGRAD_KERNEL(need, isa, name) \
+  lists["conv_winograd"].emplace_back(#name, has_features(active, need));
 #include "csrc/conv/kernels.inc"
 #undef QK_DEPTHWISE_KERNEL
+#undef QK_WINOGRAD_KERNEL
 #define QK_QUANTIZE_KERNEL(need, type, name) \
   lists["quantize"].emplace_back(#name, has_features(active, need));
 #define QK_DEQUANTIZE_KERNEL(need, type, name) \

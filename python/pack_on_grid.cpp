@@ -86,10 +86,11 @@ Tensor pack_on_grid(const Tensor& weight, const Tensor& weight_scale,
     return packed;
   }
   const ConvNumbers numbers = conv_numbers(kOp, geometry);
-  const ConvPackCall conv = check_conv_pack(
+  ConvPackCall conv = check_conv_pack(
       call.weight, call.weight_scale, call.weight_zero_point, call.bias, scale, zero_point,
       input_dtype, epilogue, ScalarType::Float, std::nullopt, numbers.stride, numbers.padding,
       numbers.dilation, numbers.groups, numbers.transposed, numbers.padding_mode);
+  conv.source.keeps = false;
   Tensor packed = empty_on_cpu({packed_conv_bytes(conv.source, isa)}, ScalarType::Byte);
   check_packing(kOp, pack_conv(conv.source, isa, packed.mutable_data_ptr()),
                 call.shape.in_per_group() * call.shape.kernel_size(), input_dtype);

@@ -2,6 +2,7 @@
 
 #include "csrc/conv/depthwise.h"
 #include "csrc/conv/implicit_gemm.h"
+#include "csrc/conv/winograd.h"
 
 namespace qk {
 
@@ -15,9 +16,21 @@ bool conv_reads_slices(const PackedConvHeader& packed) {
   return pointwise;
 }
 
+int64_t conv_weight_bytes(const ConvArgs& args) {
+  const PackedConvHeader& packed = *args.packed;
+  return uses_winograd(args) ? packed.bytes - packed.winograd_offset : packed.parts_end();
+}
+
+NextWeights conv_first_weights(const ConvArgs& args) {
+  if (args.packed->kind != ConvKind::kIgemm) return {};
+  return uses_winograd(args) ? winograd_first_weights(args)
+                             : first_weights(conv_part(*args.packed, 0));
+}
+
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
-  return args.packed->kind == ConvKind::kDepthwise ? depthwise_workspace_bytes(args, parallel)
-                                                   : implicit_gemm_workspace_bytes(args, parallel);
+  if (args.packed->kind == ConvKind::kDepthwise) return depthwise_workspace_bytes(args, parallel);
+  return uses_winograd(args) ? winograd_workspace_bytes(args, parallel)
+                             : implicit_gemm_workspace_bytes(args, parallel);
 }
 
 void conv(const ConvArgs& args, const Parallel& parallel) {
@@ -25,6 +38,8 @@ void conv(const ConvArgs& args, const Parallel& parallel) {
   if (args.packed->has_fill) fill_outputs(args, parallel);
   if (args.packed->kind == ConvKind::kDepthwise) {
     depthwise(args, parallel);
+  } else if (uses_winograd(args)) {
+    winograd(args, parallel);
   } else {
     implicit_gemm(args, parallel);
   }

@@ -15,7 +15,8 @@
 //   output pixel and kernel row, because a row of the window is contiguous in memory (only windows
 //   that overhang the image are copied); one pointer for each tap where it is not (dilation,
 //   groups). A 1x1 convolution is the GEMM itself. Depthwise convolutions have their own kernels
-//   (depthwise.h). Narrow groups are merged until they fill a vector of outputs.
+//   (depthwise.h). Narrow groups are merged until they fill a vector of outputs. 3x3 convolutions
+//   have a second way with fewer products (winograd.h).
 #pragma once
 
 #include "csrc/base/parallel.h"
@@ -45,7 +46,10 @@ struct alignas(64) PackedConvHeader {
   int32_t has_fill;
   int64_t phases, sets, groups_per_set;
   int64_t parts_offset, parts;
+  int64_t winograd_offset;  // of transformed weights, behind the parts; 0: none
   Epilogue epilogue;
+
+  int64_t parts_end() const { return winograd_offset > 0 ? winograd_offset : bytes; }
 };
 
 struct ConvSource {
@@ -60,6 +64,8 @@ struct ConvSource {
   bool input_signed;
   float output_scale;
   Epilogue epilogue;
+  // Packed once and run often: what takes longer to pack may pay.
+  bool keeps = true;
 };
 
 // The header is written at dst (64-byte aligned, packed_conv_bytes long).
@@ -93,8 +99,9 @@ struct ConvArgs {
 // Whether `out` may be the residual itself: each of its bytes is read before the output is stored.
 bool conv_adds_in_place(const PackedConvHeader& packed);
 
-// What a convolution reads first of its weights.
-NextWeights conv_first_weights(const PackedConvHeader& packed);
+// What a convolution reads of its weights, in bytes, and what it reads first.
+int64_t conv_weight_bytes(const ConvArgs& args);
+NextWeights conv_first_weights(const ConvArgs& args);
 // Whether the input may be a slice of the channels of a wider tensor, and the output.
 bool conv_reads_slices(const PackedConvHeader& packed);
 inline bool conv_writes_slices(const PackedConvHeader& packed) {

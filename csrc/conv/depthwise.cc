@@ -38,8 +38,10 @@ DepthwiseKernel select_depthwise_kernel(Isa isa) {
   if (isa == Isa::kAmx) isa = Isa::kAvx512Vnni;
 #define QK_DEPTHWISE_KERNEL(need, layout, name) \
   if (isa == layout) return name;
+#define QK_WINOGRAD_KERNEL(need, layout, name)
 #include "csrc/conv/kernels.inc"
 #undef QK_DEPTHWISE_KERNEL
+#undef QK_WINOGRAD_KERNEL
   return nullptr;
 }
 

@@ -72,8 +72,10 @@ struct DepthwiseStrip {
 using DepthwiseKernel = void (*)(const DepthwiseStrip& strip);
 
 #define QK_DEPTHWISE_KERNEL(features, isa, name) void name(const DepthwiseStrip&);
+#define QK_WINOGRAD_KERNEL(features, isa, name)
 #include "csrc/conv/kernels.inc"
 #undef QK_DEPTHWISE_KERNEL
+#undef QK_WINOGRAD_KERNEL
 
 DepthwiseKernel select_depthwise_kernel(Isa isa);
 

@@ -51,15 +51,6 @@ int64_t padding_bytes(const ConvArgs& args) {
   return align_up(most(run, kFillBytes));
 }
 
-PackedMatrix part(const PackedConvHeader& packed, int64_t index) {
-  const auto* base = reinterpret_cast<const uint8_t*>(&packed);
-  const auto* offsets = reinterpret_cast<const int64_t*>(base + packed.parts_offset);
-  const int64_t end = index + 1 < packed.parts ? offsets[index + 1] : packed.bytes;
-  PackedMatrix matrix;
-  view_packed(base + offsets[index], end - offsets[index], &matrix);
-  return matrix;
-}
-
 void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t block,
                int64_t panel_begin, int64_t panel_end, const Shared& shared,
                const Scratch& scratch) {
@@ -77,7 +68,7 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
   const int64_t first_set = panel_begin / set_panels;
   for (int64_t set = first_set; set * set_panels < panel_end; ++set) {
     IgemmArgs gemm;
-    gemm.matrix = part(packed, phase * packed.sets + set);
+    gemm.matrix = conv_part(packed, phase * packed.sets + set);
     gemm.row_end = end - begin;
     const int64_t panels = panel_count(gemm.matrix.header->n, packed.isa);
     gemm.panel_begin = most(panel_begin - set * set_panels, 0);
@@ -206,10 +197,19 @@ int64_t group_bytes(const ConvArgs& args, int64_t threads) {
 
 }  // namespace
 
+PackedMatrix conv_part(const PackedConvHeader& packed, int64_t index) {
+  const auto* base = reinterpret_cast<const uint8_t*>(&packed);
+  const auto* offsets = reinterpret_cast<const int64_t*>(base + packed.parts_offset);
+  const int64_t end = index + 1 < packed.parts ? offsets[index + 1] : packed.parts_end();
+  PackedMatrix matrix;
+  view_packed(base + offsets[index], end - offsets[index], &matrix);
+  return matrix;
+}
+
 bool conv_adds_in_place(const PackedConvHeader& packed) {
   bool in_place = packed.kind == ConvKind::kIgemm && !packed.has_fill;
   for (int64_t i = 0; in_place && i < packed.parts; ++i) {
-    in_place = igemm_adds_in_place(*part(packed, i).header);
+    in_place = igemm_adds_in_place(*conv_part(packed, i).header);
   }
   return in_place;
 }
@@ -218,11 +218,6 @@ bool conv_pads_image(const PackedConvHeader& packed) {
   const ConvShape& shape = packed.shape;
   return packed.kind == ConvKind::kIgemm && !shape.transposed &&
          gemm_plan(shape, conv_phase(shape, 0), packed.groups_per_set, packed.isa).padded_image;
-}
-
-NextWeights conv_first_weights(const PackedConvHeader& packed) {
-  if (packed.kind != ConvKind::kIgemm) return {};
-  return first_weights(part(packed, 0));
 }
 
 void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
@@ -234,7 +229,7 @@ void fill_outputs(const ConvArgs& args, const Parallel& parallel) {
                 element = output_bytes(packed.epilogue.output);
   parallel.for_each_range(pixels, pixels * channels / 8, [&](int64_t begin, int64_t end) {
     IgemmArgs gemm;
-    gemm.matrix = part(packed, packed.parts - 1);
+    gemm.matrix = conv_part(packed, packed.parts - 1);
     gemm.panel_end = panel_count(gemm.matrix.header->n, packed.isa);
     gemm.a = padding;
     gemm.row_begin = begin;

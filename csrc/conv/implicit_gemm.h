@@ -68,6 +68,9 @@ inline int64_t groups_in_set(const ConvShape& shape, int64_t per_set, int64_t s)
   return left < per_set ? left : per_set;
 }
 
+// A part of the packed weights.
+PackedMatrix conv_part(const PackedConvHeader& packed, int64_t index);
+
 // Writes all outputs as if their accumulator were zero: for those that no phase reaches. Uses the
 // first kFillBytes of the workspace.
 inline constexpr int64_t kFillBytes = 64;

@@ -5,6 +5,7 @@
 #include "csrc/conv/conv.h"
 #include "csrc/conv/depthwise.h"
 #include "csrc/conv/implicit_gemm.h"
+#include "csrc/conv/winograd.h"
 
 namespace qk {
 namespace {
@@ -168,6 +169,11 @@ Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes)
       if (status != Status::kOk) return status;
     }
   }
+  if (has_winograd(original, isa)) {
+    if (dst) pack_winograd(original, isa, reinterpret_cast<int16_t*>(dst + at));
+    h.winograd_offset = at;
+    at += align_up(packed_winograd_bytes(s, isa), kPackedAlign);
+  }
   h.bytes = at;
   *bytes = at;
   if (dst) std::memcpy(dst, &h, sizeof(h));
@@ -195,6 +201,15 @@ Status check_part(const PackedConvHeader& h, int64_t part, const uint8_t* bytes,
   return m.n == groups * h.shape.out_per_group() && m.taps == plan.taps && m.depth == plan.depth
              ? Status::kOk
              : Status::kBadShape;
+}
+
+// Whether transformed weights, if any, fill the bytes behind the parts.
+bool fits_winograd(const PackedConvHeader& h) {
+  if (h.winograd_offset == 0) return true;
+  return h.winograd_offset > 0 && h.winograd_offset % kPackedAlign == 0 &&
+         winograd_shape(h.shape, h.isa) &&
+         h.bytes - h.winograd_offset ==
+             align_up(packed_winograd_bytes(h.shape, h.isa), kPackedAlign);
 }
 
 }  // namespace
@@ -225,13 +240,13 @@ Status view_packed_conv(const void* bytes, int64_t size, const PackedConvHeader*
       h->parts > (size - h->parts_offset) / static_cast<int64_t>(sizeof(int64_t)) ||
       h->phases != conv_phase_count(h->shape) || h->groups_per_set < 1 || h->sets < 1 ||
       h->sets != (h->shape.groups + h->groups_per_set - 1) / h->groups_per_set ||
-      h->parts != h->phases * h->sets + h->has_fill) {
+      h->parts != h->phases * h->sets + h->has_fill || !fits_winograd(*h)) {
     return Status::kBadShape;
   }
   const auto* base = static_cast<const uint8_t*>(bytes);
   const auto* offsets = reinterpret_cast<const int64_t*>(base + h->parts_offset);
   for (int64_t part = 0; part < h->parts; ++part) {
-    const int64_t end = part + 1 < h->parts ? offsets[part + 1] : size;
+    const int64_t end = part + 1 < h->parts ? offsets[part + 1] : h->parts_end();
     if (offsets[part] < 0 || offsets[part] >= end || offsets[part] % kPackedAlign != 0 ||
         end > size) {
       return Status::kBadShape;

@@ -1,5 +1,6 @@
 #include "csrc/plan/kernel_names.h"
 
+#include "csrc/conv/winograd.h"
 #include "csrc/pointwise/pointwise.h"
 
 namespace qk::plan {
@@ -12,12 +13,19 @@ const char* igemm_kernel_name(Isa isa) {
   return "";
 }
 
-const char* depthwise_kernel_name(Isa isa) {
-  if (isa == Isa::kAmx) isa = Isa::kAvx512Vnni;
+const char* conv_kernel_name(const ConvArgs& args) {
+  const Isa isa = args.packed->isa;
+  const bool is_depthwise = args.packed->kind == ConvKind::kDepthwise;
+  const bool is_winograd = uses_winograd(args);
+  if (!is_depthwise && !is_winograd) return igemm_kernel_name(isa);
+  const Isa vectors = isa == Isa::kAmx ? Isa::kAvx512Vnni : isa;
 #define QK_DEPTHWISE_KERNEL(need, layout, name) \
-  if (isa == layout) return #name;
+  if (is_depthwise && vectors == layout) return #name;
+#define QK_WINOGRAD_KERNEL(need, layout, name) \
+  if (is_winograd && vectors == layout) return #name;
 #include "csrc/conv/kernels.inc"
 #undef QK_DEPTHWISE_KERNEL
+#undef QK_WINOGRAD_KERNEL
   return "";
 }
 

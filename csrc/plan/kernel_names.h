@@ -3,12 +3,13 @@
 
 #include "csrc/base/cpu.h"
 #include "csrc/base/dtype.h"
+#include "csrc/conv/conv.h"
 #include "csrc/plan/format.h"
 
 namespace qk::plan {
 
 const char* igemm_kernel_name(Isa isa);
-const char* depthwise_kernel_name(Isa isa);
+const char* conv_kernel_name(const ConvArgs& args);
 const char* quantize_kernel_name(FloatType type);
 const char* dequantize_kernel_name(FloatType type);
 const char* lookup_kernel_name();

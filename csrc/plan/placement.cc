@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "csrc/plan/kernel_names.h"
 #include "csrc/plan/operations.h"
 
 namespace qk::plan {
@@ -50,6 +51,9 @@ class Placement {
       if (rest > 0) slicing.rest.push_back(part(operation, rest, slicing));
       operation = part(operation, slicing.images, slicing);
       program_.info[i].images = slicing.images;
+      if (const auto* conv = std::get_if<ConvOp>(&operation)) {
+        program_.info[i].kernel = conv_kernel_name(conv->args);
+      }
     }
   }
 

@@ -29,7 +29,7 @@ void announce_weights(std::vector<Operation>* operations) {
   for (auto op = operations->rbegin(); op != operations->rend(); ++op) {
     if (auto* conv = std::get_if<ConvOp>(&*op)) {
       conv->args.next = next;
-      const NextWeights first = conv_first_weights(*conv->args.packed);
+      const NextWeights first = conv_first_weights(conv->args);
       if (first.bytes > 0) next = first;
     } else if (auto* linear = std::get_if<LinearOp>(&*op)) {
       linear->args.next = next;

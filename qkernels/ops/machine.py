@@ -16,11 +16,12 @@ def active_isa() -> str:
 def info() -> dict[str, Any]:
     """What this qkernels is and what it runs on; `python -m qkernels info` prints it.
 
-    kernels: for each operation the kernel that the active instruction set chooses.
+    kernels: for each operation the kernel that the active instruction set chooses; an operation is absent that it
+        has no kernel for (`conv_winograd`: such convolutions run the kernel of `conv`).
     """
     from qkernels import __version__
 
-    kernels = {op: next(name for name, admitted in names if admitted) for op, names in _C.list_kernels().items()}
+    admitted = {op: [name for name, fits in names if fits] for op, names in _C.list_kernels().items()}
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -35,5 +36,5 @@ def info() -> dict[str, Any]:
         "cuda_devices": torch.cuda.device_count() if _C.with_cuda else 0,
         "compiler": _C.compiler,
         "debug": _C.debug,
-        "kernels": kernels,
+        "kernels": {op: names[0] for op, names in admitted.items() if names},
     }

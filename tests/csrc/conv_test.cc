@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/conv/winograd.h"
 #include "tests/csrc/check.h"
 
 namespace {
@@ -69,6 +70,21 @@ void random_epilogue(Rng& rng, Case* c) {
                 3};
 }
 
+// Grids of one case, and how many threads run it.
+void random_grids(Rng& rng, Case* c) {
+  c->input_signed = rng.chance(0.3);
+  c->per_tensor = rng.chance(0.3);
+  c->weight_zero_points = rng.chance(0.1);
+  c->with_bias = rng.chance(0.7);
+  c->extremes = rng.chance(0.1);
+  c->input_zero_point = static_cast<int32_t>(rng.integer(0, 255)) - (c->input_signed ? 128 : 0);
+  c->input_scale = rng.real(0.005f, 0.2f);
+  // Few different outputs of a product of scales: many ties.
+  c->output_scale = rng.chance(0.5) ? rng.real(0.05f, 5.0f) : c->input_scale * 2;
+  c->threads = static_cast<int>(rng.pick({1, 1, 2, 5}));
+  random_epilogue(rng, c);
+}
+
 // Small images with every feature mixed, at most a few hundred thousand MACs.
 bool random_case(Rng& rng, Case* c) {
   ConvShape& s = c->shape;
@@ -113,17 +129,7 @@ bool random_case(Rng& rng, Case* c) {
     if (!s.transposed && c->extent.in[d] + padding < window) return false;
   }
   if (rng.chance(0.05)) c->extent.batch = 0;
-  c->input_signed = rng.chance(0.3);
-  c->per_tensor = rng.chance(0.3);
-  c->weight_zero_points = rng.chance(0.1);
-  c->with_bias = rng.chance(0.7);
-  c->extremes = rng.chance(0.1);
-  c->input_zero_point = static_cast<int32_t>(rng.integer(0, 255)) - (c->input_signed ? 128 : 0);
-  c->input_scale = rng.real(0.005f, 0.2f);
-  // Few different outputs of a product of scales: many ties.
-  c->output_scale = rng.chance(0.5) ? rng.real(0.05f, 5.0f) : c->input_scale * 2;
-  c->threads = static_cast<int>(rng.pick({1, 1, 2, 5}));
-  random_epilogue(rng, c);
+  random_grids(rng, c);
   const int64_t macs = c->extent.batch * c->extent.out_pixels() * s.out_channels *
                        s.in_per_group() * s.kernel_size();
   return check_conv_extent(s, c->extent) == Status::kOk && macs < 3'000'000;
@@ -234,6 +240,14 @@ void check_case(Rng& rng, const Case& c) {
     };
     conv(args, parallel);
     check();
+    if (args.packed->winograd_offset > 0) {  // whatever the call above has used
+      Guarded<uint8_t> room((winograd_workspace_bytes(args, parallel) + 63) / 64 * 64);
+      ConvArgs tiles = args;
+      tiles.workspace = room.data();
+      std::fill(out.begin(), out.end(), uint8_t{0xa5});
+      winograd(tiles, parallel);
+      check();
+    }
     if (conv_writes_slices(*args.packed) && outputs > 0) {
       // Channels [first, first + out_channels) of a wider output: the others keep what they have.
       const int64_t pixels = outputs / s.out_channels, more = rng.integer(1, 70);
@@ -299,6 +313,27 @@ void check_case(Rng& rng, const Case& c) {
       check();
     }
   });
+}
+
+// 3x3 of stride 1, of widths that have transformed weights and that have none.
+bool random_winograd_case(Rng& rng, Case* c) {
+  ConvShape& s = c->shape;
+  s.padding_mode =
+      rng.chance(0.6)
+          ? PaddingMode::kZeros
+          : rng.pick({PaddingMode::kReflect, PaddingMode::kReplicate, PaddingMode::kCircular});
+  s.in_channels = rng.pick<int64_t>({31, 32, 33, 47, 64, 65});
+  s.out_channels = rng.pick<int64_t>({31, 32, 33, 48, 64, 65, 111, 128});
+  c->extent.batch = rng.integer(0, 3);
+  for (int d = 1; d < kConvDims; ++d) {
+    s.kernel[d] = 3;
+    s.pad_lo[d] = rng.integer(0, 3);
+    s.pad_hi[d] = rng.integer(0, 3);
+    c->extent.in[d] = rng.integer(1, 18);
+    c->extent.out[d] = c->extent.in[d] + s.pad_lo[d] + s.pad_hi[d] - 2;
+  }
+  random_grids(rng, c);
+  return check_conv_extent(s, c->extent) == Status::kOk;
 }
 
 struct Map {
@@ -395,11 +430,11 @@ void damaged_headers_are_refused() {
   }
 }
 
-void random_configurations(int count) {
+void random_configurations(int count, bool (*make)(Rng& rng, Case* c)) {
   Rng rng(1);
   for (int i = 0; i < count;) {
     Case c = {};
-    if (!random_case(rng, &c)) continue;
+    if (!make(rng, &c)) continue;
     CONTEXT("case ", i, ": ", text(c));
     check_case(rng, c);
     ++i;
@@ -410,7 +445,8 @@ void random_configurations(int count) {
 
 int main() {
   damaged_headers_are_refused();
-  random_configurations(3000);
+  random_configurations(3000, random_case);
+  random_configurations(300, random_winograd_case);
   large_maps();
   last_group_of_images();
   return 0;

@@ -1,0 +1,207 @@
+// The driver of the Winograd kernels: when they pay, and blocks of tiles for the threads.
+#include "csrc/conv/winograd.h"
+
+#include <cstring>
+
+#include "csrc/base/integers.h"
+#include "csrc/conv/implicit_gemm.h"
+
+namespace qk {
+
+WinogradKernel select_winograd_kernel(Isa isa) {
+#define QK_DEPTHWISE_KERNEL(need, layout, name)
+#define QK_WINOGRAD_KERNEL(need, layout, name) \
+  if (isa == layout) return name;
+#include "csrc/conv/kernels.inc"
+#undef QK_DEPTHWISE_KERNEL
+#undef QK_WINOGRAD_KERNEL
+  return nullptr;
+}
+
+namespace {
+
+// Tiles of a block: so many rows pass over the weights of a point while these are in L1.
+constexpr int64_t kMaxTiles = 24;
+// What is fetched of the weights while the call before runs.
+constexpr int64_t kFirstBytes = 128 * 1024;
+// With fewer, every dot product waits for its weights from L2, or from beyond it.
+constexpr int64_t kMinTiles = 4, kMinFarTiles = 12;
+// The transforms of a tile, measured in dot products: of 16 columns of output, and of 16 channels
+// of input.
+constexpr int64_t kOutputCost = 230, kInputCost = 118;
+
+// The tiles of one call.
+struct Tiling {
+  int64_t across, down, count;
+  int64_t block = 0, blocks = 0;  // tiles in a block
+  int64_t parts = 0;              // shares of the threads
+
+  Tiling(const ConvArgs& args, int64_t threads)
+      : across(ceil_div(args.extent.out[2], kWinogradTile)),
+        down(ceil_div(args.extent.out[1], kWinogradTile)),
+        count(args.extent.batch * across * down) {
+    if (count == 0) return;
+    parts = threads < count ? threads : count;
+    const int64_t share = ceil_div(count, parts);
+    block = ceil_div(share, ceil_div(share, kMaxTiles));
+    blocks = ceil_div(count, block);
+  }
+};
+
+// The workspace: padding, then for each share of the threads what a WinogradBlock points at.
+struct Room {
+  int64_t padding, pixels, tiles, transformed, sums, scratch;
+
+  Room(const ConvArgs& args, const Tiling& tiling) {
+    const ConvShape& shape = args.packed->shape;
+    padding = align_up(shape.in_channels);
+    pixels = align_up(tiling.block * kWinogradPoints * static_cast<int64_t>(sizeof(void*)));
+    tiles = align_up(tiling.block * static_cast<int64_t>(sizeof(WinogradTile)));
+    transformed = kWinogradPoints * point_stride(args, tiling) * 2;
+    sums = align_up(tiling.block * kWinogradPoints * panel_shape(args.packed->isa).columns * 4);
+    scratch = kWinogradPoints * kWinogradLanes * 2;
+  }
+  // A line more than the tiles fill, so that the points of a tile fall into different cache sets.
+  static int64_t point_stride(const ConvArgs& args, const Tiling& tiling) {
+    const int64_t depth = align_up(args.packed->shape.in_channels, kWinogradLanes);
+    return tiling.block * depth + kWinogradLanes;
+  }
+  int64_t share() const { return pixels + tiles + transformed + sums + scratch; }
+};
+
+// Fills in a block of tiles.
+class Tiles {
+ public:
+  Tiles(const ConvArgs& args, const Tiling& tiling, const uint8_t* padding)
+      : args_(args), tiling_(tiling), padding_(padding) {}
+
+  // The addresses of the 36 pixels under tile `index`.
+  void find_pixels(int64_t index, const uint8_t** pixels) const {
+    const ConvExtent& e = args_.extent;
+    const int64_t channels = args_.packed->shape.in_channels;
+    int64_t down[kWinogradWindow], across[kWinogradWindow];
+    for (int64_t i = 0; i < kWinogradWindow; ++i) {
+      down[i] = source(1, row(index) * kWinogradTile + i);
+      across[i] = source(2, column(index) * kWinogradTile + i);
+    }
+    const uint8_t* image = args_.input + this->image(index) * e.in_pixels() * channels;
+    for (const int64_t y : down) {
+      for (const int64_t x : across) {
+        *pixels++ = y < 0 || x < 0 ? padding_ : image + (y * e.in[2] + x) * channels;
+      }
+    }
+  }
+
+  WinogradTile tile(int64_t index) const {
+    const ConvExtent& e = args_.extent;
+    const int64_t y = row(index) * kWinogradTile, x = column(index) * kWinogradTile;
+    const int64_t pixel = (image(index) * e.out[1] + y) * e.out[2] + x;
+    const int64_t height = e.out[1] - y, width = e.out[2] - x;
+    return {static_cast<uint8_t*>(args_.out) + pixel * out_stride(args_) * out_element(args_),
+            args_.packed->epilogue.has_residual
+                ? args_.residual + pixel * args_.packed->shape.out_channels
+                : nullptr,
+            height < kWinogradTile ? height : kWinogradTile,
+            width < kWinogradTile ? width : kWinogradTile};
+  }
+
+ private:
+  int64_t column(int64_t index) const { return index % tiling_.across; }
+  int64_t row(int64_t index) const { return index / tiling_.across % tiling_.down; }
+  int64_t image(int64_t index) const { return index / (tiling_.across * tiling_.down); }
+
+  // The input index under padded position `p`; -1: padding, or only under outputs outside.
+  int64_t source(int d, int64_t p) const {
+    const ConvShape& shape = args_.packed->shape;
+    if (p >= args_.extent.out[d] + kWinogradWindow - kWinogradTile) return -1;
+    return source_index(shape.padding_mode, p - shape.pad_lo[d], args_.extent.in[d]);
+  }
+
+  const ConvArgs& args_;
+  const Tiling& tiling_;
+  const uint8_t* padding_;
+};
+
+}  // namespace
+
+bool uses_winograd(const ConvArgs& args) {
+  if (args.packed->winograd_offset == 0 || args.dequantized.scale != nullptr) return false;
+  const ConvShape& shape = args.packed->shape;
+  const Tiling tiling(args, 1);
+  const int64_t bytes = packed_winograd_bytes(shape, args.packed->isa);
+  if (tiling.count < (bytes > l2_cache_bytes() ? kMinFarTiles : kMinTiles)) return false;
+  // Instructions for 16 columns of output. A tile that hangs over the image costs as much as any.
+  const int64_t in = shape.in_channels, products = kWinogradPoints * in / 2;
+  const int64_t transforms = kOutputCost + kInputCost * in / shape.out_channels;
+  const int64_t direct = 9 * in / 4 * args.extent.batch * args.extent.out_pixels();
+  return 10 * tiling.count * (products + transforms) < 9 * direct;
+}
+
+NextWeights winograd_first_weights(const ConvArgs& args) {
+  const PackedConvHeader& packed = *args.packed;
+  const int64_t bytes = packed.bytes - packed.winograd_offset;
+  return {reinterpret_cast<const int8_t*>(&packed) + packed.winograd_offset,
+          bytes < kFirstBytes ? bytes : kFirstBytes};
+}
+
+int64_t winograd_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
+  const Tiling tiling(args, parallel.threads);
+  const Room room(args, tiling);
+  return room.padding + tiling.parts * room.share();
+}
+
+void winograd(const ConvArgs& args, const Parallel& parallel) {
+  const PackedConvHeader& packed = *args.packed;
+  const ConvShape& shape = packed.shape;
+  const Tiling tiling(args, parallel.threads);
+  const Room room(args, tiling);
+  auto* workspace = static_cast<uint8_t*>(args.workspace);
+  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(room.padding));
+  const Tiles tiles(args, tiling, workspace);
+  const WinogradKernel kernel = select_winograd_kernel(packed.isa);
+  const int64_t element = out_element(args);
+
+  WinogradBlock block{};
+  block.matrix = conv_part(packed, 0);
+  block.weights = reinterpret_cast<const int16_t*>(reinterpret_cast<const uint8_t*>(&packed) +
+                                                   packed.winograd_offset);
+  block.channels = shape.in_channels;
+  block.panel_end = panel_count(shape.out_channels, packed.isa);
+  block.out_pixel_stride = out_stride(args) * element;
+  block.out_row_stride = args.extent.out[2] * block.out_pixel_stride;
+  block.residual_pixel_stride = shape.out_channels;
+  block.residual_row_stride = args.extent.out[2] * shape.out_channels;
+  block.residual_signed = args.residual_signed;
+  block.lookup = packed.epilogue.has_table ? select_lookup_kernel() : nullptr;
+  block.point_stride = Room::point_stride(args, tiling);
+
+  const int64_t macs = tiling.count * kWinogradPoints * shape.in_channels * shape.out_channels;
+  const auto run_part = [&](int64_t part) {
+    uint8_t* at = workspace + room.padding + part * room.share();
+    auto* pixels = reinterpret_cast<const uint8_t**>(at);
+    auto* places = reinterpret_cast<WinogradTile*>(at += room.pixels);
+    WinogradBlock b = block;
+    b.pixels = pixels;
+    b.tiles = places;
+    b.transformed = reinterpret_cast<int16_t*>(at += room.tiles);
+    b.sums = reinterpret_cast<int32_t*>(at += room.transformed);
+    b.scratch = reinterpret_cast<int16_t*>(at + room.sums);
+    const int64_t end = tiling.blocks * (part + 1) / tiling.parts;
+    for (int64_t i = tiling.blocks * part / tiling.parts; i < end; ++i) {
+      const int64_t first = i * tiling.block, left = tiling.count - first;
+      b.count = left < tiling.block ? left : tiling.block;
+      for (int64_t t = 0; t < b.count; ++t) {
+        tiles.find_pixels(first + t, pixels + t * kWinogradPoints);
+        places[t] = tiles.tile(first + t);
+      }
+      if (i + 1 == tiling.blocks) b.next = args.next;
+      kernel(b);
+    }
+  };
+  parallel.for_each_range(tiling.parts, 2 * macs / macs_per_ns(packed.isa),
+                          [&](int64_t begin, int64_t end) {
+                            for (int64_t part = begin; part < end; ++part) run_part(part);
+                          });
+}
+
+}  // namespace qk
