@@ -26,9 +26,23 @@ constexpr int64_t kMaxTiles = 24;
 constexpr int64_t kFirstBytes = 128 * 1024;
 // With fewer, every dot product waits for its weights from L2, or from beyond it.
 constexpr int64_t kMinTiles = 4, kMinFarTiles = 12;
-// The transforms of a tile, measured in dot products: of 16 columns of output, and of 16 channels
-// of input.
-constexpr int64_t kOutputCost = 230, kInputCost = 118;
+
+// What an ISA takes for a vector of columns, in units of its own: measured. Of the direct way the
+// products of four channels with a pixel, of this one those of a pair with a tile; the transforms
+// of a tile, of a vector of sums and of 16 channels of pixels.
+struct Cost {
+  int64_t lanes, quad, pair, output, pixels;
+};
+constexpr Cost cost_of(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2:
+      return {8, 5, 2, 460, 310};
+    case Isa::kAvxVnni:
+      return {8, 1, 1, 240, 180};
+    default:
+      return {16, 1, 1, 230, 118};
+  }
+}
 
 // The tiles of one call.
 struct Tiling {
@@ -130,11 +144,13 @@ bool uses_winograd(const ConvArgs& args) {
   const Tiling tiling(args, 1);
   const int64_t bytes = packed_winograd_bytes(shape, args.packed->isa);
   if (tiling.count < (bytes > l2_cache_bytes() ? kMinFarTiles : kMinTiles)) return false;
-  // Instructions for 16 columns of output. A tile that hangs over the image costs as much as any.
-  const int64_t in = shape.in_channels, products = kWinogradPoints * in / 2;
-  const int64_t transforms = kOutputCost + kInputCost * in / shape.out_channels;
-  const int64_t direct = 9 * in / 4 * args.extent.batch * args.extent.out_pixels();
-  return 10 * tiling.count * (products + transforms) < 9 * direct;
+  // A tile that hangs over the image costs as much as any.
+  const Cost cost = cost_of(args.packed->isa);
+  const int64_t in = shape.in_channels, out = shape.out_channels;
+  const int64_t products = cost.pair * kWinogradPoints * in / 2;
+  const int64_t pixels = cost.pixels * in * cost.lanes / (16 * out);
+  const int64_t direct = cost.quad * 9 * in / 4 * args.extent.batch * args.extent.out_pixels();
+  return 10 * tiling.count * (products + cost.output + pixels) < 9 * direct;
 }
 
 NextWeights winograd_first_weights(const ConvArgs& args) {

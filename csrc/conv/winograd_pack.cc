@@ -10,7 +10,7 @@ namespace {
 // More bytes come from L3 or memory with every call, and would be most of a network's weights.
 constexpr int64_t kMaxBytes = 6 * 1024 * 1024;
 // With fewer channels the transforms cost more than the products they save.
-constexpr int64_t kMinChannels = 32;
+constexpr int64_t kMinChannels = 16;
 // What 576 y modulo 2^32 tells apart.
 constexpr int64_t kMaxSum = (int64_t{1} << 25) - 1;
 

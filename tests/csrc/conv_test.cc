@@ -322,8 +322,8 @@ bool random_winograd_case(Rng& rng, Case* c) {
       rng.chance(0.6)
           ? PaddingMode::kZeros
           : rng.pick({PaddingMode::kReflect, PaddingMode::kReplicate, PaddingMode::kCircular});
-  s.in_channels = rng.pick<int64_t>({31, 32, 33, 47, 64, 65});
-  s.out_channels = rng.pick<int64_t>({31, 32, 33, 48, 64, 65, 111, 128});
+  s.in_channels = rng.pick<int64_t>({15, 16, 17, 31, 32, 33, 64, 65});
+  s.out_channels = rng.pick<int64_t>({15, 16, 17, 24, 33, 48, 64, 65, 111, 128});
   c->extent.batch = rng.integer(0, 3);
   for (int d = 1; d < kConvDims; ++d) {
     s.kernel[d] = 3;
