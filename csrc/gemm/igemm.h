@@ -6,7 +6,7 @@
 // Layout: the weights are packed in panels of `nr` columns, [N/nr][taps][depth/4][nr][4] (depth
 //   padded with zero weights to a multiple of 4, see overlaps_tail(); the last panel only as wide
 //   as whole vectors need), so that one dot-product instruction reads one vector of B and four
-//   broadcast bytes of A.
+//   broadcast bytes of A. AVX2 has dot products of int16 only: [N/nr][taps * depth / 2][nr][2].
 //   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
 //   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes. No byte past `depth` is
 //   read and no byte past column n is written.
@@ -42,7 +42,6 @@ struct alignas(64) PackedHeader {
   int64_t n, taps, depth;
   int64_t panel_bytes;  // of a full panel
   int64_t panels_offset, init_offset, zero_point_offset, addend_offset, mult_offset;
-  int64_t order_offset;  // see x86_avx2.cc; 0 elsewhere
   int32_t input_signed;
   int32_t has_weight_zero_point;
   int32_t wide;  // a value may leave the int32 range before it is clamped
@@ -86,7 +85,6 @@ struct PackedMatrix {
   const int32_t* weight_zero_point = nullptr;  // nullptr: all zero
   const float* addend = nullptr;
   const float* mult = nullptr;
-  const int32_t* order = nullptr;  // AVX2 only
 };
 
 // Columns in a panel and in a vector of an ISA's layout. The last panel is as wide as its vectors.
@@ -100,7 +98,7 @@ inline constexpr PanelShape panel_shape(Isa isa) {
 // which meet zero weights there: one load, nothing beyond the row. Elsewhere it is padded with
 // zeros.
 inline constexpr bool overlaps_tail(Isa isa, int64_t depth) {
-  return depth > 4 && depth % 4 != 0 && isa != Isa::kAmx && isa != Isa::kScalar;
+  return depth > 4 && depth % 4 != 0 && (isa == Isa::kAvxVnni || isa == Isa::kAvx512Vnni);
 }
 inline constexpr int64_t panel_count(int64_t n, Isa isa) {
   return (n + panel_shape(isa).columns - 1) / panel_shape(isa).columns;

@@ -14,7 +14,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 struct Layout {
   int64_t quads, columns, panels, panel_bytes;
-  int64_t panels_offset, init_offset, zero_point_offset, addend_offset, mult_offset, order_offset;
+  int64_t panels_offset, init_offset, zero_point_offset, addend_offset, mult_offset;
   int64_t bytes;
 };
 
@@ -24,7 +24,9 @@ Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
   layout.quads = (depth + 3) / 4;
   layout.columns = round_up(n, shape.lanes);
   layout.panels = panel_count(n, isa);
-  layout.panel_bytes = taps * layout.quads * shape.columns * 4;
+  const int64_t column_bytes =
+      isa == Isa::kAvx2 ? round_up(taps * depth, 2) : taps * layout.quads * 4;
+  layout.panel_bytes = column_bytes * shape.columns;
   int64_t offset = sizeof(PackedHeader);
   const auto reserve = [&offset](int64_t bytes) {
     const int64_t at = offset;
@@ -35,20 +37,10 @@ Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
   layout.zero_point_offset = reserve(layout.columns * 4);
   layout.addend_offset = reserve(layout.columns * 4);
   layout.mult_offset = reserve(layout.columns * 4);
-  layout.panels_offset = reserve(taps * layout.quads * layout.columns * 4);
-  if (isa == Isa::kAvx2) {
-    layout.order_offset = reserve(layout.panels * taps * (1 + depth / 4) * 4);
-  }
+  layout.panels_offset = reserve(column_bytes * layout.columns);
   if (isa == Isa::kAmx) reserve(kAmxTailBytes);
   layout.bytes = offset;
   return layout;
-}
-
-// Whether `vpmaddubsw` with activations up to 255 cannot saturate on these two weights.
-bool safe_pair(int32_t w0, int32_t w1) {
-  const int32_t positive = (w0 > 0 ? w0 : 0) + (w1 > 0 ? w1 : 0);
-  const int32_t negative = (w0 < 0 ? w0 : 0) + (w1 < 0 ? w1 : 0);
-  return positive <= 128 && negative >= -128;
 }
 
 // Four weights of one column, of ascending k.
@@ -97,13 +89,6 @@ struct PanelWriter {
       const Quad q = index < source.depth / 4 ? quad(c, tap, index * 4) : tail(c, tap, index);
       std::memcpy(dst + c * 4, &q, 4);
     }
-  }
-  bool safe_quad(int64_t tap, int64_t index) const {
-    for (int64_t c = 0; c < columns; ++c) {
-      const Quad q = quad(c, tap, index * 4);
-      if (!safe_pair(q.w[0], q.w[1]) || !safe_pair(q.w[2], q.w[3])) return false;
-    }
-    return true;
   }
 };
 
@@ -158,25 +143,17 @@ int64_t channel_sum(const PackSource& source, int64_t n) {
   return sum;
 }
 
-// The AVX2 layout: inside a tap, the full quads on which maddubs is exact come first. `order` gets
-// their number and then the byte offset in A of each quad.
-void write_ordered_panel(const PanelWriter& panel, int64_t taps, int64_t depth, int8_t* dst,
-                         int32_t* order) {
-  const int64_t full = depth / 4;
-  for (int64_t tap = 0; tap < taps; ++tap, order += 1 + full) {
-    int32_t* next = order + 1;
-    for (const bool safe : {true, false}) {
-      for (int64_t quad = 0; quad < full; ++quad) {
-        if (panel.safe_quad(tap, quad) != safe) continue;
-        panel.write_quad(tap, quad, dst);
-        dst += panel.width * 4;
-        *next++ = static_cast<int32_t>(quad * 4);
+// The AVX2 layout: pairs of values, one tap after the other.
+void write_pairs(const PanelWriter& panel, int64_t taps, int64_t depth, int8_t* dst) {
+  const PackSource& source = panel.source;
+  for (int64_t c = 0; c < panel.columns; ++c) {
+    const int8_t* column = source.weight + (panel.first_column + c) * source.stride_n;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t at = tap * depth + k;
+        dst[(at / 2 * panel.width + c) * 2 + at % 2] =
+            column[tap * source.stride_tap + k * source.stride_k];
       }
-      if (safe) *order = static_cast<int32_t>(next - order - 1);
-    }
-    if (depth % 4 != 0) {
-      panel.write_quad(tap, full, dst);
-      dst += panel.width * 4;
     }
   }
 }
@@ -232,7 +209,6 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
   auto* addend = reinterpret_cast<float*>(bytes + layout.addend_offset);
   auto* mult = reinterpret_cast<float*>(bytes + layout.mult_offset);
   auto* panels = reinterpret_cast<int8_t*>(bytes + layout.panels_offset);
-  auto* order = reinterpret_cast<int32_t*>(bytes + layout.order_offset);
 
   PackedHeader header{};
   header.magic = kPackedMagic;
@@ -248,7 +224,6 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
   header.zero_point_offset = layout.zero_point_offset;
   header.addend_offset = layout.addend_offset;
   header.mult_offset = layout.mult_offset;
-  header.order_offset = layout.order_offset;
   header.input_signed = source.input_signed;
   header.epilogue = source.epilogue;
 
@@ -270,8 +245,7 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
                              overlaps_tail(isa, source.depth)};
     int8_t* at = panels + panel * layout.panel_bytes;
     if (isa == Isa::kAvx2) {
-      write_ordered_panel(writer, source.taps, source.depth, at,
-                          order + panel * source.taps * (1 + source.depth / 4));
+      write_pairs(writer, source.taps, source.depth, at);
     } else {
       write_panel(writer, source.taps, layout.quads, at);
     }
@@ -300,8 +274,7 @@ Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix) {
       header->panel_bytes != layout.panel_bytes || header->init_offset != layout.init_offset ||
       header->zero_point_offset != layout.zero_point_offset ||
       header->addend_offset != layout.addend_offset || header->mult_offset != layout.mult_offset ||
-      header->panels_offset != layout.panels_offset ||
-      header->order_offset != layout.order_offset) {
+      header->panels_offset != layout.panels_offset) {
     return Status::kBadShape;
   }
   const auto* base = static_cast<const uint8_t*>(bytes);
@@ -312,7 +285,6 @@ Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix) {
       header->has_weight_zero_point
           ? reinterpret_cast<const int32_t*>(base + layout.zero_point_offset)
           : nullptr;
-  matrix->order = reinterpret_cast<const int32_t*>(base + layout.order_offset);
   matrix->addend = reinterpret_cast<const float*>(base + layout.addend_offset);
   matrix->mult = reinterpret_cast<const float*>(base + layout.mult_offset);
   return Status::kOk;

@@ -352,6 +352,7 @@ QK_INLINE void run_rows(bool pipelined, int64_t rows, int64_t tiles, IgemmTile& 
 template <bool Flip>
 struct Avx512VnniTile {
   static constexpr Isa kIsa = Isa::kAvx512Vnni;
+  using Copy = InPlace;
   static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
     if (pays_to_pipeline(header)) return pipelined_rows(vectors);
     return vectors == 4 ? 6 : 8;

@@ -24,7 +24,8 @@ constexpr int sums_in_flight(int tile) { return tile > 6 ? 1 : tile > 3 ? 2 : 4;
 // `Flip`: A is int8.
 template <bool Flip>
 struct AvxVnniMultiply {
-  static constexpr int64_t kWideRows = 6;
+  using Copy = InPlace;
+  static int64_t rows_held(const PackedHeader&) { return kMaxBlockRows; }
 
   template <int R, int V>
   QK_INLINE void run(const IgemmTile& tile, __m256i (&acc)[R][V]) {

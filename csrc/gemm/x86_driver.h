@@ -3,7 +3,9 @@
 // is compiled for that target.
 //
 // A Kernel has kIsa, max_rows(header, vectors): the most rows of a tile that is `vectors` wide, and
-//   void tile(int64_t rows, int64_t vectors, const IgemmTile&): all rows of a block, one panel.
+//   void tile(int64_t rows, int64_t vectors, const IgemmTile&): all rows of a block, one panel;
+//   and a type Copy, through which the rows of a block pass: InPlace, if they are read where they
+//   lie.
 // A block is as many tiles as keep its rows of A in L1, so that short rows pay for the loops once.
 
 constexpr int64_t kMaxBlockRows = 96;
@@ -40,6 +42,11 @@ struct IgemmTile {
     out += count;
     residual += count;
   }
+};
+
+struct InPlace {
+  QK_INLINE int64_t row_bytes(const PackedHeader& header) { return header.taps * header.depth; }
+  QK_INLINE void take(const PackedHeader&, int64_t, const uint8_t* const**, int64_t*) {}
 };
 
 // Sum of the bytes of the row `offset` bytes behind `taps`, as the kernel sees them (int8 flipped
@@ -110,6 +117,7 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
     ahead = (args.next.data - first) & ~int64_t{255};
   }
 
+  typename Kernel::Copy copy;
   const uint8_t* strided[kMaxBlockRows];
   const uint8_t* residual[kMaxBlockRows] = {};
   uint8_t* out[kMaxBlockRows];
@@ -118,7 +126,7 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
   while (row < block.row_end) {
     const int64_t in_run = args.run > 1 ? row % args.run : 0;
     const int64_t left = args.run > 1 ? args.run - in_run : block.row_end - row;
-    const int64_t count = block_rows(left, tile_rows, header.taps * header.depth);
+    const int64_t count = block_rows(left, tile_rows, Kernel::Copy::row_bytes(header));
     const uint8_t* const* sources = strided;
     int64_t row_pitch = header.taps, first_offset = 0, row_stride = 0;
     if (args.run > 1) {
@@ -143,6 +151,7 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
         row_sums[i] = igemm_row_sum(sources + i * row_pitch, first_offset + i * row_stride, header);
       }
     }
+    copy.take(header, count, &sources, &row_pitch);
     for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
       const int64_t column = panel * shape.columns, rest = header.n - column;
       const int64_t columns = rest < shape.columns ? rest : shape.columns;

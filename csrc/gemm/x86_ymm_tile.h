@@ -3,7 +3,8 @@
 // x86_driver.h and x86_avx2_epilogue.h.
 //
 // A Multiply has  template <int R, int V> static void run(const IgemmTile&, __m256i (&acc)[R][V]):
-//   acc[i][j] = init[j] + sum over tap, k,  and kWideRows, the most rows of a 16-column tile.
+//   acc[i][j] = init[j] + sum over tap, k,  a type Copy as the driver's, and
+//   static int64_t rows_held(const PackedHeader&), the most rows that Copy takes.
 
 QK_INLINE __m256i broadcast4(const uint8_t* p) {
   int32_t bytes;
@@ -113,12 +114,13 @@ __attribute__((noinline)) void run_tiles(IgemmTile& tile, int64_t tiles) {
 template <typename Multiply, Isa kLayout>
 struct YmmTile {
   static constexpr Isa kIsa = kLayout;
-  static int64_t max_rows(const PackedHeader&, int64_t vectors) { return max_rows(vectors); }
-  static constexpr int64_t max_rows(int64_t vectors) {
-    return vectors == 2 ? Multiply::kWideRows : 8;
+  using Copy = typename Multiply::Copy;
+  static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
+    const int64_t most = vectors == 2 ? 6 : 8, held = Multiply::rows_held(header);
+    return held < most ? held : most;
   }
   static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
-    const EvenTiles even = even_tiles(rows, max_rows(vectors));
+    const EvenTiles even = even_tiles(rows, max_rows(*tile.matrix->header, vectors));
     if (even.larger > 0) run(even.rows + 1, even.larger, vectors, tile);
     run(even.rows, even.tiles - even.larger, vectors, tile);
   }
@@ -136,14 +138,12 @@ struct YmmTile {
         return run_tiles<Multiply, 3, V>(tile, tiles);
       case 4:
         return run_tiles<Multiply, 4, V>(tile, tiles);
+      case 5:
+        return run_tiles<Multiply, 5, V>(tile, tiles);
+      case 6:
+        return run_tiles<Multiply, 6, V>(tile, tiles);
     }
-    if constexpr (max_rows(V) >= 6) {
-      if (rows <= 6) {
-        return rows == 5 ? run_tiles<Multiply, 5, V>(tile, tiles)
-                         : run_tiles<Multiply, 6, V>(tile, tiles);
-      }
-    }
-    if constexpr (max_rows(V) >= 8) {
+    if constexpr (V == 1) {
       return rows == 7 ? run_tiles<Multiply, 7, V>(tile, tiles)
                        : run_tiles<Multiply, 8, V>(tile, tiles);
     }
