@@ -98,10 +98,11 @@ QK_INLINE __m256i broadcast_pair(const int16_t* p) {
   return _mm256_set1_epi32(pair);
 }
 
-// R rows at `a`, `depth` apart, with V vectors of columns.
+// R rows at `a`, `depth` apart, with V vectors of columns. `ahead`: from a weight to one that is
+// needed soon, or 0.
 template <typename Dot, int R, int V>
 __attribute__((noinline)) void multiply_rows(const int16_t* b, int64_t pairs, const int16_t* a,
-                                             int64_t depth, int32_t* sums) {
+                                             int64_t depth, int32_t* sums, int64_t ahead) {
   __m256i acc[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -109,6 +110,7 @@ __attribute__((noinline)) void multiply_rows(const int16_t* b, int64_t pairs, co
     for (int j = 0; j < V; ++j) acc[i][j] = _mm256_setzero_si256();
   }
   for (int64_t k = 0; k < pairs; ++k, b += 16 * V) {
+    _mm_prefetch(b + ahead, _MM_HINT_T0);
     __m256i bv[V];
 #pragma GCC unroll 2
     for (int j = 0; j < V; ++j) {
@@ -133,20 +135,20 @@ __attribute__((noinline)) void multiply_rows(const int16_t* b, int64_t pairs, co
 
 template <typename Dot, int V>
 QK_INLINE void multiply_some_rows(int64_t rows, const int16_t* b, int64_t pairs, const int16_t* a,
-                                  int64_t depth, int32_t* sums) {
+                                  int64_t depth, int32_t* sums, int64_t ahead) {
   switch (rows) {
     case 1:
-      return multiply_rows<Dot, 1, V>(b, pairs, a, depth, sums);
+      return multiply_rows<Dot, 1, V>(b, pairs, a, depth, sums, ahead);
     case 2:
-      return multiply_rows<Dot, 2, V>(b, pairs, a, depth, sums);
+      return multiply_rows<Dot, 2, V>(b, pairs, a, depth, sums, ahead);
     case 3:
-      return multiply_rows<Dot, 3, V>(b, pairs, a, depth, sums);
+      return multiply_rows<Dot, 3, V>(b, pairs, a, depth, sums, ahead);
     case 4:
-      return multiply_rows<Dot, 4, V>(b, pairs, a, depth, sums);
+      return multiply_rows<Dot, 4, V>(b, pairs, a, depth, sums, ahead);
     case 5:
-      return multiply_rows<Dot, 5, V>(b, pairs, a, depth, sums);
+      return multiply_rows<Dot, 5, V>(b, pairs, a, depth, sums, ahead);
     default:
-      return multiply_rows<Dot, 6, V>(b, pairs, a, depth, sums);
+      return multiply_rows<Dot, 6, V>(b, pairs, a, depth, sums, ahead);
   }
 }
 
@@ -155,12 +157,13 @@ template <typename Dot, int V>
 void multiply_panel(const WinogradBlock& b, const int16_t* weights) {
   const EvenTiles even = even_tiles(b.count, 6);
   const int64_t depth = align_up(b.channels, kWinogradLanes), pairs = (b.channels + 1) / 2;
-  for (int point = 0; point < kPoints; ++point, weights += pairs * 16 * V) {
+  const int64_t size = pairs * 16 * V;
+  for (int point = 0; point < kPoints; ++point, weights += size) {
     const int16_t* a = b.transformed + point * b.point_stride;
     int32_t* sums = b.sums + point * kColumns;
     for (int64_t t = 0; t < even.tiles; ++t) {
       const int64_t rows = even.rows + (t < even.larger);
-      multiply_some_rows<Dot, V>(rows, weights, pairs, a, depth, sums);
+      multiply_some_rows<Dot, V>(rows, weights, pairs, a, depth, sums, t == 0 ? size : 0);
       a += rows * depth;
       sums += rows * kPoints * kColumns;
     }
