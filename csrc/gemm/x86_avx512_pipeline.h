@@ -1,5 +1,6 @@
 // Tiles that are added to a residual while the products of the next tile run. Include it in
-// x86_avx512vnni.cc, after Panel, dot(), broadcast4(), Packing and store_parts().
+// x86_avx512vnni.cc, after Panel, Sums, Quads, Tails, Packing and
+// store_parts().
 //
 // Trick: the sums of a finished tile go to L1 as they are. Between the steps of K of the next tile
 //   a group of their rows at a time is scaled, added to the residual, packed and stored. Products
@@ -58,32 +59,22 @@ QK_INLINE void store_group(const Panel& panel, const Packing& packing, const Fus
   store_parts<kRows>(pending.out + row, rows, panel.columns, packing.run(q[0], q[1], q[2], q[3]));
 }
 
-// acc[i][j] += products of quads [begin, end) of a tap; the panel's weights follow one another.
-template <int R, int V, bool Flip>
+// Adds the products of quads [begin, end) of a tap; the panel's weights follow one another.
+template <int R, int V, bool Flip, bool Half>
 QK_INLINE void multiply_quads(const uint8_t* const (&p)[R], int64_t begin, int64_t end,
-                              int64_t ahead, const int8_t*& weights, __m512i (&acc)[R][V]) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+                              int64_t ahead, const int8_t*& weights, Sums<R, V, Half>& acc) {
   const int8_t* b = weights;
   int64_t k = begin;
   do {
     _mm_prefetch(b + ahead, _MM_HINT_T1);
-    __m512i bv[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) bv[j] = _mm512_load_si512(b + 64 * j);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      __m512i av = broadcast4(p[i] + 4 * k);
-      if (Flip) av = _mm512_xor_si512(av, flip);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) dot(acc[i][j], av, bv[j]);
-    }
+    acc.template add_quad<Flip>(b, Quads<R>{p, 4 * k});
     b += 64 * V;
   } while (++k < end);
   weights = b;
 }
 
 // `tiles` tiles of R rows, one below the other; `sums` is room for one of them.
-template <int R, int V, bool Flip, bool ResidualSigned>
+template <int R, int V, bool Flip, bool Half, bool ResidualSigned>
 __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tiles, int32_t* sums) {
   constexpr int kRows = rows_in_group(V), kGroups = (R + kRows - 1) / kRows;
   const Panel panel(tile);
@@ -98,15 +89,15 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
   Rows rows(tile);
   int stored = R;  // rows of the pending tile
   for (int64_t left = tiles; left > 0; --left) {
-    __m512i acc[R][V];
-    start_sums(panel, acc);
+    Sums<R, V, Half> acc;
+    acc.start(panel.init);
     const int8_t* b = panel.weights;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const uint8_t* p[R];
       rows.find(tap, p);
       for (int64_t k = 0; k < quads;) {
         const int64_t end = quads - k < chunk ? quads : k + chunk;
-        multiply_quads<R, V, Flip>(p, k, end, tile.ahead, b, acc);
+        multiply_quads<R, V, Flip, Half>(p, k, end, tile.ahead, b, acc);
         k = end;
         if (stored < R) {
           store_group<R, V, ResidualSigned>(panel, packing, add, pending, stored);
@@ -114,7 +105,7 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
         }
       }
       if (panel.tail != 0) {
-        multiply_tail<R, V, Flip>(panel, p, b, acc);
+        acc.template add_quad<Flip>(b, Tails<R>{p, panel});
         b += 64 * V;
       }
     }
@@ -123,7 +114,7 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) _mm512_store_si512(sums + 16 * (V * i + j), acc[i][j]);
+      for (int j = 0; j < V; ++j) _mm512_store_si512(sums + 16 * (V * i + j), acc.vector(i, j));
     }
     pending.out = tile.out;
     pending.residual = tile.residual;
@@ -136,12 +127,12 @@ __attribute__((noinline)) void run_pipeline_avx512(IgemmTile& tile, int64_t tile
     store_group<R, V, ResidualSigned>(panel, packing, add, pending, stored);
 }
 
-template <int R, int V, bool Flip>
+template <int R, int V, bool Flip, bool Half>
 QK_INLINE void run_pipeline(IgemmTile& tile, int64_t tiles) {
   alignas(64) int32_t sums[16 * R * V];
   if (tile.residual_signed) {
-    run_pipeline_avx512<R, V, Flip, true>(tile, tiles, sums);
+    run_pipeline_avx512<R, V, Flip, Half, true>(tile, tiles, sums);
   } else {
-    run_pipeline_avx512<R, V, Flip, false>(tile, tiles, sums);
+    run_pipeline_avx512<R, V, Flip, Half, false>(tile, tiles, sums);
   }
 }

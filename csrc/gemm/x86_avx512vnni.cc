@@ -91,93 +91,135 @@ struct Rows {
   int64_t pitch, offset, stride;
 };
 
-template <int R, int V>
-QK_INLINE void start_sums(const Panel& panel, __m512i (&acc)[R][V]) {
-#pragma GCC unroll 4
-  for (int j = 0; j < V; ++j) {
-    const __m512i init = _mm512_load_si512(panel.init + 16 * j);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) acc[i][j] = init;
-  }
+template <bool Flip>
+QK_INLINE __m512i flipped(__m512i a) {
+  return Flip ? _mm512_xor_si512(a, _mm512_set1_epi8(static_cast<char>(0x80))) : a;
 }
 
-// acc[i][j] += products of the bytes behind the last quad of the rows at `p`.
-template <int R, int V, bool Flip>
-QK_INLINE void multiply_tail(const Panel& panel, const uint8_t* const (&p)[R], const int8_t* b,
-                             __m512i (&acc)[R][V]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-    __m512i av =
-        panel.overlaps
-            ? broadcast4(p[i] + panel.depth - 4)
-            : _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(panel.tail, p[i] + 4 * panel.quads));
-    if (Flip) av = _mm512_xor_si512(av, _mm512_set1_epi8(static_cast<char>(0x80)));
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) dot(acc[i][j], av, _mm512_load_si512(b + 64 * j));
-  }
-}
+// The sums of R rows x V vectors of columns. `Half`: the last vector has 8 columns or fewer, and
+// one of sums holds those of two rows.
+template <int R, int V, bool Half>
+struct Sums {
+  static constexpr int kFull = Half ? V - 1 : V, kShared = Half ? (R + 1) / 2 : 0;
 
-// acc[i][j] = init[j] + sum over tap, k. `Flip`: A is int8.
-template <int R, int V, bool Flip>
-QK_INLINE void multiply(const Panel& panel, const Rows& rows, int64_t ahead, __m512i (&acc)[R][V]) {
-  constexpr int S = sums_in_flight(R * V);
-  const int64_t taps = panel.taps, quads = panel.quads;
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  const int8_t* b = panel.weights;
-  __m512i sum[S][R][V];
-  start_sums(panel, sum[0]);
+  inline __attribute__((always_inline)) void start(const int32_t* init) {
 #pragma GCC unroll 4
-  for (int s = 1; s < S; ++s) {
+    for (int j = 0; j < kFull; ++j) {
+      const __m512i v = _mm512_load_si512(init + 16 * j);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) full[i][j] = v;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kShared; ++i) shared[i] = load_half(init + 16 * kFull);
+  }
+  inline __attribute__((always_inline)) void clear() {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sum[s][i][j] = _mm512_setzero_si512();
+      for (int j = 0; j < kFull; ++j) full[i][j] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kShared; ++i) shared[i] = _mm512_setzero_si512();
+  }
+
+  // Adds the products of four values of each row, quads.load(i), with a quad of the panel.
+  template <bool Flip, typename Quads>
+  inline __attribute__((always_inline)) void add_quad(const int8_t* b, const Quads& quads) {
+    __m512i bv[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < kFull; ++j) bv[j] = _mm512_load_si512(b + 64 * j);
+    if (Half) bv[V - 1] = load_half(b + 64 * kFull);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      __m512i av = flipped<Flip>(quads.load(i));
+#pragma GCC unroll 4
+      for (int j = 0; j < kFull; ++j) dot(full[i][j], av, bv[j]);
+      if (!Half || i % 2 == 1) continue;
+      // The row that shares the vector is loaded again: kept, it would make gcc spill a sum.
+      if (i + 1 < R) {
+        av = _mm512_mask_mov_epi32(av, 0xff00, flipped<Flip>(quads.load(i + 1)));
+      }
+      dot(shared[i / 2], av, bv[V - 1]);
     }
   }
+
+  inline __attribute__((always_inline)) void add(const Sums& other) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kFull; ++j) full[i][j] = _mm512_add_epi32(full[i][j], other.full[i][j]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kShared; ++i) shared[i] = _mm512_add_epi32(shared[i], other.shared[i]);
+  }
+
+  // What lies behind the columns of a shared vector is of another row.
+  inline __attribute__((always_inline)) __m512i vector(int i, int j) const {
+    if (j < kFull) return full[i][j];
+    const __m512i both = shared[Half ? i / 2 : 0];
+    return i % 2 == 0 ? both : _mm512_shuffle_i64x2(both, both, 0x4e);
+  }
+
+  QK_INLINE __m512i load_half(const void* p) {
+    return _mm512_broadcast_i64x4(_mm256_load_si256(static_cast<const __m256i*>(p)));
+  }
+
+  __m512i full[R][kFull > 0 ? kFull : 1], shared[Half ? kShared : 1];
+};
+
+// Four values of each row, from `offset` on.
+template <int R>
+struct Quads {
+  inline __attribute__((always_inline)) __m512i load(int i) const {
+    return broadcast4(p[i] + offset);
+  }
+  const uint8_t* const (&p)[R];
+  int64_t offset;
+};
+
+// The values behind the last quad of each row.
+template <int R>
+struct Tails {
+  inline __attribute__((always_inline)) __m512i load(int i) const {
+    if (panel.overlaps) return broadcast4(p[i] + panel.depth - 4);
+    return _mm512_broadcastd_epi32(_mm_maskz_loadu_epi8(panel.tail, p[i] + 4 * panel.quads));
+  }
+  const uint8_t* const (&p)[R];
+  const Panel& panel;
+};
+
+// sums = init + sum over tap, k. `Flip`: A is int8.
+template <int R, int V, bool Flip, bool Half>
+QK_INLINE void multiply(const Panel& panel, const Rows& rows, int64_t ahead,
+                        Sums<R, V, Half>& sums) {
+  constexpr int S = sums_in_flight(Half ? R * (V - 1) + R / 2 : R * V);
+  const int64_t taps = panel.taps, quads = panel.quads;
+  const int8_t* b = panel.weights;
+  Sums<R, V, Half> more[S];  // the first is not used
+  sums.start(panel.init);
+#pragma GCC unroll 4
+  for (int s = 1; s < S; ++s) more[s].clear();
   for (int64_t tap = 0; tap < taps; ++tap) {
     const uint8_t* p[R];
     rows.find(tap, p);
     int64_t k = 0;
     for (; k + S <= quads; k += S) {
       if (R >= kLeastPrefetchRows) _mm_prefetch(b + ahead, _MM_HINT_T1);
+      sums.template add_quad<Flip>(b, Quads<R>{p, 4 * k});
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) {
-        __m512i bv[V];
-#pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) bv[j] = _mm512_load_si512(b + 64 * (s * V + j));
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-          __m512i av = broadcast4(p[i] + 4 * (k + s));
-          if (Flip) av = _mm512_xor_si512(av, flip);
-#pragma GCC unroll 4
-          for (int j = 0; j < V; ++j) dot(sum[s][i][j], av, bv[j]);
-        }
+      for (int s = 1; s < S; ++s) {
+        more[s].template add_quad<Flip>(b + 64 * V * s, Quads<R>{p, 4 * (k + s)});
       }
       b += 64 * S * V;
     }
-    for (; k < quads; ++k, b += 64 * V) {
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        __m512i av = broadcast4(p[i] + 4 * k);
-        if (Flip) av = _mm512_xor_si512(av, flip);
-#pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) dot(sum[0][i][j], av, _mm512_load_si512(b + 64 * j));
-      }
-    }
+    for (; k < quads; ++k, b += 64 * V) sums.template add_quad<Flip>(b, Quads<R>{p, 4 * k});
     if (panel.tail != 0) {
-      multiply_tail<R, V, Flip>(panel, p, b, sum[0]);
+      sums.template add_quad<Flip>(b, Tails<R>{p, panel});
       b += 64 * V;
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      acc[i][j] = sum[0][i][j];
-#pragma GCC unroll 4
-      for (int s = 1; s < S; ++s) acc[i][j] = _mm512_add_epi32(acc[i][j], sum[s][i][j]);
-    }
-  }
+  for (int s = 1; s < S; ++s) sums.add(more[s]);
 }
 
 // Keeps gcc from moving the instruction that made `v` down to its use.
@@ -295,15 +337,21 @@ QK_INLINE void store_any(const IgemmTile& tile, const __m512i (&acc)[R][V]) {
 }
 
 // `tiles` tiles of R rows, one below the other.
-template <int R, int V, bool Flip>
+template <int R, int V, bool Flip, bool Half>
 __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) {
   const Panel panel(tile);
   const Packing packing(tile.matrix->header->epilogue);
   Rows rows(tile);
   uint8_t* const* out = tile.out;
   for (int64_t left = tiles; left > 0; --left) {
+    Sums<R, V, Half> sums;
+    multiply<R, V, Flip, Half>(panel, rows, tile.ahead, sums);
     __m512i acc[R][V];
-    multiply<R, V, Flip>(panel, rows, tile.ahead, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) acc[i][j] = sums.vector(i, j);
+    }
     if (panel.bytes) {
       store_bytes<R, V>(panel, packing, out, acc);
     } else {
@@ -319,12 +367,23 @@ __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) 
 
 #include "csrc/gemm/x86_avx512_pipeline.h"
 
+// Two of the widths, those of many networks' narrow layers (24 and 40 columns).
+constexpr bool shares_vectors(int vectors) { return vectors == 2 || vectors == 3; }
+
+template <int R, int V, bool Flip, bool Half>
+QK_INLINE void run_half(bool pipelined, int64_t tiles, IgemmTile& tile) {
+  if constexpr (fits_pipeline(R, V)) {
+    if (pipelined && tiles > 1) return run_pipeline<R, V, Flip, Half>(tile, tiles);
+  }
+  run_tiles_avx512<R, V, Flip, Half>(tile, tiles);
+}
+
 template <int R, int V, bool Flip>
 QK_INLINE void run_height(bool pipelined, int64_t tiles, IgemmTile& tile) {
-  if constexpr (fits_pipeline(R, V)) {
-    if (pipelined && tiles > 1) return run_pipeline<R, V, Flip>(tile, tiles);
+  if constexpr (shares_vectors(V) && R > 1) {
+    if (tile.columns <= 16 * V - 8) return run_half<R, V, Flip, true>(pipelined, tiles, tile);
   }
-  run_tiles_avx512<R, V, Flip>(tile, tiles);
+  run_half<R, V, Flip, false>(pipelined, tiles, tile);
 }
 
 template <int V, bool Flip>
