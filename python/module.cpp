@@ -69,7 +69,7 @@ KernelLists list_kernels() {
 #define QK_DEPTHWISE_KERNEL(need, isa, name) \
   lists["conv_depthwise"].emplace_back(#name, has_features(active, need));
 #define QK_WINOGRAD_KERNEL(need, isa, name) \
-  lists["conv_winograd"].emplace_back(#name, has_features(active, need));
+  lists["conv_winograd"].emplace_back(#name, isa == isa_active());
 #include "csrc/conv/kernels.inc"
 #undef QK_DEPTHWISE_KERNEL
 #undef QK_WINOGRAD_KERNEL

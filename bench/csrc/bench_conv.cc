@@ -1,5 +1,6 @@
 // Convolutions of bench/shapes/conv.txt on one thread, as fractions of the dot-product peak that
-// the bench measures itself. Usage: bench_conv [shapes.txt [part of a name [residual]]]; with
+// the bench measures itself (more than 1 where there are fewer products: csrc/conv/winograd.h).
+// Usage: bench_conv [shapes.txt [part of a name [residual]]]; with
 // `residual` each adds another image to its output.
 #include <cstdio>
 #include <cstdlib>
@@ -77,7 +78,7 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, bool
   const double ns = best_ns(1e8, [&] { conv(args, kSerial); });
   const double macs = static_cast<double>(outputs * s.in_per_group() * s.kernel_size());
   std::printf("%-28s %9.1f us  %7.1f MAC/ns  %5.3f of peak\n", name.c_str(), ns / 1e3, macs / ns,
-              macs / ns / peak(isa, false));
+              macs / ns / peak(isa));
   std::free(args.workspace);
   std::free(packed);
 }
@@ -86,7 +87,7 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, bool
 
 int main(int argc, char** argv) {
   const Isa isa = isa_active();
-  std::printf("isa %s, peak %.1f MAC/ns\n", isa_name(isa), peak(isa, false));
+  std::printf("isa %s, peak %.1f MAC/ns\n", isa_name(isa), peak(isa));
   std::ifstream file(argc > 1 ? argv[1] : "bench/shapes/conv.txt");
   for (std::string line; std::getline(file, line);) {
     std::istringstream words(line);

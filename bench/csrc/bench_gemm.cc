@@ -33,8 +33,7 @@ uint8_t* aligned(std::vector<uint8_t>& owner, int64_t bytes) {
   return owner.data() + (64 - reinterpret_cast<uintptr_t>(owner.data()) % 64) % 64;
 }
 
-// `spread`: weights are in [-spread, spread]; up to 64 they are safe for vpmaddubsw.
-void bench(const Shape& shape, Isa isa, bool input_signed, int spread) {
+void bench(const Shape& shape, Isa isa, bool input_signed) {
   std::vector<int8_t> weight(static_cast<size_t>(shape.n * shape.k));
   std::vector<uint8_t> owner, a_owner, out_owner;
   uint8_t* a = aligned(a_owner, shape.m * shape.k);
@@ -42,7 +41,7 @@ void bench(const Shape& shape, Isa isa, bool input_signed, int spread) {
   uint32_t state = 1;
   const auto next = [&state] { return (state = state * 1664525u + 1013904223u) >> 16; };
   for (int8_t& w : weight) {
-    w = static_cast<int8_t>(static_cast<int>(next() % (2 * spread + 1)) - spread);
+    w = static_cast<int8_t>(static_cast<int>(next() % 255) - 127);
   }
   for (int64_t i = 0; i < shape.m * shape.k; ++i) a[i] = static_cast<uint8_t>(next());
   const float scale = 0.01f;
@@ -76,17 +75,16 @@ void bench(const Shape& shape, Isa isa, bool input_signed, int spread) {
   double best = 1e18, limit = 0;
   for (int round = 0; round < 10; ++round) {  // in turns: the clock of a busy machine drifts
     const double time = fastest_ns([&] { linear(args, kSerial); }, runs);
-    const double rate = peak(isa, spread <= 64);
+    const double rate = peak(isa);
     if (time < best) best = time;
     if (rate > limit) limit = rate;
   }
   std::printf(
-      "%-10s %s %-6s M=%-5lld K=%-5lld N=%-5lld %9.2f us %7.1f GMAC/s  %.3f of peak %6.1f  weights "
+      "%-10s %s M=%-5lld K=%-5lld N=%-5lld %9.2f us %7.1f GMAC/s  %.3f of peak %6.1f  weights "
       "%5.1f GB/s\n",
-      isa_name(isa), input_signed ? "s8" : "u8", spread <= 64 ? "narrow" : "full",
-      static_cast<long long>(shape.m), static_cast<long long>(shape.k),
-      static_cast<long long>(shape.n), best / 1e3, macs / best, macs / best / limit, limit,
-      static_cast<double>(shape.k * shape.n) / best);
+      isa_name(isa), input_signed ? "s8" : "u8", static_cast<long long>(shape.m),
+      static_cast<long long>(shape.k), static_cast<long long>(shape.n), best / 1e3, macs / best,
+      macs / best / limit, limit, static_cast<double>(shape.k * shape.n) / best);
 }
 
 }  // namespace
@@ -99,16 +97,11 @@ int main(int argc, char** argv) {
     if (isa_active() != isa) continue;
     if (argc > 4) {
       const Shape shape{std::atoll(argv[2]), std::atoll(argv[3]), std::atoll(argv[4])};
-      for (const bool input_signed : {false, true}) {
-        for (const int spread : {127, 64}) bench(shape, isa, input_signed, spread);
-      }
+      for (const bool input_signed : {false, true}) bench(shape, isa, input_signed);
       continue;
     }
-    for (const Shape& shape : kShapes) {
-      bench(shape, isa, false, 127);
-      if (isa == Isa::kAvx2) bench(shape, isa, false, 64);
-    }
-    for (const Shape& shape : {kShapes[0], kShapes[5], kShapes[10]}) bench(shape, isa, true, 127);
+    for (const Shape& shape : kShapes) bench(shape, isa, false);
+    for (const Shape& shape : {kShapes[0], kShapes[5], kShapes[10]}) bench(shape, isa, true);
   }
   return 0;
 }

@@ -23,10 +23,6 @@ double now_ns() {
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define ZMM_DOT(n) "vpdpbusd %%zmm12, %%zmm12, %%zmm" #n "\n\t"
 #define YMM_DOT(n) "%{vex%} vpdpbusd %%ymm12, %%ymm12, %%ymm" #n "\n\t"
-#define YMM_MADDUBS(n)                       \
-  "vpmaddubsw %%ymm12, %%ymm12, %%ymm13\n\t" \
-  "vpmaddwd %%ymm12, %%ymm13, %%ymm13\n\t"   \
-  "vpaddd %%ymm13, %%ymm" #n ", %%ymm" #n "\n\t"
 #define YMM_MADD(n)                        \
   "vpmaddwd %%ymm12, %%ymm12, %%ymm13\n\t" \
   "vpaddd %%ymm13, %%ymm" #n ", %%ymm" #n "\n\t"
@@ -46,7 +42,6 @@ constexpr int kLoops = 2000;
 
 void zmm_dots() { PEAK_LOOP(ZMM_DOT); }
 void ymm_dots() { PEAK_LOOP(YMM_DOT); }
-void ymm_maddubs() { PEAK_LOOP(YMM_MADDUBS); }
 void ymm_madds() { PEAK_LOOP(YMM_MADD); }
 
 void tile_dots() {
@@ -75,7 +70,7 @@ double fastest_ns(const F& f, int runs) {
 }
 
 // Multiply-adds a nanosecond.
-double peak(Isa isa, bool safe) {
+double peak(Isa isa) {
   switch (isa) {
     case Isa::kAmx:
       return kLoops * 4.0 * 16 * 16 * 64 / fastest_ns(tile_dots, 5);
@@ -84,8 +79,7 @@ double peak(Isa isa, bool safe) {
     case Isa::kAvxVnni:
       return kLoops * 12.0 * 32 / fastest_ns(ymm_dots, 5);
     case Isa::kAvx2:
-      return safe ? kLoops * 12.0 * 32 / fastest_ns(ymm_maddubs, 5)
-                  : kLoops * 12.0 * 16 / fastest_ns(ymm_madds, 5);
+      return kLoops * 12.0 * 16 / fastest_ns(ymm_madds, 5);
     case Isa::kScalar:
       break;
   }

@@ -15,7 +15,7 @@ inline constexpr const char* kIsaNames = "scalar, avx2, avxvnni, avx512vnni, amx
 
 // Multiply-adds of one thread, for estimates of work.
 constexpr int64_t macs_per_ns(Isa isa) {
-  constexpr int64_t kRates[kIsaCount] = {1, 64, 192, 384, 1024};
+  constexpr int64_t kRates[kIsaCount] = {1, 80, 192, 384, 1024};
   return kRates[static_cast<int>(isa)];
 }
 

@@ -16,21 +16,21 @@ bool conv_reads_slices(const PackedConvHeader& packed) {
   return pointwise;
 }
 
-int64_t conv_weight_bytes(const ConvArgs& args) {
+int64_t conv_weight_bytes(const ConvArgs& args, int64_t threads) {
   const PackedConvHeader& packed = *args.packed;
-  return uses_winograd(args) ? packed.bytes - packed.winograd_offset : packed.parts_end();
+  return uses_winograd(args, threads) ? packed.bytes - packed.winograd_offset : packed.parts_end();
 }
 
-NextWeights conv_first_weights(const ConvArgs& args) {
+NextWeights conv_first_weights(const ConvArgs& args, int64_t threads) {
   if (args.packed->kind != ConvKind::kIgemm) return {};
-  return uses_winograd(args) ? winograd_first_weights(args)
-                             : first_weights(conv_part(*args.packed, 0));
+  return uses_winograd(args, threads) ? winograd_first_weights(args)
+                                      : first_weights(conv_part(*args.packed, 0));
 }
 
 int64_t conv_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
   if (args.packed->kind == ConvKind::kDepthwise) return depthwise_workspace_bytes(args, parallel);
-  return uses_winograd(args) ? winograd_workspace_bytes(args, parallel)
-                             : implicit_gemm_workspace_bytes(args, parallel);
+  return uses_winograd(args, parallel.threads) ? winograd_workspace_bytes(args, parallel)
+                                               : implicit_gemm_workspace_bytes(args, parallel);
 }
 
 void conv(const ConvArgs& args, const Parallel& parallel) {
@@ -38,7 +38,7 @@ void conv(const ConvArgs& args, const Parallel& parallel) {
   if (args.packed->has_fill) fill_outputs(args, parallel);
   if (args.packed->kind == ConvKind::kDepthwise) {
     depthwise(args, parallel);
-  } else if (uses_winograd(args)) {
+  } else if (uses_winograd(args, parallel.threads)) {
     winograd(args, parallel);
   } else {
     implicit_gemm(args, parallel);

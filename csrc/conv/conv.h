@@ -16,7 +16,7 @@
 //   that overhang the image are copied); one pointer for each tap where it is not (dilation,
 //   groups). A 1x1 convolution is the GEMM itself. Depthwise convolutions have their own kernels
 //   (depthwise.h). Narrow groups are merged until they fill a vector of outputs. 3x3 convolutions
-//   have a second way with fewer products (winograd.h).
+//   of stride 1 have a second way with fewer products (winograd.h).
 #pragma once
 
 #include "csrc/base/parallel.h"
@@ -27,7 +27,7 @@
 namespace qk {
 
 inline constexpr uint64_t kPackedConvMagic = 0x564e4f43'4b51ull;  // "QKCONV"
-inline constexpr uint32_t kPackedConvVersion = 1;
+inline constexpr uint32_t kPackedConvVersion = 2;
 
 enum class ConvKind : int32_t { kIgemm = 0, kDepthwise = 1 };
 
@@ -68,7 +68,8 @@ struct ConvSource {
   bool keeps = true;
 };
 
-// The header is written at dst (64-byte aligned, packed_conv_bytes long).
+// Reads the weights: some have a second form. The header is written at dst (64-byte aligned,
+// packed_conv_bytes long).
 int64_t packed_conv_bytes(const ConvSource& source, Isa isa);
 Status pack_conv(const ConvSource& source, Isa isa, void* dst);
 // Checks magic, version, isa against the active one, sizes and every part.
@@ -99,9 +100,9 @@ struct ConvArgs {
 // Whether `out` may be the residual itself: each of its bytes is read before the output is stored.
 bool conv_adds_in_place(const PackedConvHeader& packed);
 
-// What a convolution reads of its weights, in bytes, and what it reads first.
-int64_t conv_weight_bytes(const ConvArgs& args);
-NextWeights conv_first_weights(const ConvArgs& args);
+// What a convolution reads of its weights on so many threads, in bytes, and what it reads first.
+int64_t conv_weight_bytes(const ConvArgs& args, int64_t threads);
+NextWeights conv_first_weights(const ConvArgs& args, int64_t threads);
 // Whether the input may be a slice of the channels of a wider tensor, and the output.
 bool conv_reads_slices(const PackedConvHeader& packed);
 inline bool conv_writes_slices(const PackedConvHeader& packed) {

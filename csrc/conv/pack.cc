@@ -127,7 +127,8 @@ PackedConvHeader plan_header(const ConvSource& source, Isa isa) {
 }
 
 // Lays out, and with a destination also writes, header and parts; bytes is the total.
-Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes) {
+Status layout(const ConvSource& original, Isa isa, bool has_transformed, uint8_t* dst,
+              int64_t* bytes) {
   PackedConvHeader h = plan_header(original, isa);
   ConvSource source = original;
   if (h.kind == ConvKind::kDepthwise) source.shape = depthwise_shape(original.shape);
@@ -169,7 +170,7 @@ Status layout(const ConvSource& original, Isa isa, uint8_t* dst, int64_t* bytes)
       if (status != Status::kOk) return status;
     }
   }
-  if (has_winograd(original, isa)) {
+  if (has_transformed) {
     if (dst) pack_winograd(original, isa, reinterpret_cast<int16_t*>(dst + at));
     h.winograd_offset = at;
     at += align_up(packed_winograd_bytes(s, isa), kPackedAlign);
@@ -192,6 +193,10 @@ Status check_part(const PackedConvHeader& h, int64_t part, const uint8_t* bytes,
   const Status status = view_packed(bytes, size, &matrix);
   if (status != Status::kOk) return status;
   const PackedHeader& m = *matrix.header;
+  if (m.epilogue.output != h.epilogue.output || m.epilogue.has_table != h.epilogue.has_table ||
+      m.epilogue.has_residual != h.epilogue.has_residual || m.input_signed != h.input_signed) {
+    return Status::kBadShape;
+  }
   if (is_fill) {
     return m.n == h.shape.out_channels && m.taps == 1 && m.depth == kFillDepth ? Status::kOk
                                                                                : Status::kBadShape;
@@ -216,15 +221,17 @@ bool fits_winograd(const PackedConvHeader& h) {
 
 int64_t packed_conv_bytes(const ConvSource& source, Isa isa) {
   int64_t bytes = 0;
-  layout(source, isa, nullptr, &bytes);
+  layout(source, isa, has_winograd(source, isa), nullptr, &bytes);
   return bytes;
 }
 
 Status pack_conv(const ConvSource& source, Isa isa, void* dst) {
+  const bool has_transformed = has_winograd(source, isa);
+  int64_t bytes = 0;
+  layout(source, isa, has_transformed, nullptr, &bytes);
   // Gaps between parts are zero: equal arguments give equal bytes.
-  int64_t bytes = packed_conv_bytes(source, isa);
   std::memset(dst, 0, static_cast<size_t>(bytes));
-  return layout(source, isa, static_cast<uint8_t*>(dst), &bytes);
+  return layout(source, isa, has_transformed, static_cast<uint8_t*>(dst), &bytes);
 }
 
 Status view_packed_conv(const void* bytes, int64_t size, const PackedConvHeader** header) {

@@ -3,8 +3,7 @@
 
 #include <cstring>
 
-#include "csrc/base/integers.h"
-#include "csrc/conv/implicit_gemm.h"
+#include "csrc/conv/blocks.h"
 
 namespace qk {
 
@@ -36,7 +35,7 @@ struct Cost {
 constexpr Cost cost_of(Isa isa) {
   switch (isa) {
     case Isa::kAvx2:
-      return {8, 5, 2, 460, 310};
+      return {8, 4, 2, 460, 310};
     case Isa::kAvxVnni:
       return {8, 1, 1, 240, 180};
     default:
@@ -44,22 +43,26 @@ constexpr Cost cost_of(Isa isa) {
   }
 }
 
-// The tiles of one call.
+// The tiles of one call, and how threads share them out: by tiles as far as each has enough of them
+// for one reading of the weights, then by panels, for each of which pixels are transformed again.
 struct Tiling {
   int64_t across, down, count;
   int64_t block = 0, blocks = 0;  // tiles in a block
-  int64_t parts = 0;              // shares of the threads
+  int64_t row_parts = 1, column_parts = 1;
 
   Tiling(const ConvArgs& args, int64_t threads)
       : across(ceil_div(args.extent.out[2], kWinogradTile)),
         down(ceil_div(args.extent.out[1], kWinogradTile)),
         count(args.extent.batch * across * down) {
     if (count == 0) return;
-    parts = threads < count ? threads : count;
-    const int64_t share = ceil_div(count, parts);
+    const int64_t panels = panel_count(args.packed->shape.out_channels, args.packed->isa);
+    row_parts = clamp(count / kMinFarTiles, 1, threads);
+    column_parts = clamp(threads / row_parts, 1, panels);
+    const int64_t share = ceil_div(count, row_parts);
     block = ceil_div(share, ceil_div(share, kMaxTiles));
     blocks = ceil_div(count, block);
   }
+  int64_t parts() const { return row_parts * column_parts; }
 };
 
 // The workspace: padding, then for each share of the threads what a WinogradBlock points at.
@@ -138,10 +141,10 @@ class Tiles {
 
 }  // namespace
 
-bool uses_winograd(const ConvArgs& args) {
+bool uses_winograd(const ConvArgs& args, int64_t threads) {
   if (args.packed->winograd_offset == 0 || args.dequantized.scale != nullptr) return false;
   const ConvShape& shape = args.packed->shape;
-  const Tiling tiling(args, 1);
+  const Tiling tiling(args, threads);
   const int64_t bytes = packed_winograd_bytes(shape, args.packed->isa);
   if (tiling.count < (bytes > l2_cache_bytes() ? kMinFarTiles : kMinTiles)) return false;
   // A tile that hangs over the image costs as much as any.
@@ -150,7 +153,8 @@ bool uses_winograd(const ConvArgs& args) {
   const int64_t products = cost.pair * kWinogradPoints * in / 2;
   const int64_t pixels = cost.pixels * in * cost.lanes / (16 * out);
   const int64_t direct = cost.quad * 9 * in / 4 * args.extent.batch * args.extent.out_pixels();
-  return 10 * tiling.count * (products + cost.output + pixels) < 9 * direct;
+  const int64_t ours = tiling.count * (products + cost.output + pixels) * threads / tiling.parts();
+  return 10 * ours < 9 * direct;
 }
 
 NextWeights winograd_first_weights(const ConvArgs& args) {
@@ -163,7 +167,7 @@ NextWeights winograd_first_weights(const ConvArgs& args) {
 int64_t winograd_workspace_bytes(const ConvArgs& args, const Parallel& parallel) {
   const Tiling tiling(args, parallel.threads);
   const Room room(args, tiling);
-  return room.padding + tiling.parts * room.share();
+  return room.padding + tiling.parts() * room.share();
 }
 
 void winograd(const ConvArgs& args, const Parallel& parallel) {
@@ -182,13 +186,13 @@ void winograd(const ConvArgs& args, const Parallel& parallel) {
   block.weights = reinterpret_cast<const int16_t*>(reinterpret_cast<const uint8_t*>(&packed) +
                                                    packed.winograd_offset);
   block.channels = shape.in_channels;
-  block.panel_end = panel_count(shape.out_channels, packed.isa);
+  const int64_t panels = panel_count(shape.out_channels, packed.isa);
   block.out_pixel_stride = out_stride(args) * element;
   block.out_row_stride = args.extent.out[2] * block.out_pixel_stride;
   block.residual_pixel_stride = shape.out_channels;
   block.residual_row_stride = args.extent.out[2] * shape.out_channels;
   block.residual_signed = args.residual_signed;
-  block.lookup = packed.epilogue.has_table ? select_lookup_kernel() : nullptr;
+  block.lookup = block.matrix.header->epilogue.has_table ? select_lookup_kernel() : nullptr;
   block.point_stride = Room::point_stride(args, tiling);
 
   const int64_t macs = tiling.count * kWinogradPoints * shape.in_channels * shape.out_channels;
@@ -202,19 +206,22 @@ void winograd(const ConvArgs& args, const Parallel& parallel) {
     b.transformed = reinterpret_cast<int16_t*>(at += room.tiles);
     b.sums = reinterpret_cast<int32_t*>(at += room.transformed);
     b.scratch = reinterpret_cast<int16_t*>(at + room.sums);
-    const int64_t end = tiling.blocks * (part + 1) / tiling.parts;
-    for (int64_t i = tiling.blocks * part / tiling.parts; i < end; ++i) {
+    const int64_t row = part / tiling.column_parts, column = part % tiling.column_parts;
+    b.panel_begin = panels * column / tiling.column_parts;
+    b.panel_end = panels * (column + 1) / tiling.column_parts;
+    const int64_t end = tiling.blocks * (row + 1) / tiling.row_parts;
+    for (int64_t i = tiling.blocks * row / tiling.row_parts; i < end; ++i) {
       const int64_t first = i * tiling.block, left = tiling.count - first;
       b.count = left < tiling.block ? left : tiling.block;
       for (int64_t t = 0; t < b.count; ++t) {
         tiles.find_pixels(first + t, pixels + t * kWinogradPoints);
         places[t] = tiles.tile(first + t);
       }
-      if (i + 1 == tiling.blocks) b.next = args.next;
+      if (i + 1 == tiling.blocks && column == 0) b.next = args.next;
       kernel(b);
     }
   };
-  parallel.for_each_range(tiling.parts, 2 * macs / macs_per_ns(packed.isa),
+  parallel.for_each_range(tiling.parts(), 2 * macs / macs_per_ns(packed.isa),
                           [&](int64_t begin, int64_t end) {
                             for (int64_t part = begin; part < end; ++part) run_part(part);
                           });

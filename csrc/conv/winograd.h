@@ -11,15 +11,16 @@
 //                               | 0  2 -1 -2 1 0 |            |  1 -2   4 |   other factor of 2)
 //                               \ 0  4  0 -5 0 1 /            \  0  0  12 /
 //
-// Layout: transformed pixels are int16 [36][tile][channels, rounded up to 32]; transformed weights
+// Layout: transformed pixels are int16 [36][tile][channels, rounded up to 32] (what lies behind the
+//   last channel meets no weight, or weights that are zero); transformed weights
 //   int16 [panel][36][pairs of channels][columns of the panel][2], the panels those of the GEMM
 //   (gemm/igemm.h); sums int32 [tile][36][columns of a full panel].
 // Memory: the weights are a part of the packed convolution; the workspace is the caller's.
-// Numbers: exact, so the same bits as the direct kernels. Pixels have at most 255 * 10 * 10 / 2,
-//   weights 144 * 128 (pack_winograd refuses more): both fit int16. Everything after that is
-//   arithmetic modulo 2^32, which gives 576 y; 576 = 9 * 64, 9 has an inverse and 64 is a shift, so
-//   y is exact if it fits 26 bits. That depends on the weights alone, and is checked when they are
-//   packed.
+// Numbers: exact, so the same bits as the direct kernels. Transformed pixels lie in [-12750, 17340]
+//   (68 * 255), transformed weights, less their zero point, in 144 * 227 = 32688 (has_winograd
+//   refuses more): both fit int16. Everything after that is arithmetic modulo 2^32, which gives
+//   576 y; 576 = 9 * 64, 9 has an inverse and 64 is a shift, so y is exact if it fits 26 bits. That
+//   depends on the weights alone, and is checked when they are packed.
 // Trick: there is no rounding anywhere. Dot products of 16 bits do half the products of those of 8
 //   in an instruction, but a quarter is left to do.
 // Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015
@@ -31,7 +32,7 @@
 namespace qk {
 
 inline constexpr int64_t kWinogradTile = 4, kWinogradWindow = 6, kWinogradPoints = 36;
-// Channels of a vector of transformed pixels; what is behind the last channel is zero.
+// Channels of a vector of transformed pixels.
 inline constexpr int64_t kWinogradLanes = 32;
 
 // A tile's place in the output: `height` x `width` of its pixels lie inside.
@@ -71,7 +72,8 @@ using WinogradKernel = void (*)(const WinogradBlock& block);
 // nullptr if the ISA has none.
 WinogradKernel select_winograd_kernel(Isa isa);
 
-// Whether the ISA has a kernel for the shape.
+// Whether the ISA has a kernel for the shape, and the direct way no better one of its own: that
+// reads some narrow inputs from a padded image, which may be floats.
 bool winograd_shape(const ConvShape& shape, Isa isa);
 // Whether transformed weights are kept beside the direct ones: the shape has them, they are worth
 // their bytes, and the sums fit.
@@ -80,11 +82,11 @@ int64_t packed_winograd_bytes(const ConvShape& shape, Isa isa);
 // dst is zero.
 void pack_winograd(const ConvSource& source, Isa isa, int16_t* dst);
 
-// Whether this call has transformed weights and is faster with them.
-bool uses_winograd(const ConvArgs& args);
+// Whether this call has transformed weights and is faster with them on so many threads.
+bool uses_winograd(const ConvArgs& args, int64_t threads);
 NextWeights winograd_first_weights(const ConvArgs& args);
 int64_t winograd_workspace_bytes(const ConvArgs& args, const Parallel& parallel);
-// Only with transformed weights, and not from floats or to dequantized codes.
+// Only with transformed weights, and not to dequantized codes.
 void winograd(const ConvArgs& args, const Parallel& parallel);
 
 }  // namespace qk

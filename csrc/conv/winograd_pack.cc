@@ -1,7 +1,8 @@
 // Transformed weights: when they are kept, and G w G'. See winograd.h.
-#include <cstdlib>
+#include <cstring>
 
 #include "csrc/base/integers.h"
+#include "csrc/conv/implicit_gemm.h"
 #include "csrc/conv/winograd.h"
 
 namespace qk {
@@ -11,6 +12,8 @@ namespace {
 constexpr int64_t kMaxBytes = 6 * 1024 * 1024;
 // With fewer channels the transforms cost more than the products they save.
 constexpr int64_t kMinChannels = 16;
+// Of a panel.
+constexpr int64_t kMaxColumns = 64;
 // What 576 y modulo 2^32 tells apart.
 constexpr int64_t kMaxSum = (int64_t{1} << 25) - 1;
 
@@ -23,7 +26,7 @@ int32_t zero_point_of(const ConvSource& source, int64_t out_channel) {
   return source.weight_zero_point[source.per_tensor ? 0 : out_channel];
 }
 
-// The weights of a pair of channels, and their transform.
+// The transformed weights of an input and an output channel.
 struct Kernel {
   int32_t point[kWinogradWindow][kWinogradWindow];
 
@@ -65,7 +68,8 @@ bool fits(const ConvSource& source, int64_t out_channel) {
 bool winograd_shape(const ConvShape& s, Isa isa) {
   return select_winograd_kernel(isa) != nullptr && s.spatial_dims == 2 && !s.transposed &&
          s.groups == 1 && s.kernel[0] == 1 && s.kernel[1] == 3 && s.kernel[2] == 3 &&
-         s.stride[1] == 1 && s.stride[2] == 1 && s.dilation[1] == 1 && s.dilation[2] == 1;
+         s.stride[1] == 1 && s.stride[2] == 1 && s.dilation[1] == 1 && s.dilation[2] == 1 &&
+         !gemm_plan(s, conv_phase(s, 0), 1, isa).padded_image;
 }
 
 bool has_winograd(const ConvSource& source, Isa isa) {
@@ -93,15 +97,21 @@ void pack_winograd(const ConvSource& source, Isa isa, int16_t* dst) {
     const int64_t left = s.out_channels - first;
     const int64_t columns = left < panel.columns ? left : panel.columns;
     const int64_t width = align_up(columns, panel.lanes);
-    for (int64_t o = 0; o < columns; ++o) {
-      const int8_t* w = source.weight + (first + o) * s.in_channels * 9;
-      const int32_t zero_point = zero_point_of(source, first + o);
-      for (int64_t c = 0; c < s.in_channels; ++c) {
-        const Kernel kernel(w + 9 * c, zero_point);
-        int16_t* to = dst + (c / 2 * width + o) * 2 + c % 2;
-        for (int p = 0; p < kWinogradPoints; ++p, to += pairs * width * 2) {
-          *to = static_cast<int16_t>(kernel.point[p / kWinogradWindow][p % kWinogradWindow]);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      int16_t rows[kWinogradPoints][2 * kMaxColumns] = {};
+      for (int64_t o = 0; o < columns; ++o) {
+        const int8_t* w = source.weight + (first + o) * s.in_channels * 9;
+        const int32_t zero_point = zero_point_of(source, first + o);
+        for (int64_t c = 2 * pair; c < s.in_channels && c < 2 * pair + 2; ++c) {
+          const Kernel kernel(w + 9 * c, zero_point);
+          for (int p = 0; p < kWinogradPoints; ++p) {
+            rows[p][2 * o + c % 2] =
+                static_cast<int16_t>(kernel.point[p / kWinogradWindow][p % kWinogradWindow]);
+          }
         }
+      }
+      for (int p = 0; p < kWinogradPoints; ++p) {
+        std::memcpy(dst + (p * pairs + pair) * width * 2, rows[p], static_cast<size_t>(width * 4));
       }
     }
     dst += kWinogradPoints * pairs * width * 2;

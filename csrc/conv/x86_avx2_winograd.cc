@@ -1,5 +1,5 @@
-// AVX2: the stages of winograd.h. Trick: sums of int16 products need none of the care that
-//   gemm/x86_avx2.cc takes of those of bytes, so a quarter of the products saves more here.
+// AVX2: the stages of winograd.h. Trick: the products of gemm/x86_avx2.cc are those of int16, too,
+//   so a quarter of them saves more here than where bytes have dot products of their own.
 #include <immintrin.h>
 
 #include "csrc/base/integers.h"

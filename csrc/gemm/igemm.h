@@ -8,8 +8,8 @@
 //   as whole vectors need), so that one dot-product instruction reads one vector of B and four
 //   broadcast bytes of A. AVX2 has dot products of int16 only: [N/nr][taps * depth / 2][nr][2].
 //   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
-//   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes. No byte past `depth` is
-//   read and no byte past column n is written.
+//   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes (AVX2 widens the rows of
+//   a block first). No byte past `depth` is read and no byte past column n is written.
 // Memory: the caller owns everything; packed bytes are 64-byte aligned.
 // Numbers: the same bits on every ISA. int8 activations are flipped to uint8 (xor 0x80, zero point
 //   + 128) inside the kernel. Activation zero points are in init[n]; weight zero points cost one
@@ -28,7 +28,7 @@
 namespace qk {
 
 inline constexpr uint64_t kPackedMagic = 0x4d4d454749'4b51ull;  // "QKIGEMM"
-inline constexpr uint32_t kPackedVersion = 1;
+inline constexpr uint32_t kPackedVersion = 2;
 inline constexpr int64_t kPackedAlign = 64;
 // The last tile of the last panel may be read to its end: 15 quads of 64 columns too far.
 inline constexpr int64_t kAmxTailBytes = 15 * 256;

@@ -83,13 +83,6 @@ struct PanelWriter {
     for (int64_t i = before; i < 4; ++i) moved.w[i] = q.w[i - before];
     return moved;
   }
-  // The columns beyond the last are 0 already, as all of the panel is.
-  void write_quad(int64_t tap, int64_t index, int8_t* dst) const {
-    for (int64_t c = 0; c < columns; ++c) {
-      const Quad q = index < source.depth / 4 ? quad(c, tap, index * 4) : tail(c, tap, index);
-      std::memcpy(dst + c * 4, &q, 4);
-    }
-  }
 };
 
 // A line of a row at a time, so that the rows' distance does not matter to the cache.
@@ -143,16 +136,20 @@ int64_t channel_sum(const PackSource& source, int64_t n) {
   return sum;
 }
 
-// The AVX2 layout: pairs of values, one tap after the other.
+// The AVX2 layout: pairs of values, one tap after the other. A line of a row at a time, as above.
 void write_pairs(const PanelWriter& panel, int64_t taps, int64_t depth, int8_t* dst) {
+  constexpr int64_t kLine = 64;
   const PackSource& source = panel.source;
-  for (int64_t c = 0; c < panel.columns; ++c) {
-    const int8_t* column = source.weight + (panel.first_column + c) * source.stride_n;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const int64_t at = tap * depth + k;
-        dst[(at / 2 * panel.width + c) * 2 + at % 2] =
-            column[tap * source.stride_tap + k * source.stride_k];
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t first = 0; first < depth; first += kLine) {
+      const int64_t end = depth - first < kLine ? depth : first + kLine;
+      for (int64_t c = 0; c < panel.columns; ++c) {
+        const int8_t* row =
+            source.weight + (panel.first_column + c) * source.stride_n + tap * source.stride_tap;
+        for (int64_t k = first; k < end; ++k) {
+          const int64_t at = tap * depth + k;
+          dst[(at / 2 * panel.width + c) * 2 + at % 2] = row[k * source.stride_k];
+        }
       }
     }
   }

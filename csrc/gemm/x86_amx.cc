@@ -286,7 +286,7 @@ class AmxRows {
         }
       }
       before.run(kPairRows);
-      wait_for_epilogue(panel, column, columns, vectors);
+      wait_for_epilogue(column, columns, vectors);
     }
   }
 
@@ -350,7 +350,7 @@ class AmxRows {
   }
 
   // The stored rows follow each other, from half to half.
-  void wait_for_epilogue(int64_t panel, int64_t column, int64_t columns, int64_t vectors) {
+  void wait_for_epilogue(int64_t column, int64_t columns, int64_t vectors) {
     Pending& now = pending_[next_];
     const int64_t first = halves_[0].first + halves_[0].skip;
     now.store = select_store(header_, vectors, args_.residual_signed);
@@ -362,7 +362,6 @@ class AmxRows {
       for (int64_t i = 0; i < stored_; ++i) now.row_sums[i] = row_sum(first + i);
     }
     now.tile = {.matrix = &args_.matrix,
-                .panel_index = panel,
                 .first_column = column,
                 .columns = columns,
                 .row_sums = now.row_sums,

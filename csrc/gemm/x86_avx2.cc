@@ -2,9 +2,9 @@
 //
 // Trick: vpmaddubsw, the dot product of bytes, saturates; vpmaddwd, that of int16, does not, and
 //   with the sum takes two instructions for two products a lane. The rows of a block are widened to
-//   int16 once for all columns, which also flips int8 and joins the taps; the weights stay bytes in
-//   memory and are widened as they are loaded, once for all rows of a tile. Sorting out the weights
-//   on which vpmaddubsw is exact is slower: of a trained layer only half are.
+//   int16 once for the panels that L2 holds, which also flips int8 and joins the taps; the weights
+//   stay bytes in memory and are widened as they are loaded, once for all rows of a tile. Sorting
+//   out the weights on which vpmaddubsw is exact is slower: of a trained layer only half are.
 #include <immintrin.h>
 
 #include "csrc/base/target.h"
@@ -129,13 +129,16 @@ struct Avx2Multiply {
   }
 };
 
+// A function for each: the stack of the larger is a quarter of a megabyte.
+template <bool Flip, int64_t kValues>
+__attribute__((noinline)) void run_blocks(const IgemmBlock& block) {
+  igemm_blocks<YmmTile<Avx2Multiply<Flip, kValues>, Isa::kAvx2>>(block);
+}
+
 template <bool Flip>
 QK_INLINE void run(const IgemmBlock& block) {
-  if (padded_depth(*block.args.matrix.header) <= kFewDepth) {
-    igemm_blocks<YmmTile<Avx2Multiply<Flip, kFewValues>, Isa::kAvx2>>(block);
-  } else {
-    igemm_blocks<YmmTile<Avx2Multiply<Flip, kManyValues>, Isa::kAvx2>>(block);
-  }
+  const bool few = padded_depth(*block.args.matrix.header) <= kFewDepth;
+  few ? run_blocks<Flip, kFewValues>(block) : run_blocks<Flip, kManyValues>(block);
 }
 
 }  // namespace

@@ -12,14 +12,13 @@ constexpr int64_t kMaxBlockRows = 96;
 constexpr int64_t kBlockBytes = 24 * 1024;
 
 struct IgemmTile {
-  // Tap t of row i is at rows[i * row_pitch + t] + first_offset + i * row_stride: row_pitch is
-  // `taps` and the others 0 where every row has its pointers; row_pitch is 0 where they share those
-  // of a run.
+  // Where Copy has left them: tap t of row i is at rows[i * row_pitch + t] + first_offset + i *
+  // row_stride: row_pitch is `taps` and the others 0 where every row has its pointers; row_pitch is
+  // 0 where they share those of a run.
   const uint8_t* const* rows = nullptr;
   int64_t row_pitch = 0, first_offset = 0, row_stride = 0;
   const PackedMatrix* matrix;
   const int8_t* panel = nullptr;
-  int64_t panel_index;
   int64_t first_column, columns;  // of this panel
   const uint32_t* row_sums;       // with weight zero points, else unset
   uint8_t* const* out;            // element (row, first_column)
@@ -155,21 +154,13 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
     for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
       const int64_t column = panel * shape.columns, rest = header.n - column;
       const int64_t columns = rest < shape.columns ? rest : shape.columns;
-      const IgemmTile tile{sources,
-                           row_pitch,
-                           first_offset,
-                           row_stride,
-                           &args.matrix,
-                           args.matrix.panels + panel * header.panel_bytes,
-                           panel,
-                           column,
-                           columns,
-                           row_sums,
-                           out,
-                           residual,
-                           args.residual_signed,
-                           block.lookup,
-                           ahead == 0 ? 0 : ahead + row / tile_rows % 4 * 64};
+      const IgemmTile tile{sources,      row_pitch,
+                           first_offset, row_stride,
+                           &args.matrix, args.matrix.panels + panel * header.panel_bytes,
+                           column,       columns,
+                           row_sums,     out,
+                           residual,     args.residual_signed,
+                           block.lookup, ahead == 0 ? 0 : ahead + row / tile_rows % 4 * 64};
       Kernel::tile(count, (columns + shape.lanes - 1) / shape.lanes, tile);
       if (panel + 1 == block.panel_end) break;
       for (int64_t i = 0; i < count; ++i) out[i] += shape.columns * element;

@@ -6,21 +6,6 @@
 //   acc[i][j] = init[j] + sum over tap, k,  a type Copy as the driver's, and
 //   static int64_t rows_held(const PackedHeader&), the most rows that Copy takes.
 
-QK_INLINE __m256i broadcast4(const uint8_t* p) {
-  int32_t bytes;
-  __builtin_memcpy(&bytes, p, 4);
-  return _mm256_set1_epi32(bytes);
-}
-
-// The last quad of a row of `depth` bytes, no multiple of 4; see overlaps_tail().
-QK_INLINE __m256i broadcast_tail(const uint8_t* row, int64_t depth) {
-  if (depth > 4) return broadcast4(row + depth - 4);
-  int32_t bytes = row[0];
-  if (depth > 1) bytes |= row[1] << 8;
-  if (depth > 2) bytes |= row[2] << 16;
-  return _mm256_set1_epi32(bytes);
-}
-
 // The 8-bit store without weight zero points, straight from the accumulators.
 template <int R, int V>
 QK_INLINE void store_bytes(const IgemmTile& tile, const __m256i (&acc)[R][V]) {

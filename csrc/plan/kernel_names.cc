@@ -13,10 +13,10 @@ const char* igemm_kernel_name(Isa isa) {
   return "";
 }
 
-const char* conv_kernel_name(const ConvArgs& args) {
+const char* conv_kernel_name(const ConvArgs& args, int64_t threads) {
   const Isa isa = args.packed->isa;
   const bool is_depthwise = args.packed->kind == ConvKind::kDepthwise;
-  const bool is_winograd = uses_winograd(args);
+  const bool is_winograd = uses_winograd(args, threads);
   if (!is_depthwise && !is_winograd) return igemm_kernel_name(isa);
   const Isa vectors = isa == Isa::kAmx ? Isa::kAvx512Vnni : isa;
 #define QK_DEPTHWISE_KERNEL(need, layout, name) \

@@ -9,7 +9,7 @@
 namespace qk::plan {
 
 const char* igemm_kernel_name(Isa isa);
-const char* conv_kernel_name(const ConvArgs& args);
+const char* conv_kernel_name(const ConvArgs& args, int64_t threads);
 const char* quantize_kernel_name(FloatType type);
 const char* dequantize_kernel_name(FloatType type);
 const char* lookup_kernel_name();

@@ -83,7 +83,8 @@ void Builder::lower_conv(const Step& step) {
   op.args.extent = extent_of(x, *out);
   op.args.out_pixel_stride = out->stride[out->rank() - 1];
   Cost cost{out->size.elements() * s.conv.in_per_group() * s.conv.kernel_size(),
-            conv_weight_bytes(op.args), conv_workspace_bytes(op.args, parallel_)};
+            conv_weight_bytes(op.args, parallel_.threads),
+            conv_workspace_bytes(op.args, parallel_)};
   if (s.conv.transposed) {
     cost.macs = x.size.elements() * s.conv.out_per_group() * s.conv.kernel_size();
   }
@@ -93,7 +94,7 @@ void Builder::lower_conv(const Step& step) {
   op.out = ref(*out);
   const std::string kind = kind_of("conv", quantize != nullptr, op.args.dequantized);
   const PackedConvHeader& header = *op.args.packed;
-  const char* kernel = conv_kernel_name(op.args);
+  const char* kernel = conv_kernel_name(op.args, parallel_.threads);
   op.workspace = {new_buffer(Home::kArena, cost.workspace), 0};
   if (s.has_residual) {
     const View residual = as_channels_last(input(step, 1));

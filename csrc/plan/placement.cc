@@ -52,7 +52,8 @@ class Placement {
       operation = part(operation, slicing.images, slicing);
       program_.info[i].images = slicing.images;
       if (const auto* conv = std::get_if<ConvOp>(&operation)) {
-        program_.info[i].kernel = conv_kernel_name(conv->args);
+        program_.info[i].kernel =
+            conv_kernel_name(conv->args, slicing.lanes > 1 ? 1 : parallel_.threads);
       }
     }
   }

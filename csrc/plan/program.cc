@@ -23,13 +23,14 @@ View unplaced(DType dtype, const Sizes& size) {
   return view;
 }
 
-// Tells every product which weights the one after it reads first.
-void announce_weights(std::vector<Operation>* operations) {
+// Tells every product which weights the one after it reads first: a hint, so that a slice of the
+// batch may take another way.
+void announce_weights(int64_t threads, std::vector<Operation>* operations) {
   NextWeights next;
   for (auto op = operations->rbegin(); op != operations->rend(); ++op) {
     if (auto* conv = std::get_if<ConvOp>(&*op)) {
       conv->args.next = next;
-      const NextWeights first = conv_first_weights(conv->args);
+      const NextWeights first = conv_first_weights(conv->args, threads);
       if (first.bytes > 0) next = first;
     } else if (auto* linear = std::get_if<LinearOp>(&*op)) {
       linear->args.next = next;
@@ -69,7 +70,7 @@ Error Builder::build(const std::vector<InputLayout>& inputs) {
   for (const OperationInfo& info : program_.info) {
     program_.work_ns += info.macs / kMacsPerNs + info.bytes / kBytesPerNs;
   }
-  announce_weights(&program_.operations);
+  announce_weights(parallel_.threads, &program_.operations);
   place(parallel_, batch, cache_, static_cast<int>(inputs.size()), &draft_, &program_);
   return {};
 }

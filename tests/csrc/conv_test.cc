@@ -18,6 +18,8 @@ struct Case {
   ConvShape shape;
   ConvExtent extent;
   bool input_signed, per_tensor, weight_zero_points, with_bias, extremes, residual_signed;
+  bool small_zero_points;  // of weights
+  bool lowest;             // weights of -128 on an input of 255
   int32_t input_zero_point;
   float input_scale, output_scale;
   Epilogue epilogue;
@@ -196,12 +198,17 @@ void check_case(Rng& rng, const Case& c) {
     for (uint8_t& byte : input) byte = a;
     for (int8_t& byte : weight) byte = static_cast<int8_t>(w);
   }
+  if (c.lowest) {
+    for (uint8_t& byte : input) byte = 255;
+    for (int8_t& byte : weight) byte = -128;
+  }
   std::vector<float> scale(s.out_channels), bias(s.out_channels);
   std::vector<int32_t> zero_point(s.out_channels);
   for (int64_t o = 0; o < s.out_channels; ++o) {
     scale[o] = rng.chance(0.5) ? 0.5f : rng.real(0.001f, 0.5f);
     bias[o] = rng.real(-3, 3);
-    zero_point[o] = static_cast<int32_t>(rng.integer(-128, 127));
+    const int64_t reach = c.small_zero_points ? 99 : 128;
+    zero_point[o] = static_cast<int32_t>(rng.integer(-reach, reach - 1));
   }
   ConvSource source = {s,
                        weight.data(),
@@ -322,7 +329,7 @@ bool random_winograd_case(Rng& rng, Case* c) {
       rng.chance(0.6)
           ? PaddingMode::kZeros
           : rng.pick({PaddingMode::kReflect, PaddingMode::kReplicate, PaddingMode::kCircular});
-  s.in_channels = rng.pick<int64_t>({15, 16, 17, 31, 32, 33, 64, 65});
+  s.in_channels = rng.pick<int64_t>({15, 16, 22, 23, 31, 32, 33, 64, 65});
   s.out_channels = rng.pick<int64_t>({15, 16, 17, 24, 33, 48, 64, 65, 111, 128});
   c->extent.batch = rng.integer(0, 3);
   for (int d = 1; d < kConvDims; ++d) {
@@ -333,6 +340,7 @@ bool random_winograd_case(Rng& rng, Case* c) {
     c->extent.out[d] = c->extent.in[d] + s.pad_lo[d] + s.pad_hi[d] - 2;
   }
   random_grids(rng, c);
+  c->small_zero_points = rng.chance(0.8);
   return check_conv_extent(s, c->extent) == Status::kOk;
 }
 
@@ -373,11 +381,12 @@ void check_map(Rng& rng, const Map& map, int64_t batch, int threads, bool plain)
 
 // Maps large enough for many blocks and strips, and for threads to be worth their fork.
 void large_maps() {
-  const Map maps[] = {{24, 40, 1, 3, 1, 1, 61, 67, 0},   {96, 96, 96, 3, 1, 1, 40, 150, 0},
-                      {80, 80, 80, 5, 2, 1, 60, 133, 0}, {64, 64, 16, 3, 1, 1, 50, 61, 0},
-                      {48, 100, 1, 1, 1, 1, 60, 60, 0},  {16, 160, 1, 3, 2, 2, 90, 91, 0},
-                      {32, 24, 1, 3, 2, 1, 33, 31, 1},   {48, 48, 48, 3, 2, 1, 41, 47, 1},
-                      {128, 128, 16, 3, 1, 1, 37, 29, 0}};
+  const Map maps[] = {{24, 40, 1, 3, 1, 1, 61, 67, 0},    {96, 96, 96, 3, 1, 1, 40, 150, 0},
+                      {80, 80, 80, 5, 2, 1, 60, 133, 0},  {64, 64, 16, 3, 1, 1, 50, 61, 0},
+                      {48, 100, 1, 1, 1, 1, 60, 60, 0},   {16, 160, 1, 3, 2, 2, 90, 91, 0},
+                      {32, 24, 1, 3, 2, 1, 33, 31, 1},    {48, 48, 48, 3, 2, 1, 41, 47, 1},
+                      {128, 128, 16, 3, 1, 1, 37, 29, 0}, {20, 64, 1, 3, 1, 1, 32, 32, 0},
+                      {256, 256, 1, 3, 1, 1, 14, 14, 0}};
   Rng rng(2);
   for (const Map& map : maps) {
     for (int threads : {2, 7}) check_map(rng, map, 2, threads, false);
@@ -392,19 +401,55 @@ void last_group_of_images() {
   }
 }
 
+// Sums of transformed weights that need 27 bits: such layers have none.
+void sums_of_26_bits_are_exact() {
+  for (const int64_t channels : {114, 115}) {
+    Rng rng(4);
+    Case c = {};
+    ConvShape& s = c.shape;
+    s.in_channels = channels;
+    s.out_channels = 16;
+    c.extent.batch = 2;
+    for (int d = 1; d < kConvDims; ++d) {
+      s.kernel[d] = 3;
+      c.extent.in[d] = 10;
+      c.extent.out[d] = 8;
+    }
+    c.input_scale = c.output_scale = 1;
+    c.threads = 1;
+    c.lowest = true;
+    c.epilogue.output = OutputType::kS32;
+    CONTEXT("sums: ", text(c));
+    check_case(rng, c);
+    const std::vector<int8_t> weight(static_cast<size_t>(16 * channels * 9), -128);
+    const float scale = 1;
+    ConvSource source = {};
+    source.shape = s;
+    source.weight = weight.data();
+    source.weight_scale = &scale;
+    source.per_tensor = true;
+    source.input_scale = source.output_scale = 1;
+    test::for_each_isa([&](Isa isa) {
+      if (select_winograd_kernel(isa) == nullptr) return;
+      CHECK_EQ(has_winograd(source, isa), channels == 114);
+    });
+  }
+}
+
 void damaged_headers_are_refused() {
-  const int8_t weight[2 * 3 * 3] = {};
-  const float scale[2] = {1, 1};
+  const std::vector<int8_t> weight(32 * 32 * 9, 1);
+  const std::vector<float> scale(32, 1.0f);
   ConvSource source = {};
   source.shape.in_channels = source.shape.out_channels = source.shape.groups = 2;
   source.shape.kernel[1] = source.shape.kernel[2] = 3;
-  source.weight = weight;
-  source.weight_scale = scale;
+  source.weight = weight.data();
+  source.weight_scale = scale.data();
   source.input_scale = source.output_scale = 1;
   const Isa isa = isa_active();
-  for (const int64_t groups : {2, 1}) {
-    source.shape.groups = groups;
-    source.shape.in_channels = groups;
+  for (const int64_t channels : {2, 1, 32}) {
+    source.shape.groups = channels == 2 ? 2 : 1;
+    source.shape.in_channels = channels;
+    source.shape.out_channels = channels == 32 ? 32 : 2;
     const int64_t bytes = packed_conv_bytes(source, isa);
     Guarded<uint8_t> packed((bytes + 63) / 64 * 64);
     const PackedConvHeader* header = nullptr;
@@ -426,6 +471,10 @@ void damaged_headers_are_refused() {
     h->groups_per_set = 0, refused();
     h->sets = 3, refused();
     h->parts = 1 << 20, refused();
+    h->winograd_offset += 64, refused();
+    h->winograd_offset = bytes, refused();
+    h->winograd_offset = -64, refused();
+    if (channels != 2) h->epilogue.output = OutputType::kF32, refused();  // the GEMM's own differs
     CHECK(view_packed_conv(packed.data(), bytes - 64, &header) != Status::kOk);
   }
 }
@@ -447,6 +496,7 @@ int main() {
   damaged_headers_are_refused();
   random_configurations(3000, random_case);
   random_configurations(300, random_winograd_case);
+  sums_of_26_bits_are_exact();
   large_maps();
   last_group_of_images();
   return 0;
