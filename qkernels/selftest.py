@@ -189,6 +189,14 @@ def _conv(g: torch.Generator) -> Pairs:
 
 
 @_check
+def _winograd(g: torch.Generator) -> Pairs:
+    """Large enough for tiles of 4x4 outputs on every instruction set that has them; some hang over the edge."""
+    for channels, out, size in ((64, 64, (16, 12)), (33, 40, (24, 23))):
+        x = _codes(g, 2, channels, *size)
+        yield _both(_conv_layer(g, channels, out, (3, 3), 1), _channels_last(x))
+
+
+@_check
 def _depthwise(g: torch.Generator) -> Pairs:
     for channels, multiplier, stride in ((32, 1, 1), (144, 1, 2), (17, 1, 1), (8, 3, 1)):
         x = _codes(g, 2, channels, 15, 13)

@@ -19,10 +19,11 @@ struct ScratchBytes {
   int64_t total() const { return pointers + 2 * offsets + windows + codes; }
 };
 
-ScratchBytes scratch_bytes(const ConvArgs& args, int64_t threads) {
+// `first`: the run of phase 0.
+ScratchBytes scratch_bytes(const ConvArgs& args, const PhaseRun& first, int64_t threads) {
   ScratchBytes bytes;
   for (int64_t p = 0; p < args.packed->phases; ++p) {
-    const PhaseRun run = phase_run(args, p, threads);
+    const PhaseRun run = p == 0 ? first : phase_run(args, p, threads);
     const int64_t block = run.block < run.pixels ? run.block : run.pixels;
     if (!run.direct) {
       const int64_t sharing = run.plan.even_rows ? run.count[2] : 1;
@@ -39,15 +40,15 @@ ScratchBytes scratch_bytes(const ConvArgs& args, int64_t threads) {
 }
 
 // Only an ordinary convolution pads its image, and it has one phase.
-PaddedImage image_of(const ConvArgs& args) {
-  return args.packed->shape.transposed ? PaddedImage{} : phase_run(args, 0, 1).image;
+PaddedImage image_of(const ConvArgs& args, const PhaseRun& first) {
+  return args.packed->shape.transposed ? PaddedImage{} : first.image;
 }
 
 // A row of the matrix that is all padding, at the start of the workspace: as long as a run of taps,
 // and as a pixel, because pointers to it move along with the groups; and as a padded row.
-int64_t padding_bytes(const ConvArgs& args) {
+int64_t padding_bytes(const ConvArgs& args, const PaddedImage& image) {
   const ConvShape& shape = args.packed->shape;
-  const int64_t run = most(shape.kernel[2] * shape.in_channels, image_of(args).row_bytes);
+  const int64_t run = most(shape.kernel[2] * shape.in_channels, image.row_bytes);
   return align_up(most(run, kFillBytes));
 }
 
@@ -125,16 +126,19 @@ void run_block(const ConvArgs& args, const PhaseRun& run, int64_t phase, int64_t
 void run_images(const ConvArgs& args, const Parallel& parallel) {
   const PackedConvHeader& packed = *args.packed;
   const ConvShape& shape = packed.shape;
+  const PhaseRun first = phase_run(args, 0, parallel.threads);
+  const PaddedImage padded_image = image_of(args, first);
+  const int64_t padding = padding_bytes(args, padded_image);
   auto* workspace = static_cast<uint8_t*>(args.workspace);
-  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding_bytes(args)));
-  uint8_t* image = workspace + padding_bytes(args);
-  uint8_t* scratches = image + image_of(args).bytes();
+  std::memset(workspace, packed.input_zero_point, static_cast<size_t>(padding));
+  uint8_t* image = workspace + padding;
+  uint8_t* scratches = image + padded_image.bytes();
   const Shared shared{workspace, image};
-  const ScratchBytes bytes = scratch_bytes(args, parallel.threads);
+  const ScratchBytes bytes = scratch_bytes(args, first, parallel.threads);
 
   const int64_t panels = panels_of_phase(packed);
   for (int64_t p = 0; p < packed.phases; ++p) {
-    const PhaseRun run = phase_run(args, p, parallel.threads);
+    const PhaseRun run = p == 0 ? first : phase_run(args, p, parallel.threads);
     if (run.pixels == 0) continue;
     const PaddedRows padded(args, run.image);
     const int64_t per_ns = args.floats.x != nullptr ? kQuantizedPerNs : kCopiedPerNs;
@@ -168,8 +172,10 @@ void run_images(const ConvArgs& args, const Parallel& parallel) {
 
 // The images that are padded together: they stay in L2 until they have been read.
 int64_t images_at_once(const ConvArgs& args) {
-  const int64_t batch = args.extent.batch, bytes = image_of(args).bytes();
-  if (bytes <= kImageBytes || batch < 2) return batch;
+  const int64_t batch = args.extent.batch;
+  if (batch < 2) return batch;
+  const int64_t bytes = image_of(args, phase_run(args, 0, 1)).bytes();
+  if (bytes <= kImageBytes) return batch;
   return clamp(kImageBytes / (bytes / batch), 1, batch);
 }
 
@@ -191,8 +197,10 @@ ConvArgs images(const ConvArgs& args, int64_t first, int64_t count) {
 }
 
 int64_t group_bytes(const ConvArgs& args, int64_t threads) {
-  return padding_bytes(args) + image_of(args).bytes() +
-         threads * scratch_bytes(args, threads).total();
+  const PhaseRun first = phase_run(args, 0, threads);
+  const PaddedImage image = image_of(args, first);
+  return padding_bytes(args, image) + image.bytes() +
+         threads * scratch_bytes(args, first, threads).total();
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 //   + 128) inside the kernel. Activation zero points are in init[n]; weight zero points cost one
 //   row sum.
 // Trick: a 6x64 register tile with the whole of K in registers, so no int32 buffer, no packing of
-//   A; B streams from L2.
+//   A (but on AVX2, which has no exact dot product of bytes); B streams from L2.
 #pragma once
 
 #include <cstdint>

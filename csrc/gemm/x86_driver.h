@@ -135,6 +135,11 @@ QK_INLINE void igemm_blocks(const IgemmBlock& block) {
       first_offset = in_run * row_stride;
     } else if (args.pointers != nullptr) {
       sources = args.pointers + row * header.taps;
+    } else if (Kernel::kIsa == Isa::kAvx512Vnni) {
+      sources = &args.a;
+      row_pitch = 0;
+      row_stride = args.a_row_stride;
+      first_offset = row * row_stride;
     } else {
       spread_rows(args.a, nullptr, args.a_row_stride, row, count, strided);
     }
