@@ -20,32 +20,21 @@ namespace {
 
 #include "csrc/gemm/x86_avx512_store.h"
 
-constexpr int kWindow = kWinogradWindow, kTile = kWinogradTile, kPoints = kWinogradPoints;
+#include "csrc/conv/x86_winograd_transforms.h"
 
-QK_INLINE __m512i times4(__m512i a) { return _mm512_slli_epi16(a, 2); }
+struct Words {
+  using V = __m512i;
+  QK_INLINE V add(V a, V b) { return _mm512_add_epi16(a, b); }
+  QK_INLINE V sub(V a, V b) { return _mm512_sub_epi16(a, b); }
+  QK_INLINE V shifted(V a, unsigned count) { return _mm512_slli_epi16(a, count); }
+};
 
-// v = B' x.
-QK_INLINE void transform_pixels(const __m512i (&x)[kWindow], __m512i (&v)[kWindow]) {
-  const __m512i a = _mm512_sub_epi16(x[4], times4(x[2])), b = _mm512_sub_epi16(x[3], times4(x[1]));
-  const __m512i c = _mm512_sub_epi16(x[4], x[2]), d = _mm512_sub_epi16(x[3], x[1]);
-  const __m512i twice = _mm512_add_epi16(d, d);
-  v[0] = _mm512_add_epi16(times4(_mm512_sub_epi16(x[0], x[2])), c);
-  v[1] = _mm512_add_epi16(a, b);
-  v[2] = _mm512_sub_epi16(a, b);
-  v[3] = _mm512_add_epi16(c, twice);
-  v[4] = _mm512_sub_epi16(c, twice);
-  v[5] = _mm512_sub_epi16(_mm512_sub_epi16(x[5], x[3]), times4(d));
-}
-
-// y = A' m.
-QK_INLINE void transform_sums(const __m512i (&m)[kWindow], __m512i (&y)[kTile]) {
-  const __m512i s = _mm512_add_epi32(m[1], m[2]), d = _mm512_sub_epi32(m[1], m[2]);
-  const __m512i p = _mm512_add_epi32(m[3], m[4]), q = _mm512_sub_epi32(m[3], m[4]);
-  y[0] = _mm512_add_epi32(_mm512_add_epi32(m[0], s), p);
-  y[1] = _mm512_add_epi32(d, _mm512_slli_epi32(q, 1));
-  y[2] = _mm512_add_epi32(s, _mm512_slli_epi32(p, 2));
-  y[3] = _mm512_add_epi32(d, _mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(q, 2), m[5]), 1));
-}
+struct Sums {
+  using V = __m512i;
+  QK_INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
+  QK_INLINE V sub(V a, V b) { return _mm512_sub_epi32(a, b); }
+  QK_INLINE V shifted(V a, unsigned count) { return _mm512_slli_epi32(a, count); }
+};
 
 // 32 channels of one tile.
 template <bool Flip>
@@ -60,7 +49,7 @@ QK_INLINE void transform_window(const uint8_t* const* pixels, int64_t channel, _
       if (Flip) bytes = _mm256_xor_si256(bytes, flip);
       x[row] = _mm512_cvtepu8_epi16(bytes);
     }
-    transform_pixels(x, v);
+    transform_pixels<Words>(x, v);
 #pragma GCC unroll 6
     for (int row = 0; row < kWindow; ++row) scratch[row * kWindow + column] = v[row];
   }
@@ -68,7 +57,7 @@ QK_INLINE void transform_window(const uint8_t* const* pixels, int64_t channel, _
     __m512i x[kWindow], v[kWindow];
 #pragma GCC unroll 6
     for (int column = 0; column < kWindow; ++column) x[column] = scratch[row * kWindow + column];
-    transform_pixels(x, v);
+    transform_pixels<Words>(x, v);
 #pragma GCC unroll 6
     for (int column = 0; column < kWindow; ++column, to += point_stride) {
       _mm512_store_si512(to, v[column]);
@@ -180,7 +169,7 @@ void multiply_panel(const WinogradBlock& b, const int16_t* weights) {
 
 // 16 columns: from the sums of a tile to its accumulators, [pixel][64].
 QK_INLINE void transform_outputs(const int32_t* sums, __m512i init, int32_t* acc) {
-  const __m512i ninth = _mm512_set1_epi32(954437177);  // of 1, modulo 2^32
+  const __m512i ninth = _mm512_set1_epi32(kNinth);
   __m512i t[kTile][kWindow];
 #pragma GCC unroll 6
   for (int column = 0; column < kWindow; ++column) {
@@ -189,14 +178,14 @@ QK_INLINE void transform_outputs(const int32_t* sums, __m512i init, int32_t* acc
     for (int row = 0; row < kWindow; ++row) {
       m[row] = _mm512_load_si512(sums + (row * kWindow + column) * 64);
     }
-    transform_sums(m, y);
+    transform_sums<Sums>(m, y);
 #pragma GCC unroll 4
     for (int row = 0; row < kTile; ++row) t[row][column] = y[row];
   }
 #pragma GCC unroll 4
   for (int row = 0; row < kTile; ++row) {
     __m512i y[kTile];
-    transform_sums(t[row], y);
+    transform_sums<Sums>(t[row], y);
 #pragma GCC unroll 4
     for (int column = 0; column < kTile; ++column) {
       const __m512i exact = _mm512_srai_epi32(_mm512_mullo_epi32(y[column], ninth), 6);

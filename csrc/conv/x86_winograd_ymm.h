@@ -7,33 +7,23 @@
 // Trick: as x86_avx512vnni_winograd.cc with half the width and half the registers: 16 channels of
 //   pixels, a tile of 6 rows x 16 columns of sums, 8 columns of outputs at a time.
 
-constexpr int kWindow = kWinogradWindow, kTile = kWinogradTile, kPoints = kWinogradPoints;
+#include "csrc/conv/x86_winograd_transforms.h"
+
 constexpr int64_t kColumns = 16;  // of a panel
 
-QK_INLINE __m256i times4(__m256i a) { return _mm256_slli_epi16(a, 2); }
+struct Words {
+  using V = __m256i;
+  QK_INLINE V add(V a, V b) { return _mm256_add_epi16(a, b); }
+  QK_INLINE V sub(V a, V b) { return _mm256_sub_epi16(a, b); }
+  QK_INLINE V shifted(V a, int count) { return _mm256_slli_epi16(a, count); }
+};
 
-// v = B' x.
-QK_INLINE void transform_pixels(const __m256i (&x)[kWindow], __m256i (&v)[kWindow]) {
-  const __m256i a = _mm256_sub_epi16(x[4], times4(x[2])), b = _mm256_sub_epi16(x[3], times4(x[1]));
-  const __m256i c = _mm256_sub_epi16(x[4], x[2]), d = _mm256_sub_epi16(x[3], x[1]);
-  const __m256i twice = _mm256_add_epi16(d, d);
-  v[0] = _mm256_add_epi16(times4(_mm256_sub_epi16(x[0], x[2])), c);
-  v[1] = _mm256_add_epi16(a, b);
-  v[2] = _mm256_sub_epi16(a, b);
-  v[3] = _mm256_add_epi16(c, twice);
-  v[4] = _mm256_sub_epi16(c, twice);
-  v[5] = _mm256_sub_epi16(_mm256_sub_epi16(x[5], x[3]), times4(d));
-}
-
-// y = A' m.
-QK_INLINE void transform_sums(const __m256i (&m)[kWindow], __m256i (&y)[kTile]) {
-  const __m256i s = _mm256_add_epi32(m[1], m[2]), d = _mm256_sub_epi32(m[1], m[2]);
-  const __m256i p = _mm256_add_epi32(m[3], m[4]), q = _mm256_sub_epi32(m[3], m[4]);
-  y[0] = _mm256_add_epi32(_mm256_add_epi32(m[0], s), p);
-  y[1] = _mm256_add_epi32(d, _mm256_slli_epi32(q, 1));
-  y[2] = _mm256_add_epi32(s, _mm256_slli_epi32(p, 2));
-  y[3] = _mm256_add_epi32(d, _mm256_slli_epi32(_mm256_add_epi32(_mm256_slli_epi32(q, 2), m[5]), 1));
-}
+struct Sums {
+  using V = __m256i;
+  QK_INLINE V add(V a, V b) { return _mm256_add_epi32(a, b); }
+  QK_INLINE V sub(V a, V b) { return _mm256_sub_epi32(a, b); }
+  QK_INLINE V shifted(V a, int count) { return _mm256_slli_epi32(a, count); }
+};
 
 // n <= 16 bytes as int16.
 template <bool Flip>
@@ -59,7 +49,7 @@ QK_INLINE void transform_window(const uint8_t* const* pixels, int64_t channel, i
     for (int row = 0; row < kWindow; ++row) {
       x[row] = load_pixel<Flip>(pixels[row * kWindow + column] + channel, n);
     }
-    transform_pixels(x, v);
+    transform_pixels<Words>(x, v);
 #pragma GCC unroll 6
     for (int row = 0; row < kWindow; ++row) scratch[row * kWindow + column] = v[row];
   }
@@ -67,7 +57,7 @@ QK_INLINE void transform_window(const uint8_t* const* pixels, int64_t channel, i
     __m256i x[kWindow], v[kWindow];
 #pragma GCC unroll 6
     for (int column = 0; column < kWindow; ++column) x[column] = scratch[row * kWindow + column];
-    transform_pixels(x, v);
+    transform_pixels<Words>(x, v);
 #pragma GCC unroll 6
     for (int column = 0; column < kWindow; ++column, to += point_stride) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(to), v[column]);
@@ -172,7 +162,7 @@ void multiply_panel(const WinogradBlock& b, const int16_t* weights) {
 
 // 8 columns: from the sums of a tile to its accumulators, [pixel][16].
 QK_INLINE void transform_outputs(const int32_t* sums, __m256i init, int32_t* acc) {
-  const __m256i ninth = _mm256_set1_epi32(954437177);  // of 1, modulo 2^32
+  const __m256i ninth = _mm256_set1_epi32(kNinth);
   __m256i t[kTile][kWindow];
 #pragma GCC unroll 6
   for (int column = 0; column < kWindow; ++column) {
@@ -182,14 +172,14 @@ QK_INLINE void transform_outputs(const int32_t* sums, __m256i init, int32_t* acc
       m[row] = _mm256_load_si256(
           reinterpret_cast<const __m256i*>(sums + (row * kWindow + column) * kColumns));
     }
-    transform_sums(m, y);
+    transform_sums<Sums>(m, y);
 #pragma GCC unroll 4
     for (int row = 0; row < kTile; ++row) t[row][column] = y[row];
   }
 #pragma GCC unroll 4
   for (int row = 0; row < kTile; ++row) {
     __m256i y[kTile];
-    transform_sums(t[row], y);
+    transform_sums<Sums>(t[row], y);
 #pragma GCC unroll 4
     for (int column = 0; column < kTile; ++column) {
       const __m256i exact = _mm256_srai_epi32(_mm256_mullo_epi32(y[column], ninth), 6);
