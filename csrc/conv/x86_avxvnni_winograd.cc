@@ -14,6 +14,8 @@ namespace {
 #include "csrc/gemm/x86_avx2_epilogue.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
+#include "csrc/conv/x86_winograd_transforms.h"
+
 #include "csrc/conv/x86_winograd_ymm.h"
 
 struct AvxVnniDot {

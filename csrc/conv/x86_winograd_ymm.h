@@ -1,13 +1,11 @@
 // The three stages of winograd.h for AVX2 and AVX-VNNI. Include it inside a target region, inside
-// the anonymous namespace of a kernel file, after x86_driver.h, x86_avx2_epilogue.h and
-// x86_ymm_tile.h.
+// the anonymous namespace of a kernel file, after x86_driver.h, x86_avx2_epilogue.h,
+// x86_ymm_tile.h and x86_winograd_transforms.h.
 //
 // A Dot has  static void run(__m256i& acc, __m256i a, __m256i b):  acc[i] += the products of pair i
 //   of int16, modulo 2^32.
 // Trick: as x86_avx512vnni_winograd.cc with half the width and half the registers: 16 channels of
 //   pixels, a tile of 6 rows x 16 columns of sums, 8 columns of outputs at a time.
-
-#include "csrc/conv/x86_winograd_transforms.h"
 
 constexpr int64_t kColumns = 16;  // of a panel
 
