@@ -189,7 +189,7 @@ QK_INLINE void transform_outputs(const int32_t* sums, __m256i init, int32_t* acc
 
 // R accumulators, from memory to the output.
 template <int R, int V>
-QK_INLINE void store_pixels(const IgemmTile& rows, const int32_t* from) {
+QK_INLINE void store_pixels(const YmmStore<V>& store, const IgemmTile& rows, const int32_t* from) {
   __m256i acc[R][V];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
@@ -198,7 +198,7 @@ QK_INLINE void store_pixels(const IgemmTile& rows, const int32_t* from) {
       acc[i][j] = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i * kColumns + 8 * j));
     }
   }
-  store_tile<R, V>(rows, acc);
+  store.template run<R>(rows, TileRows(rows), acc);
 }
 
 // The outputs of all tiles of the block in one panel.
@@ -217,6 +217,7 @@ void store_panel(const WinogradBlock& b, const PackedMatrix& matrix, int64_t fir
   rows.residual = residual;
   rows.residual_signed = b.residual_signed;
   rows.lookup = b.lookup;
+  const YmmStore<V> store(rows);
   for (int64_t t = 0; t < b.count; ++t) {
     const WinogradTile& tile = b.tiles[t];
     for (int64_t c = 0; c < 8 * V; c += 8) {
@@ -234,11 +235,11 @@ void store_panel(const WinogradBlock& b, const PackedMatrix& matrix, int64_t fir
       };
       if (tile.width == kTile) {
         for (int i = 0; i < kTile; ++i) find(i, i);
-        store_pixels<kTile, V>(rows, pixel);
+        store_pixels<kTile, V>(store, rows, pixel);
       } else {
         for (int64_t column = 0; column < tile.width; ++column) {
           find(0, column);
-          store_pixels<1, V>(rows, pixel + column * kColumns);
+          store_pixels<1, V>(store, rows, pixel + column * kColumns);
         }
       }
     }

@@ -6,7 +6,7 @@ namespace {
 
 // Panels that stay in L2 while all rows pass over them: half of a 1 MiB L2. AMX and AVX512-VNNI
 // fetch the next panels meanwhile.
-constexpr int64_t kPanelBlockBytes = 512 * 1024, kFetchedBlockBytes = 128 * 1024;
+constexpr int64_t kPanelBlockBytes = 256 * 1024, kFetchedBlockBytes = 128 * 1024;
 
 int64_t panels_in_block(const PackedHeader& header) {
   const int64_t bytes = header.isa >= Isa::kAvx512Vnni ? kFetchedBlockBytes : kPanelBlockBytes;

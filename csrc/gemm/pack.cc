@@ -25,7 +25,7 @@ Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
   layout.columns = round_up(n, shape.lanes);
   layout.panels = panel_count(n, isa);
   const int64_t column_bytes =
-      isa == Isa::kAvx2 ? round_up(taps * depth, 2) : taps * layout.quads * 4;
+      isa == Isa::kAvx2 ? 4 + round_up(taps * depth, 4) : taps * layout.quads * 4;
   layout.panel_bytes = column_bytes * shape.columns;
   int64_t offset = sizeof(PackedHeader);
   const auto reserve = [&offset](int64_t bytes) {
@@ -136,10 +136,13 @@ int64_t channel_sum(const PackSource& source, int64_t n) {
   return sum;
 }
 
-// The AVX2 layout: pairs of values, one tap after the other. A line of a row at a time, as above.
-void write_pairs(const PanelWriter& panel, int64_t taps, int64_t depth, int8_t* dst) {
+// The AVX2 layout: the int32 at which the sums of a column start, then pairs of values, one tap
+// after the other. A line of a row at a time, as above.
+void write_pairs(const PanelWriter& panel, int64_t taps, int64_t depth, const int32_t* init,
+                 int8_t* dst) {
   constexpr int64_t kLine = 64;
   const PackSource& source = panel.source;
+  int8_t* pairs = dst + 4 * panel.width;
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t first = 0; first < depth; first += kLine) {
       const int64_t end = depth - first < kLine ? depth : first + kLine;
@@ -148,9 +151,19 @@ void write_pairs(const PanelWriter& panel, int64_t taps, int64_t depth, int8_t* 
             source.weight + (panel.first_column + c) * source.stride_n + tap * source.stride_tap;
         for (int64_t k = first; k < end; ++k) {
           const int64_t at = tap * depth + k;
-          dst[(at / 2 * panel.width + c) * 2 + at % 2] = row[k * source.stride_k];
+          pairs[(at / 2 * panel.width + c) * 2 + at % 2] = row[k * source.stride_k];
         }
       }
+    }
+  }
+  auto* start = reinterpret_cast<int32_t*>(dst);
+  std::memcpy(start, init + panel.first_column, static_cast<size_t>(4 * panel.columns));
+  for (int64_t k = 0; k < taps * depth; k += 4, pairs += 4 * panel.width) {
+    for (int64_t c = 0; c < panel.columns; ++c) {
+      const int8_t *low = pairs + 2 * c, *high = low + 2 * panel.width;
+      const int32_t crosses = low[0] * high[0] + low[1] * high[1];
+      start[c] =
+          static_cast<int32_t>(static_cast<uint32_t>(start[c]) - static_cast<uint32_t>(crosses));
     }
   }
 }
@@ -242,7 +255,7 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
                              overlaps_tail(isa, source.depth)};
     int8_t* at = panels + panel * layout.panel_bytes;
     if (isa == Isa::kAvx2) {
-      write_pairs(writer, source.taps, source.depth, at);
+      write_pairs(writer, source.taps, source.depth, init, at);
     } else {
       write_panel(writer, source.taps, layout.quads, at);
     }

@@ -1,10 +1,14 @@
-// AVX2: a tile of up to 6 rows x 16 columns (8 x 8 in a narrow last panel), exact for all values.
+// AVX2: a tile of up to 4 rows x 16 columns (8 x 8 in a narrow last panel), exact for all values.
 //
-// Trick: vpmaddubsw, the dot product of bytes, saturates; vpmaddwd, that of int16, does not, and
-//   with the sum takes two instructions for two products a lane. The rows of a block are widened to
-//   int16 once for the panels that L2 holds, which also flips int8 and joins the taps; the weights
-//   stay bytes in memory and are widened as they are loaded, once for all rows of a tile. Sorting
-//   out the weights on which vpmaddubsw is exact is slower: of a trained layer only half are.
+// Trick: vpmaddubsw, the dot product of bytes, saturates; vpmaddwd, that of int16, does not, but
+//   has half the products and only two of four pipes. Winograd's inner product (S. Winograd, A New
+//   Algorithm for Inner Product, IEEE Trans. Computers C-17, 1968) has one product for two:
+//     a0 w0 + a2 w2 = (a0 + w2)(a2 + w0) - a0 a2 - w0 w2,
+//   where int16 holds the sums of bytes. What is subtracted is a sum for each row, and one for each
+//   column, which packing puts where the sums start. All of it is modulo 2^32, so only the true sum
+//   must fit. The rows of a block are widened to int16 once for the panels that L2 holds, which
+//   also flips int8 and joins the taps; the weights stay bytes in memory and are widened as they
+//   are loaded, once for all rows of a tile.
 #include <immintrin.h>
 
 #include "csrc/base/target.h"
@@ -20,110 +24,165 @@ namespace {
 #include "csrc/gemm/x86_ymm_tile.h"
 
 // Values of the rows of a block, on the stack: eight rows in nearly all layers, a single one in
-// any.
-constexpr int64_t kFewDepth = 4096, kFewValues = 8 * kFewDepth, kManyValues = kMaxKS8S8 + 1;
+// any. Behind the values of a row is the int32 that its sums are too large by.
+constexpr int64_t kCorrection = 2, kFewDepth = 4096;
+constexpr int64_t kFewValues = 8 * (kFewDepth + kCorrection);
+constexpr int64_t kManyValues = kMaxKS8S8 + 7 + kCorrection;
 static_assert(kFewValues >= kBlockBytes / 2);
 
-QK_INLINE int64_t padded_depth(const PackedHeader& header) {
-  return (header.taps * header.depth + 1) / 2 * 2;
-}
+QK_INLINE int64_t padded_depth(int64_t taps, int64_t depth) { return (taps * depth + 7) / 8 * 8; }
 
 template <bool Flip>
-QK_INLINE void widen16(const uint8_t* from, int16_t* to) {
+QK_INLINE __m256i widen16(const uint8_t* from, int16_t* to) {
   __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   if (Flip) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvtepu8_epi16(bytes));
+  const __m256i words = _mm256_cvtepu8_epi16(bytes);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+  return words;
 }
 
 template <bool Flip>
-QK_INLINE void widen8(const uint8_t* from, int16_t* to) {
+QK_INLINE __m128i widen8(const uint8_t* from, int16_t* to) {
   __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   if (Flip) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_cvtepu8_epi16(bytes));
+  const __m128i words = _mm_cvtepu8_epi16(bytes);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+  return words;
 }
 
-// `n` bytes as int16; the last vector may repeat some values of the one before.
-template <bool Flip>
-QK_INLINE void widen(const uint8_t* from, int64_t n, int16_t* to) {
+// Copies n bytes; the last ones may be written twice, nothing further.
+QK_INLINE void copy_bytes(const uint8_t* from, int64_t n, uint8_t* to) {
   if (n >= 16) {
-    for (int64_t i = 0; i + 16 <= n; i += 16) widen16<Flip>(from + i, to + i);
-    if (n % 16 != 0) widen16<Flip>(from + n - 16, to + n - 16);
+    for (int64_t i = 0; i + 16 <= n; i += 16) __builtin_memcpy(to + i, from + i, 16);
+    __builtin_memcpy(to + n - 16, from + n - 16, 16);
   } else if (n >= 8) {
-    widen8<Flip>(from, to);
-    widen8<Flip>(from + n - 8, to + n - 8);
+    __builtin_memcpy(to, from, 8);
+    __builtin_memcpy(to + n - 8, from + n - 8, 8);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int16_t>(Flip ? from[i] ^ 0x80 : from[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   }
 }
+
+// Sums row[k] * row[k + 2] over the first two k of every four.
+struct Crosses {
+  QK_INLINE __m256i of(__m256i values) {  // each in two lanes
+    return _mm256_madd_epi16(values, _mm256_shuffle_epi32(values, 0xb1));
+  }
+  QK_INLINE int32_t sum(__m256i v) {
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2);
+  }
+};
 
 // `Flip`: A is int8.
 template <bool Flip, int64_t kValues>
 struct WideRows {
-  QK_INLINE int64_t row_bytes(const PackedHeader& header) { return 2 * padded_depth(header); }
+  QK_INLINE int64_t row_values(const PackedHeader& header) {
+    return padded_depth(header.taps, header.depth) + kCorrection;
+  }
+  QK_INLINE int64_t row_bytes(const PackedHeader& header) { return 2 * row_values(header); }
+  QK_INLINE int64_t rows_held(const PackedHeader& header) { return kValues / row_values(header); }
 
   __attribute__((noinline)) void take(const PackedHeader& header, int64_t count,
                                       const uint8_t* const** sources, int64_t* row_pitch) {
-    const int64_t taps = header.taps, depth = header.depth, padded = padded_depth(header);
-    for (int64_t i = 0; i < count; ++i) {
-      int16_t* row = values + i * padded;
-      rows[i] = reinterpret_cast<const uint8_t*>(row);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        widen<Flip>((*sources)[i * *row_pitch + tap], depth, row + tap * depth);
+    const int64_t taps = header.taps, depth = header.depth, pitch = row_values(header);
+    if (depth % 8 == 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        widen(*sources + i * *row_pitch, taps, depth, values + i * pitch);
       }
-      if (padded > taps * depth) row[padded - 1] = 0;
+    } else {
+      // All rows are joined before the first is widened: a load from parts of several stores waits
+      // until they are in the cache.
+      const int64_t joined_pitch = padded_depth(taps, depth);
+      for (int64_t i = 0; i < count; ++i) {
+        join(*sources + i * *row_pitch, taps, depth, joined + i * joined_pitch);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const uint8_t* row = joined + i * joined_pitch;
+        widen(&row, 1, joined_pitch, values + i * pitch);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = reinterpret_cast<const uint8_t*>(values + i * pitch);
     }
     *sources = rows;
     *row_pitch = 1;
   }
 
+  // The taps of a row one after the other, and what becomes 0 up to a multiple of 8.
+  QK_INLINE void join(const uint8_t* const* taps, int64_t count, int64_t depth, uint8_t* row) {
+    constexpr uint64_t kZeros = Flip ? 0x8080808080808080u : 0;
+    __builtin_memcpy(row + padded_depth(count, depth) - 8, &kZeros, 8);
+    for (int64_t tap = 0; tap < count; ++tap, row += depth) copy_bytes(taps[tap], depth, row);
+  }
+  // A row and its crosses, for a depth that is a multiple of 8.
+  QK_INLINE void widen(const uint8_t* const* taps, int64_t count, int64_t depth, int16_t* row) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t tap = 0; tap < count; ++tap) {
+      const uint8_t *from = taps[tap], *end = from + depth;
+      for (; from + 16 <= end; from += 16, row += 16) {
+        sum = _mm256_add_epi32(sum, Crosses::of(widen16<Flip>(from, row)));
+      }
+      if (from < end) {
+        sum = _mm256_add_epi32(sum, Crosses::of(_mm256_zextsi128_si256(widen8<Flip>(from, row))));
+        row += 8;
+      }
+    }
+    const int32_t crosses = Crosses::sum(sum);
+    __builtin_memcpy(row, &crosses, 4);
+  }
+
   alignas(64) int16_t values[kValues];
+  uint8_t joined[kValues];
   const uint8_t* rows[kMaxBlockRows];
 };
 
-// acc += pairwise products of a and b; one asm so that gcc neither reorders nor spills.
-QK_INLINE void add_products(__m256i& acc, __m256i a, __m256i b) {
-  __m256i products;
-  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(a), "x"(b));
+QK_INLINE __m256i broadcast4(const uint8_t* p) {
+  int32_t value;
+  __builtin_memcpy(&value, p, 4);
+  return _mm256_set1_epi32(value);
 }
 
-QK_INLINE __m256i broadcast_pair(const uint8_t* row, int64_t pair) {
-  int32_t values;
-  __builtin_memcpy(&values, row + 4 * pair, 4);
-  return _mm256_set1_epi32(values);
+// acc += (a01 + w23) * (a23 + w01), summed in pairs; one asm so that gcc neither reorders nor
+// spills.
+QK_INLINE void add_products(__m256i& acc, __m256i a01, __m256i a23, __m256i w01, __m256i w23) {
+  __m256i x, y;
+  __asm__("vpaddw %6, %3, %1\n\tvpaddw %5, %4, %2\n\tvpmaddwd %2, %1, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc), "=&x"(x), "=&x"(y)
+          : "x"(a01), "x"(a23), "x"(w01), "x"(w23));
 }
 
-template <bool Flip, int64_t kValues>
 struct Avx2Multiply {
-  using Copy = WideRows<Flip, kValues>;
-
-  static int64_t rows_held(const PackedHeader& header) {
-    const int64_t depth = padded_depth(header);
-    return depth == 0 ? kMaxBlockRows : kValues / depth;
-  }
+  static constexpr int64_t kMaxRows = 4, kMaxNarrowRows = 8;
 
   template <int R, int V>
-  QK_INLINE void run(const IgemmTile& tile, __m256i (&acc)[R][V]) {
-    const int64_t pairs = padded_depth(*tile.matrix->header) / 2;
-    const auto* b = reinterpret_cast<const __m128i*>(tile.panel);
-#pragma GCC unroll 2
-    for (int j = 0; j < V; ++j) {
-      const __m256i init = _mm256_load_si256(
-          reinterpret_cast<const __m256i*>(tile.matrix->init + tile.first_column + 8 * j));
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i][j] = init;
-    }
+  QK_INLINE void run(const YmmPanel& panel, const uint8_t* const* rows, __m256i (&acc)[R][V]) {
+    const auto* start = reinterpret_cast<const __m256i*>(panel.weights);
+    const auto* b = reinterpret_cast<const __m128i*>(start + V);
+    const int64_t bytes = 8 * ((panel.taps * panel.depth + 3) / 4);
+    const int64_t correction = 2 * padded_depth(panel.taps, panel.depth);
     const uint8_t* p[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) p[i] = tile.rows[i];
-    for (int64_t k = 0; k < pairs; ++k, b += V) {
-      __m256i bv[V];
+    for (int i = 0; i < R; ++i) {
+      p[i] = rows[i];
+      const __m256i crosses = broadcast4(p[i] + correction);
 #pragma GCC unroll 2
-      for (int j = 0; j < V; ++j) bv[j] = _mm256_cvtepi8_epi16(_mm_load_si128(b + j));
+      for (int j = 0; j < V; ++j) {
+        acc[i][j] = _mm256_sub_epi32(_mm256_load_si256(start + j), crosses);
+      }
+    }
+    for (int64_t at = 0; at < bytes; at += 8, b += 2 * V) {
+      __m256i w01[V], w23[V];
+#pragma GCC unroll 2
+      for (int j = 0; j < V; ++j) {
+        w01[j] = _mm256_cvtepi8_epi16(_mm_load_si128(b + j));
+        w23[j] = _mm256_cvtepi8_epi16(_mm_load_si128(b + V + j));
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const __m256i av = broadcast_pair(p[i], k);
+        const __m256i a01 = broadcast4(p[i] + at), a23 = broadcast4(p[i] + at + 4);
 #pragma GCC unroll 2
-        for (int j = 0; j < V; ++j) add_products(acc[i][j], av, bv[j]);
+        for (int j = 0; j < V; ++j) add_products(acc[i][j], a01, a23, w01[j], w23[j]);
       }
     }
   }
@@ -132,12 +191,13 @@ struct Avx2Multiply {
 // A function for each: the stack of the larger is a quarter of a megabyte.
 template <bool Flip, int64_t kValues>
 __attribute__((noinline)) void run_blocks(const IgemmBlock& block) {
-  igemm_blocks<YmmTile<Avx2Multiply<Flip, kValues>, Isa::kAvx2>>(block);
+  igemm_blocks<YmmTile<Avx2Multiply, WideRows<Flip, kValues>, Isa::kAvx2>>(block);
 }
 
 template <bool Flip>
 QK_INLINE void run(const IgemmBlock& block) {
-  const bool few = padded_depth(*block.args.matrix.header) <= kFewDepth;
+  const PackedHeader& header = *block.args.matrix.header;
+  const bool few = padded_depth(header.taps, header.depth) <= kFewDepth;
   few ? run_blocks<Flip, kFewValues>(block) : run_blocks<Flip, kManyValues>(block);
 }
 

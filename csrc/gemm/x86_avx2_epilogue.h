@@ -37,9 +37,15 @@ QK_INLINE void store_bytes_upto8(uint8_t* p, __m128i v, int64_t n) {
   for (int64_t i = 0; i < n; ++i, bytes >>= 8) p[i] = static_cast<uint8_t>(bytes);
 }
 
-QK_INLINE __m256i lane_mask_x8(int64_t n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+// The first n <= 8 lanes (or all), without the masked stores that some cores take apart.
+QK_INLINE void store_lanes_x8(void* out, __m256i v, int64_t n) {
+  if (n >= 8) {
+    _mm256_storeu_si256(static_cast<__m256i*>(out), v);
+    return;
+  }
+  alignas(32) int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
+  __builtin_memcpy(out, lanes, static_cast<size_t>(4 * n));
 }
 
 QK_INLINE __m128i bfloat16_x8(__m256 v) {
@@ -56,7 +62,7 @@ QK_INLINE __m128i bfloat16_x8(__m256 v) {
 // Stores the first n <= 8 lanes (or all) as float32, bfloat16 or float16.
 QK_INLINE void store_floats_x8(OutputType type, __m256 v, void* out, int64_t n) {
   if (type == OutputType::kF32) {
-    _mm256_maskstore_ps(static_cast<float*>(out), lane_mask_x8(n), v);
+    store_lanes_x8(out, _mm256_castps_si256(v), n);
     return;
   }
   alignas(16) uint16_t lanes[8];
@@ -72,7 +78,7 @@ QK_INLINE void store_floats_x8(OutputType type, __m256 v, void* out, int64_t n) 
 QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mult, void* out,
                         int64_t n) {
   if (e.output == OutputType::kS32) {
-    _mm256_maskstore_epi32(static_cast<int*>(out), lane_mask_x8(n), acc);
+    store_lanes_x8(out, acc, n);
     return;
   }
   const __m256 v = _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult);
@@ -87,33 +93,45 @@ QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mu
   }
 }
 
-// Constants of the packed 8-bit store: valid when (acc + addend) * mult stays in the int32 range
-// (PackedHeader::wide == 0). int8 is clamped as uint8, 128 higher.
-struct Requantize16 {
-  __m256i zero_point;
-  __m128i low, high, flip;
+QK_INLINE __m256 scale_x8(__m256i acc, __m256 addend, __m256 mult) {
+  return _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult);
+}
+
+// From rounded values to the bytes that are stored: valid when (acc + addend) * mult stays in the
+// int32 range (PackedHeader::wide == 0). int8 is clamped as uint8, 128 higher.
+struct PackX32 {
+  PackX32(const Epilogue& e, int32_t zero, int32_t qmin, int32_t qmax, bool has_clamp)
+      : shifts(zero != 0 || e.is_signed()), clamps(has_clamp) {
+    const int shift = e.is_signed() ? 128 : 0;
+    zero_point = _mm256_set1_epi16(static_cast<int16_t>(zero + shift));
+    low = _mm256_set1_epi8(static_cast<char>(qmin + shift));
+    high = _mm256_set1_epi8(static_cast<char>(qmax + shift));
+    flip = _mm256_set1_epi8(static_cast<char>(shift));
+  }
+  explicit PackX32(const Epilogue& e) : PackX32(e, e.zero_point, e.qmin, e.qmax, e.clamps()) {}
+  PackX32(const Epilogue& e, const ResidualAdd& add)
+      : PackX32(e, add.zero_point, add.qmin, add.qmax, e.residual_clamps()) {}
+
+  // Four vectors, one behind the other.
+  inline __attribute__((always_inline)) __m256i run(__m256i q0, __m256i q1, __m256i q2,
+                                                    __m256i q3) const {
+    __m256i words0 = _mm256_packs_epi32(q0, q1), words1 = _mm256_packs_epi32(q2, q3);
+    if (shifts) {
+      words0 = _mm256_adds_epi16(words0, zero_point);
+      words1 = _mm256_adds_epi16(words1, zero_point);
+    }
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words0, words1),
+                                                _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    if (clamps) {
+      bytes = _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
+      bytes = _mm256_xor_si256(bytes, flip);
+    }
+    return bytes;
+  }
+
+  __m256i zero_point, low, high, flip;
+  bool shifts, clamps;  // whether the bytes have a zero point, and a clamp
 };
-
-QK_INLINE Requantize16 requantize16_constants(const Epilogue& e) {
-  const int shift = e.is_signed() ? 128 : 0;
-  return {_mm256_set1_epi16(static_cast<int16_t>(e.zero_point + shift)),
-          _mm_set1_epi8(static_cast<char>(e.qmin + shift)),
-          _mm_set1_epi8(static_cast<char>(e.qmax + shift)),
-          _mm_set1_epi8(static_cast<char>(shift))};
-}
-
-QK_INLINE __m256i scale_x8(__m256i acc, __m256 addend, __m256 mult) {
-  return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult));
-}
-
-// Two vectors of RNE((acc + addend) * mult), columns in order, to 16 bytes.
-QK_INLINE __m128i pack_x16(const Requantize16& c, __m256i q0, __m256i q1) {
-  const __m256i words =
-      _mm256_adds_epi16(_mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8), c.zero_point);
-  const __m128i bytes =
-      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  return _mm_xor_si128(_mm_min_epu8(_mm_max_epu8(bytes, c.low), c.high), c.flip);
-}
 
 QK_INLINE __m256 load_bytes_x8(const uint8_t* p, int64_t n, bool is_signed) {
   const __m128i bytes = load_bytes_upto8(p, n);
@@ -139,3 +157,30 @@ QK_INLINE void residual_add_avx2(const Epilogue& e, uint8_t* q, const uint8_t* r
     store_bytes_upto8(q + i, low_bytes_x8(_mm256_add_epi32(sum, zero_point)), n - i);
   }
 }
+
+// residual_add() on values that are not yet bytes, as FusedAddX16 of x86_avx512_epilogue.h.
+struct FusedAddX8 {
+  explicit FusedAddX8(const Epilogue& e)
+      : low(_mm256_set1_ps(static_cast<float>(e.qmin - e.zero_point))),
+        high(_mm256_set1_ps(static_cast<float>(e.qmax - e.zero_point))),
+        up(_mm256_set1_ps(0x1.8p23f)),
+        down(_mm256_set1_ps(0x1.8p23f - static_cast<float>(e.zero_point))),
+        scale(_mm256_set1_ps(e.residual.scale)),
+        offset(_mm256_set1_ps(e.residual.offset)),
+        residual_scale(_mm256_set1_ps(e.residual.residual_scale)),
+        residual_offset(_mm256_set1_ps(e.residual.residual_offset)),
+        inv(_mm256_set1_ps(e.residual.inv_scale)) {}
+
+  // RNE of the sum over the output scale, from v = (acc + addend) * mult and n residual bytes.
+  template <bool ResidualSigned>
+  inline __attribute__((always_inline)) __m256i run(__m256 v, const uint8_t* r, int64_t n) const {
+    v = _mm256_min_ps(_mm256_max_ps(v, low), high);
+    const __m256 q = _mm256_sub_ps(_mm256_add_ps(v, up), down);
+    const __m256 a = _mm256_fmadd_ps(q, scale, offset);
+    const __m256 b =
+        _mm256_fmadd_ps(load_bytes_x8(r, n, ResidualSigned), residual_scale, residual_offset);
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_add_ps(a, b), inv));
+  }
+
+  __m256 low, high, up, down, scale, offset, residual_scale, residual_offset, inv;
+};

@@ -39,20 +39,17 @@ constexpr int sums_in_flight(int tile) { return tile > 6 ? 1 : tile > 3 ? 2 : 4;
 // `Flip`: A is int8.
 template <bool Flip>
 struct AvxVnniMultiply {
-  using Copy = InPlace;
-  static int64_t rows_held(const PackedHeader&) { return kMaxBlockRows; }
+  static constexpr int64_t kMaxRows = 6, kMaxNarrowRows = 8;
 
   template <int R, int V>
-  QK_INLINE void run(const IgemmTile& tile, __m256i (&acc)[R][V]) {
+  QK_INLINE void run(const YmmPanel& panel, const uint8_t* const* rows, __m256i (&acc)[R][V]) {
     constexpr int S = sums_in_flight(R * V);
-    const PackedHeader& header = *tile.matrix->header;
-    const int64_t taps = header.taps, quads = header.depth / 4, tail = header.depth % 4;
-    const __m256i* b = reinterpret_cast<const __m256i*>(tile.panel);
+    const int64_t taps = panel.taps, quads = panel.depth / 4, tail = panel.depth % 4;
+    const __m256i* b = reinterpret_cast<const __m256i*>(panel.weights);
     __m256i sum[S][R][V];
 #pragma GCC unroll 2
     for (int j = 0; j < V; ++j) {
-      const __m256i init = _mm256_load_si256(
-          reinterpret_cast<const __m256i*>(tile.matrix->init + tile.first_column + 8 * j));
+      const __m256i init = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel.init + 8 * j));
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
@@ -62,7 +59,7 @@ struct AvxVnniMultiply {
     for (int64_t tap = 0; tap < taps; ++tap) {
       const uint8_t* p[R];
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) p[i] = tile.rows[i * taps + tap];
+      for (int i = 0; i < R; ++i) p[i] = rows[i * taps + tap];
       int64_t k = 0;
       for (; k + S <= quads; k += S) {
 #pragma GCC unroll 4
@@ -75,7 +72,7 @@ struct AvxVnniMultiply {
       if (tail != 0) {
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
-          const __m256i a = flipped(broadcast_tail(p[i], header.depth));
+          const __m256i a = flipped(broadcast_tail(p[i], panel.depth));
 #pragma GCC unroll 2
           for (int j = 0; j < V; ++j) dot(sum[0][i][j], a, _mm256_load_si256(b + j));
         }
@@ -117,9 +114,9 @@ struct AvxVnniMultiply {
 
 void igemm_avxvnni(const IgemmBlock& block) {
   if (block.args.matrix.header->input_signed) {
-    igemm_blocks<YmmTile<AvxVnniMultiply<true>, Isa::kAvxVnni>>(block);
+    igemm_blocks<YmmTile<AvxVnniMultiply<true>, InPlace, Isa::kAvxVnni>>(block);
   } else {
-    igemm_blocks<YmmTile<AvxVnniMultiply<false>, Isa::kAvxVnni>>(block);
+    igemm_blocks<YmmTile<AvxVnniMultiply<false>, InPlace, Isa::kAvxVnni>>(block);
   }
 }
 

@@ -45,6 +45,7 @@ struct IgemmTile {
 
 struct InPlace {
   QK_INLINE int64_t row_bytes(const PackedHeader& header) { return header.taps * header.depth; }
+  QK_INLINE int64_t rows_held(const PackedHeader&) { return kMaxBlockRows; }
   QK_INLINE void take(const PackedHeader&, int64_t, const uint8_t* const**, int64_t*) {}
 };
 

@@ -2,106 +2,191 @@
 // size. Include it inside a target region, inside the anonymous namespace of a kernel file, after
 // x86_driver.h and x86_avx2_epilogue.h.
 //
-// A Multiply has  template <int R, int V> static void run(const IgemmTile&, __m256i (&acc)[R][V]):
-//   acc[i][j] = init[j] + sum over tap, k,  a type Copy as the driver's, and
-//   static int64_t rows_held(const PackedHeader&), the most rows that Copy takes.
+// A Multiply has
+//   template <int R, int V>
+//   static void run(const YmmPanel&, const uint8_t* const* rows, __m256i (&acc)[R][V]):
+//     acc[i][j] = init[j] + sum over tap, k, and
+//   kMaxRows, kMaxNarrowRows: of a tile of two vectors and of one.
+// A Copy is the driver's, with  static int64_t rows_held(const PackedHeader&): the most rows that
+// it
+//   takes.
 
-// The 8-bit store without weight zero points, straight from the accumulators.
-template <int R, int V>
-QK_INLINE void store_bytes(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
-  const Requantize16 constants = requantize16_constants(tile.matrix->header->epilogue);
-  __m256 addend[V], mult[V];
-#pragma GCC unroll 2
-  for (int j = 0; j < V; ++j) {
-    addend[j] = _mm256_load_ps(tile.matrix->addend + tile.first_column + 8 * j);
-    mult[j] = _mm256_load_ps(tile.matrix->mult + tile.first_column + 8 * j);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-    const __m256i q0 = scale_x8(acc[i][0], addend[0], mult[0]);
-    const __m256i q1 =
-        V == 2 ? scale_x8(acc[i][V - 1], addend[V - 1], mult[V - 1]) : _mm256_setzero_si256();
-    const __m128i bytes = pack_x16(constants, q0, q1);
-    if (tile.columns == 16) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(tile.out[i]), bytes);
-    } else {
-      store_bytes_upto8(tile.out[i], bytes, tile.columns);
-      if (tile.columns > 8) {
-        store_bytes_upto8(tile.out[i] + 8, _mm_unpackhi_epi64(bytes, bytes), tile.columns - 8);
-      }
+// Bytes [0, n) of a vector of bytes to out[0], the next n of its next 8 * V bytes to out[1], ...
+template <int V>
+QK_INLINE void store_rows(uint8_t* const* out, int64_t rows, int64_t n, __m256i bytes) {
+  constexpr int64_t kPart = 8 * V;
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  if (n < kPart) {
+    alignas(32) uint8_t memory[32];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(memory), bytes);
+    for (int64_t i = 0; i < rows; ++i) {
+      __builtin_memcpy(out[i], memory + kPart * i, static_cast<size_t>(n));
     }
+  } else if constexpr (V == 2) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out[0]), low);
+    if (rows > 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(out[1]), high);
+  } else {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out[0]), low);
+    if (rows > 1) _mm_storeh_pd(reinterpret_cast<double*>(out[1]), _mm_castsi128_pd(low));
+    if (rows > 2) _mm_storel_epi64(reinterpret_cast<__m128i*>(out[2]), high);
+    if (rows > 3) _mm_storeh_pd(reinterpret_cast<double*>(out[3]), _mm_castsi128_pd(high));
   }
 }
 
-// Every other output: from the accumulators in memory, [rows][16].
-__attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, const int32_t* acc,
-                                                  int64_t rows) {
+// Where the rows of a tile are stored, on from tile to tile.
+struct TileRows {
+  explicit TileRows(const IgemmTile& tile)
+      : out(tile.out), residual(tile.residual), row_sums(tile.row_sums) {}
+
+  inline __attribute__((always_inline)) void advance(int64_t count) {
+    out += count;
+    residual += count;
+    row_sums += count;
+  }
+
+  uint8_t* const* out;
+  const uint8_t* const* residual;
+  const uint32_t* row_sums;
+};
+
+// Every output: from the accumulators in memory, [count][16].
+__attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, TileRows rows,
+                                                  const int32_t* acc, int64_t count) {
   const PackedMatrix& m = *tile.matrix;
   const Epilogue& e = m.header->epilogue;
   const int64_t element = output_bytes(e.output);
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     for (int64_t c = 0; c < tile.columns; c += 8) {
       const int64_t column = tile.first_column + c;
       __m256i sum = _mm256_load_si256(reinterpret_cast<const __m256i*>(acc + 16 * i + c));
       if (m.weight_zero_point != nullptr) {
         const __m256i zw =
             _mm256_load_si256(reinterpret_cast<const __m256i*>(m.weight_zero_point + column));
-        const __m256i row = _mm256_set1_epi32(static_cast<int32_t>(tile.row_sums[i]));
+        const __m256i row = _mm256_set1_epi32(static_cast<int32_t>(rows.row_sums[i]));
         sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(zw, row));
       }
       store_x8(e, sum, _mm256_load_ps(m.addend + column), _mm256_load_ps(m.mult + column),
-               tile.out[i] + c * element, tile.columns - c);
+               rows.out[i] + c * element, tile.columns - c);
     }
-  }
-}
-
-// Table and residual, in place on the bytes just written (still in L1).
-__attribute__((noinline)) void finish_bytes_avx2(const IgemmTile& tile, int64_t rows) {
-  const Epilogue& e = tile.matrix->header->epilogue;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (e.has_table) tile.lookup({tile.out[i], tile.out[i], e.table, 1, tile.columns, 0, 0});
+    // In place on the bytes just written.
+    uint8_t* q = rows.out[i];
+    if (e.has_table) tile.lookup({q, q, e.table, 1, tile.columns, 0, 0});
     if (e.has_residual) {
-      residual_add_avx2(e, tile.out[i], tile.residual[i], tile.residual_signed, tile.columns);
+      residual_add_avx2(e, q, rows.residual[i], tile.residual_signed, tile.columns);
     }
   }
 }
 
-template <int R, int V>
-QK_INLINE void store_tile(const IgemmTile& tile, const __m256i (&acc)[R][V]) {
-  const PackedHeader& header = *tile.matrix->header;
-  if (header.epilogue.is_8bit() && !header.wide && !header.has_weight_zero_point) {
-    store_bytes<R, V>(tile, acc);
-  } else {
-    alignas(32) int32_t memory[R][16];
+// What the tiles of a panel share: read once, as a store of bytes may alias it.
+struct YmmPanel {
+  explicit YmmPanel(const IgemmTile& tile)
+      : weights(tile.panel),
+        init(tile.matrix->init + tile.first_column),
+        taps(tile.matrix->header->taps),
+        depth(tile.matrix->header->depth) {}
+
+  const int8_t* weights;
+  const int32_t* init;
+  int64_t taps, depth;
+};
+
+// What is added to an 8-bit output before it is stored.
+enum class Residual { kNone, kU8, kS8 };
+
+// How the sums of a panel become outputs, read once too.
+template <int V>
+struct YmmStore {
+  explicit YmmStore(const IgemmTile& tile)
+      : pack(tile.matrix->header->epilogue),
+        pack_sum(tile.matrix->header->epilogue, tile.matrix->header->epilogue.residual),
+        add(tile.matrix->header->epilogue),
+        addend(tile.matrix->addend + tile.first_column),
+        mult(tile.matrix->mult + tile.first_column),
+        columns(tile.columns),
+        plain(tile.matrix->header->stores_plain_bytes()),
+        adds(tile.matrix->header->epilogue.has_residual != 0) {}
+
+  // R rows, from registers, or by way of memory what is not just bytes.
+  template <int R>
+  inline __attribute__((always_inline)) void run(const IgemmTile& tile, const TileRows& rows,
+                                                 const __m256i (&acc)[R][V]) const {
+    if (!plain) {
+      alignas(32) int32_t memory[R][16];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
+      for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < V; ++j) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(&memory[i][8 * j]), acc[i][j]);
+        for (int j = 0; j < V; ++j) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(&memory[i][8 * j]), acc[i][j]);
+        }
       }
+      store_general_avx2(tile, rows, memory[0], R);
+    } else if (!adds) {
+      bytes<R, Residual::kNone>(pack, rows, acc);
+    } else if (tile.residual_signed) {
+      bytes<R, Residual::kS8>(pack_sum, rows, acc);
+    } else {
+      bytes<R, Residual::kU8>(pack_sum, rows, acc);
     }
-    store_general_avx2(tile, memory[0], R);
   }
-  if (header.epilogue.has_table || header.epilogue.has_residual) finish_bytes_avx2(tile, R);
-}
+
+  template <int R, Residual kResidual>
+  inline __attribute__((always_inline)) void bytes(const PackX32& packing, const TileRows& rows,
+                                                   const __m256i (&acc)[R][V]) const {
+    constexpr int kGroup = 4 / V;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i += kGroup) {
+      __m256i q[4];
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        const int row = i + part / V, c = part % V;
+        q[part] = row < R ? rounded<kResidual>(acc[row < R ? row : 0][c], rows, row, c) : q[0];
+      }
+      store_rows<V>(rows.out + i, R - i < kGroup ? R - i : kGroup, columns,
+                    packing.run(q[0], q[1], q[2], q[3]));
+    }
+  }
+
+  // Vector c of a row, RNE of the value over the output scale.
+  template <Residual kResidual>
+  inline __attribute__((always_inline)) __m256i rounded(__m256i acc, const TileRows& rows, int row,
+                                                        int c) const {
+    const __m256 v = scale_x8(acc, _mm256_load_ps(addend + 8 * c), _mm256_load_ps(mult + 8 * c));
+    if constexpr (kResidual == Residual::kNone) return _mm256_cvtps_epi32(v);
+    return add.template run<kResidual == Residual::kS8>(v, rows.residual[row] + 8 * c,
+                                                        columns - 8 * c);
+  }
+
+  PackX32 pack, pack_sum;
+  FusedAddX8 add;
+  const float *addend, *mult;
+  int64_t columns;
+  bool plain, adds;
+};
 
 // `tiles` tiles of R rows, one below the other.
 template <typename Multiply, int R, int V>
 __attribute__((noinline)) void run_tiles(IgemmTile& tile, int64_t tiles) {
-  for (; tiles > 0; --tiles) {
+  const YmmPanel panel(tile);
+  const YmmStore<V> store(tile);
+  const uint8_t* const* a = tile.rows;
+  const int64_t pitch = R * tile.row_pitch;
+  TileRows rows(tile);
+  for (int64_t left = tiles; left > 0; --left, a += pitch) {
     __m256i acc[R][V];
-    Multiply::template run<R, V>(tile, acc);
-    store_tile<R, V>(tile, acc);
-    tile.advance(R);
+    Multiply::template run<R, V>(panel, a, acc);
+    store.template run<R>(tile, rows, acc);
+    rows.advance(R);
   }
+  tile.advance(R * tiles);
 }
 
-template <typename Multiply, Isa kLayout>
+template <typename Multiply, typename Rows, Isa kLayout>
 struct YmmTile {
   static constexpr Isa kIsa = kLayout;
-  using Copy = typename Multiply::Copy;
+  using Copy = Rows;
   static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
-    const int64_t most = vectors == 2 ? 6 : 8, held = Multiply::rows_held(header);
+    const int64_t most = vectors == 2 ? Multiply::kMaxRows : Multiply::kMaxNarrowRows;
+    const int64_t held = Copy::rows_held(header);
     return held < most ? held : most;
   }
   static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
@@ -123,14 +208,15 @@ struct YmmTile {
         return run_tiles<Multiply, 3, V>(tile, tiles);
       case 4:
         return run_tiles<Multiply, 4, V>(tile, tiles);
-      case 5:
-        return run_tiles<Multiply, 5, V>(tile, tiles);
-      case 6:
-        return run_tiles<Multiply, 6, V>(tile, tiles);
     }
-    if constexpr (V == 1) {
-      return rows == 7 ? run_tiles<Multiply, 7, V>(tile, tiles)
-                       : run_tiles<Multiply, 8, V>(tile, tiles);
+    constexpr int64_t kMost = V == 2 ? Multiply::kMaxRows : Multiply::kMaxNarrowRows;
+    if constexpr (kMost >= 6) {
+      if (rows == 5) return run_tiles<Multiply, 5, V>(tile, tiles);
+      if (rows == 6) return run_tiles<Multiply, 6, V>(tile, tiles);
+    }
+    if constexpr (kMost >= 8) {
+      if (rows == 7) return run_tiles<Multiply, 7, V>(tile, tiles);
+      if (rows == 8) return run_tiles<Multiply, 8, V>(tile, tiles);
     }
   }
 };

@@ -9,6 +9,10 @@ namespace {
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
 
+QK_INLINE __m256i lane_mask_x8(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
 QK_INLINE __m256i load_ints(const int32_t* p, __m256i mask) {
   return _mm256_maskload_epi32(p, mask);
 }
