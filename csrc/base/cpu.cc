@@ -50,6 +50,9 @@ CpuFeatures detect() {
   const bool avx2 = bit(b7, 5) && fma && f16c;
   if (!avx2) return kCpuScalar;
   CpuFeatures features = kCpuAvx2;
+#if defined(QK_EMULATE_AVXVNNI)  // csrc/base/x86_avxvnni.h
+  features |= kCpuAvxVnni;
+#endif
   uint32_t a71 = 0, b71, c71, d71;
   if (a7 >= 1 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && bit(a71, 4)) {
     features |= kCpuAvxVnni;

@@ -16,7 +16,11 @@
 
 // The x86 paths. Each kernel file opens exactly one of them.
 #define QK_ISA_AVX2 "avx2,fma,f16c"
+#if defined(QK_EMULATE_AVXVNNI)  // csrc/base/x86_avxvnni.h
+#define QK_ISA_AVXVNNI QK_ISA_AVX2
+#else
 #define QK_ISA_AVXVNNI "avx2,fma,f16c,avxvnni"
+#endif
 #define QK_ISA_AVX512VNNI \
   "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512"
 #define QK_ISA_AVX512VBMI \

@@ -8,6 +8,8 @@ QK_TARGET_BEGIN(QK_ISA_AVXVNNI)
 namespace qk {
 namespace {
 
+#include "csrc/base/x86_avxvnni.h"
+
 #include "csrc/conv/x86_depthwise_tile.h"
 #include "csrc/conv/x86_depthwise_ymm.h"
 
@@ -22,10 +24,7 @@ struct AvxVnni : Ymm {
   QK_INLINE __m256i load_weights(const int8_t* p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   }
-  // One instruction as asm: gcc 12 spills the accumulators around the intrinsic.
-  QK_INLINE void dot(__m256i& acc, __m256i a, __m256i w) {
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(w));
-  }
+  QK_INLINE void dot(__m256i& acc, __m256i a, __m256i w) { dot_bytes(acc, a, w); }
 };
 
 }  // namespace

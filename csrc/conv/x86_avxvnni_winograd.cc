@@ -9,6 +9,8 @@ QK_TARGET_BEGIN(QK_ISA_AVXVNNI)
 namespace qk {
 namespace {
 
+#include "csrc/base/x86_avxvnni.h"
+
 #include "csrc/gemm/x86_driver.h"
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
@@ -19,9 +21,7 @@ namespace {
 #include "csrc/conv/x86_winograd_ymm.h"
 
 struct AvxVnniDot {
-  QK_INLINE void run(__m256i& acc, __m256i a, __m256i b) {
-    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
-  }
+  QK_INLINE void run(__m256i& acc, __m256i a, __m256i b) { dot_words(acc, a, b); }
 };
 
 }  // namespace

@@ -10,6 +10,8 @@ QK_TARGET_BEGIN(QK_ISA_AVXVNNI)
 namespace qk {
 namespace {
 
+#include "csrc/base/x86_avxvnni.h"
+
 #include "csrc/gemm/x86_driver.h"
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
@@ -28,10 +30,6 @@ QK_INLINE __m256i broadcast_tail(const uint8_t* row, int64_t depth) {
   if (depth > 1) bytes |= row[1] << 8;
   if (depth > 2) bytes |= row[2] << 16;
   return _mm256_set1_epi32(bytes);
-}
-
-QK_INLINE void dot(__m256i& acc, __m256i a, __m256i b) {
-  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
 }
 
 constexpr int sums_in_flight(int tile) { return tile > 6 ? 1 : tile > 3 ? 2 : 4; }
@@ -74,7 +72,7 @@ struct AvxVnniMultiply {
         for (int i = 0; i < R; ++i) {
           const __m256i a = flipped(broadcast_tail(p[i], panel.depth));
 #pragma GCC unroll 2
-          for (int j = 0; j < V; ++j) dot(sum[0][i][j], a, _mm256_load_si256(b + j));
+          for (int j = 0; j < V; ++j) dot_bytes(sum[0][i][j], a, _mm256_load_si256(b + j));
         }
         b += V;
       }
@@ -105,7 +103,7 @@ struct AvxVnniMultiply {
     for (int i = 0; i < R; ++i) {
       const __m256i a = flipped(broadcast4(p[i] + offset));
 #pragma GCC unroll 2
-      for (int j = 0; j < V; ++j) dot(sum[i][j], a, bv[j]);
+      for (int j = 0; j < V; ++j) dot_bytes(sum[i][j], a, bv[j]);
     }
   }
 };
