@@ -27,7 +27,7 @@
 namespace qk {
 
 inline constexpr uint64_t kPackedConvMagic = 0x564e4f43'4b51ull;  // "QKCONV"
-inline constexpr uint32_t kPackedConvVersion = 2;
+inline constexpr uint32_t kPackedConvVersion = 3;
 
 enum class ConvKind : int32_t { kIgemm = 0, kDepthwise = 1 };
 

@@ -73,7 +73,7 @@ PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t
   const DepthwiseLayout layout = layout_of(isa);
   PhaseRun run;
   run.phase = conv_phase(shape, index);
-  run.plan = depthwise_plan(shape, run.phase);
+  run.plan = depthwise_plan(shape, run.phase, layout);
   for (int d = 0; d < kConvDims; ++d) run.count[d] = run.phase.dim[d].count(e.out[d]);
   if (run.count[0] == 0 || run.count[1] == 0 || run.count[2] == 0) {
     run.row_pairs = run.tile = run.tiles = run.row_columns = run.strip_columns = 0;

@@ -11,9 +11,10 @@
 // Numbers: exact int32, the same bits on every ISA. Weight zero points are not supported here (the
 //   driver takes the GEMM path for them).
 // Trick: the input of a strip is first written to a scratch strip as dwords, one a lane of output
-//   channels. Depthwise: a dword is four rows of one channel (rows interleaved byte by byte), so
-//   one dot-product instruction does four rows of 16 channels, and the strip serves all horizontal
-//   taps and both output rows: the second row uses the same dwords with the weights moved down.
+//   channels. Depthwise: a dword is four rows of one channel (rows interleaved byte by byte; AVX2:
+//   two rows as int16), so one dot-product instruction does four rows of 16 channels, and the strip
+//   serves all horizontal taps and both output rows: the second row uses the same dwords with the
+//   weights moved down.
 //   Narrow groups: a dword is four channels of the lane's group (one permutation), so all lanes of
 //   the dot product work, which a GEMM of one group cannot reach. Interleaving permutes the
 //   channels of a block; the packed parameters are permuted the same way, and the narrowing packs
@@ -32,11 +33,10 @@ struct DepthwisePlan {
   int64_t quads;       // of channels in a narrow group; 0: depthwise
   int64_t rows_out;    // output rows that share a scratch strip
   int64_t window;      // input rows of one depth tap under them
-  int64_t rows;        // input rows: depth taps * window, depthwise rounded up to fours
-  int64_t row_groups;  // dwords a lane: rows / 4, or rows * quads
+  int64_t rows;        // input rows: depth taps * window, depthwise rounded up to whole dwords
+  int64_t row_groups;  // dwords a lane: rows / 4 (AVX2: 2), or rows * quads
   int64_t columns;     // horizontal taps
 };
-DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase);
 
 // One strip of one channel block.
 struct DepthwiseStrip {

@@ -17,9 +17,10 @@ constexpr int64_t channel_at(int64_t chunks, int64_t position) {
 // The vectors of an ISA.
 struct DepthwiseLayout {
   int64_t lanes, most_vectors;
-  int64_t weight_bytes;  // of one vector
-  bool words;            // weights as int16: rows 0 and 2, then rows 1 and 3
-  bool holds_taps;       // three taps beside each other are read in the order of the scratch
+  // int16 instead of bytes: a dword of the scratch is two rows of a channel; the weights of narrow
+  // groups are channels 0 and 2 of a quad, then 1 and 3.
+  bool words;
+  bool holds_taps;  // three taps beside each other are read in the order of the scratch
 
   int64_t block_channels() const { return lanes * most_vectors; }
   // Vectors for `channels` left: the fewest of 1, 2, 4 (times 16 channels) that hold them.
@@ -29,22 +30,31 @@ struct DepthwiseLayout {
     return v;
   }
   int64_t chunks(int64_t vectors) const { return vectors * lanes / 16; }
+  // Input rows of a channel in a dword.
+  int64_t dword_rows() const { return words ? 2 : 4; }
+  // Of the weights of one vector.
+  int64_t weight_bytes(const DepthwisePlan& plan) const {
+    return lanes * (words && plan.quads > 0 ? 8 : 4);
+  }
 };
 
 inline DepthwiseLayout layout_of(Isa isa) {
   switch (isa) {
     case Isa::kAmx:  // has nothing to offer to a sum of one channel
     case Isa::kAvx512Vnni:
-      return {16, 4, 64, false, true};
+      return {16, 4, false, true};
     case Isa::kAvxVnni:
-      return {8, 4, 32, false, false};
+      return {8, 4, false, false};
     case Isa::kAvx2:
-      return {8, 4, 64, true, false};
+      return {8, 4, true, false};
     case Isa::kScalar:
       break;
   }
-  return {16, 1, 64, false, false};
+  return {16, 1, false, false};
 }
+
+DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase,
+                             const DepthwiseLayout& layout);
 
 // At the start of a packed part; then for each block init, addend, mult and weights.
 struct alignas(64) DepthwisePart {

@@ -8,20 +8,21 @@ namespace qk {
 namespace {
 
 int64_t weights_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan, int64_t vectors) {
-  return plan.columns * plan.row_groups * vectors * plan.rows_out * layout.weight_bytes;
+  return plan.columns * plan.row_groups * vectors * plan.rows_out * layout.weight_bytes(plan);
 }
 
 int64_t block_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan) {
   return parameter_bytes(layout, plan) + align_up(weights_bytes(layout, plan, layout.most_vectors));
 }
 
-// Byte `r` of the dword `group` of output channel o, for horizontal tap kx and output row p: row 4
-// * group + r of the window (0 where output row p does not read that row), or channel r of a quad.
+// Value `r` of the dword `group` of output channel o, for horizontal tap kx and output row p: row
+// `group` * rows in a dword + r of the window (0 where output row p does not read that row), or
+// channel r of a quad.
 int8_t dword_weight(const ConvSource& source, const ConvPhase& phase, const DepthwisePlan& plan,
                     int64_t o, int64_t group, int64_t r, int64_t p, int64_t kx) {
   const ConvShape& s = source.shape;
   const DimPhase* dim = phase.dim;
-  const int64_t row = plan.quads ? group / plan.quads : group * 4 + r;
+  const int64_t row = plan.quads ? group / plan.quads : group * (plan.rows / plan.row_groups) + r;
   const int64_t tap_rows = plan.rows / dim[0].taps, kd = row / tap_rows;
   const int64_t ky = plan.rows_out == 1 ? row % tap_rows : row % tap_rows - p * dim[1].in_stride;
   if (ky < 0 || ky >= dim[1].taps) return 0;
@@ -35,20 +36,25 @@ int8_t dword_weight(const ConvSource& source, const ConvPhase& phase, const Dept
   return source.weight[filter * s.kernel_size() + (z * s.kernel[1] + y) * s.kernel[2] + x];
 }
 
-// One dword of weights (rows 4 g .. 4 g + 3) in the place of `position`.
-void put_weights(const DepthwiseLayout& layout, const int8_t w[4], int64_t lane, int8_t* vector) {
+// One dword of weights in the place of `lane`.
+void put_weights(const DepthwiseLayout& layout, const DepthwisePlan& plan, const int8_t w[4],
+                 int64_t lane, int8_t* vector) {
   if (!layout.words) {
     std::memcpy(vector + 4 * lane, w, 4);
-    return;
+  } else if (plan.quads == 0) {
+    const int16_t rows[2] = {w[0], w[1]};
+    std::memcpy(vector + 4 * lane, rows, 4);
+  } else {
+    const int16_t even[2] = {w[0], w[2]}, odd[2] = {w[1], w[3]};
+    std::memcpy(vector + 4 * lane, even, 4);
+    std::memcpy(vector + layout.weight_bytes(plan) / 2 + 4 * lane, odd, 4);
   }
-  const int16_t even[2] = {w[0], w[2]}, odd[2] = {w[1], w[3]};
-  std::memcpy(vector + 4 * lane, even, 4);
-  std::memcpy(vector + layout.weight_bytes / 2 + 4 * lane, odd, 4);
 }
 
 }  // namespace
 
-DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase) {
+DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase,
+                             const DepthwiseLayout& layout) {
   const DimPhase& h = phase.dim[1];
   DepthwisePlan plan;
   plan.columns = phase.dim[2].taps;
@@ -61,13 +67,14 @@ DepthwisePlan depthwise_plan(const ConvShape& shape, const ConvPhase& phase) {
     return plan;
   }
   const int64_t pair = h.taps + h.in_stride;
-  const bool share =
-      (h.in_dilation == 1 || h.taps == 1) && ceil_div(pair, 4) == ceil_div(h.taps, 4);
+  const int64_t dword_rows = layout.dword_rows();
+  const bool share = (h.in_dilation == 1 || h.taps == 1) &&
+                     ceil_div(pair, dword_rows) == ceil_div(h.taps, dword_rows);
   plan.quads = 0;
   plan.rows_out = share ? 2 : 1;
   plan.window = share ? pair : h.taps;
-  plan.row_groups = phase.dim[0].taps * ceil_div(plan.window, 4);
-  plan.rows = plan.row_groups * 4;
+  plan.row_groups = phase.dim[0].taps * ceil_div(plan.window, dword_rows);
+  plan.rows = plan.row_groups * dword_rows;
   return plan;
 }
 
@@ -87,12 +94,12 @@ int64_t packed_depthwise_bytes(const ConvShape& shape, const ConvPhase& phase, I
   const DepthwiseLayout layout = layout_of(isa);
   const int64_t blocks = ceil_div(shape.out_channels, layout.block_channels());
   return static_cast<int64_t>(sizeof(DepthwisePart)) +
-         blocks * block_bytes(layout, depthwise_plan(shape, phase));
+         blocks * block_bytes(layout, depthwise_plan(shape, phase, layout));
 }
 
 Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa, uint8_t* dst) {
   const DepthwiseLayout layout = layout_of(isa);
-  const DepthwisePlan plan = depthwise_plan(source.shape, phase);
+  const DepthwisePlan plan = depthwise_plan(source.shape, phase, layout);
   const int64_t channels = source.shape.out_channels;
   auto* part = reinterpret_cast<DepthwisePart*>(dst);
   std::memset(dst, 0, static_cast<size_t>(packed_depthwise_bytes(source.shape, phase, isa)));
@@ -119,8 +126,9 @@ Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa,
       for (int64_t kx = 0; kx < plan.columns; ++kx) {
         for (int64_t group = 0; group < plan.row_groups; ++group) {
           for (int64_t p = 0; p < plan.rows_out; ++p) {
-            int8_t w[4];
-            for (int64_t r = 0; r < 4; ++r) {
+            int8_t w[4] = {};
+            const int64_t values = plan.quads ? 4 : layout.dword_rows();
+            for (int64_t r = 0; r < values; ++r) {
               w[r] = dword_weight(source, phase, plan, o, group, r, p, kx);
               if (p == 0) {
                 sum += w[r];
@@ -128,10 +136,10 @@ Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa,
               }
             }
             put_weights(
-                layout, w, lane,
+                layout, plan, w, lane,
                 weights +
                     (((kx * plan.row_groups + group) * vectors + vector) * plan.rows_out + p) *
-                        layout.weight_bytes);
+                        layout.weight_bytes(plan));
           }
         }
       }

@@ -127,8 +127,10 @@ struct Row512<1> {
 };
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kColumns = 4, kWeightBytes = 64;
-  static constexpr bool kHoldsTaps = true;
+  static constexpr int kLanes = 16, kColumns = 4, kPairColumns = 4, kWeightBytes = 64,
+                       kDwordRows = 4;
+  static constexpr bool kForGroups = true, kForChannels = true, kHoldsTaps = true;
+  static constexpr bool kUnrolls = false;
   using Vector = __m512i;
   using Weights = __m512i;
   template <int V>

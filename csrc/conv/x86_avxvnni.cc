@@ -14,8 +14,8 @@ namespace {
 #include "csrc/conv/x86_depthwise_ymm.h"
 
 struct AvxVnni : Ymm {
-  static constexpr int kWeightBytes = 32;
-  static constexpr bool kHoldsTaps = true;
+  static constexpr int kWeightBytes = 32, kDwordRows = 4;
+  static constexpr bool kForGroups = true, kForChannels = true, kHoldsTaps = true;
   using Weights = __m256i;
 
   QK_INLINE __m256i load_activations(const uint8_t* p) {

@@ -2,8 +2,13 @@
 // of a kernel file, inside its anonymous namespace, so that it is compiled for that target.
 //
 // A Kernel has
-//   kLanes, kColumns, kWeightBytes: dwords in a vector; output columns computed together; bytes of
-//     the weights of a vector
+//   kLanes, kWeightBytes: dwords in a vector; bytes of the weights of a vector
+//   kColumns, kPairColumns: output columns computed together, of three taps beside each other
+//   (twice
+//     as many of one row otherwise), and of two rows
+//   kUnrolls: whether a column has so little to do for a dword that the loop over them is unrolled
+//   kForGroups, kForChannels: whether it is for narrow groups, for depthwise layers
+//   kDwordRows: for depthwise layers, the input rows of a channel in a dword
 //   kHoldsTaps: registers hold the weights of three taps beside the sums
 //   Vector, Activations, Weights: an int32 vector; interleaved input, weights, in registers
 //   load, load_floats, store: of a Vector or as many floats
@@ -40,26 +45,27 @@ QK_INLINE void copy_bytes(uint8_t* dst, const uint8_t* src, int64_t n) {
 }
 
 // Columns [begin, end) of the strip's input, interleaved: [strip_columns][row_groups][channels of
-// the block][4 rows].
+// the block][kDwordRows].
 template <typename Kernel, bool Flip, bool Expand, int V>
 QK_INLINE void interleave_columns(const DepthwiseStrip& strip, int64_t begin, int64_t end) {
   using Row = typename Kernel::template Row<V>;
+  constexpr int kRows = Kernel::kDwordRows;
   constexpr int64_t kGroupBytes = V * Kernel::kLanes * 4;
   const DepthwiseStrip s = strip;
   const auto flip = Row::fill(0x80), padding = Row::fill(Flip ? s.padding ^ 0x80 : s.padding);
   alignas(64) uint8_t expanded[V * Kernel::kLanes];
   for (int64_t group = 0; group < s.row_groups; ++group) {
-    const uint8_t* const* rows = s.rows + group * 4;
+    const uint8_t* const* rows = s.rows + group * kRows;
     uint8_t* dst = s.scratch + (begin * s.row_groups + group) * kGroupBytes;
     for (int64_t column = begin; column < end; ++column) {
       const int64_t offset = s.column_offset[column];
-      typename Row::Type bytes[4];
+      typename Row::Type bytes[kRows];
       if (offset < 0) {
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) bytes[r] = padding;
+        for (int r = 0; r < kRows; ++r) bytes[r] = padding;
       } else {
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < kRows; ++r) {
           const uint8_t* pixel = rows[r] + offset;
           if constexpr (Expand) {
             expand_channels<V * Kernel::kLanes>(pixel, s.channel_phase, s.out_group, s.channels,
@@ -134,11 +140,27 @@ QK_INLINE void interleave(const DepthwiseStrip& s, int64_t begin, int64_t end) {
 template <typename Kernel, int V>
 static __attribute__((noinline)) void fill_scratch(const DepthwiseStrip& s, int64_t begin,
                                                    int64_t end) {
-  if (s.quads > 0) {
-    s.input_flip == 0 ? spread<Kernel, false, V>(s, begin, end)
-                      : spread<Kernel, true, V>(s, begin, end);
-  } else {
-    interleave<Kernel, V>(s, begin, end);
+  if constexpr (Kernel::kForGroups) {
+    if (s.quads > 0) {
+      return s.input_flip == 0 ? spread<Kernel, false, V>(s, begin, end)
+                               : spread<Kernel, true, V>(s, begin, end);
+    }
+  }
+  if constexpr (Kernel::kForChannels) interleave<Kernel, V>(s, begin, end);
+}
+
+// One dword of each of T columns, for P rows.
+template <typename Kernel, int T, int P>
+QK_INLINE void add_dword(const uint8_t* b, int64_t step, const int8_t* w,
+                         typename Kernel::Vector (&acc)[T][P]) {
+  typename Kernel::Weights weights[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) weights[p] = Kernel::load_weights(w + p * Kernel::kWeightBytes);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const auto activations = Kernel::load_activations(b + t * step);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) Kernel::dot(acc[t][p], activations, weights[p]);
   }
 }
 
@@ -148,6 +170,7 @@ template <typename Kernel, int V, int T, int P>
 QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
                           typename Kernel::Vector (&acc)[T][P]) {
   constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
+  constexpr int64_t kStepWeights = V * P * Kernel::kWeightBytes;
   const auto init = Kernel::load(s.init + j * Kernel::kLanes);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -162,20 +185,15 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   const int8_t* w = s.weights + j * P * Kernel::kWeightBytes;
   for (int64_t run = 0; run < runs; ++run) {
     const uint8_t* b = run_bytes;
-    for (int64_t i = 0; i < steps; ++i) {
-      typename Kernel::Weights weights[P];
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        weights[p] = Kernel::load_weights(w + p * Kernel::kWeightBytes);
+    if constexpr (Kernel::kUnrolls) {
+#pragma GCC unroll 3
+      for (int64_t i = 0; i < steps; ++i, b += kGroupBytes, w += kStepWeights) {
+        add_dword<Kernel, T, P>(b, step, w, acc);
       }
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        const auto activations = Kernel::load_activations(b + t * step);
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) Kernel::dot(acc[t][p], activations, weights[p]);
+    } else {
+      for (int64_t i = 0; i < steps; ++i, b += kGroupBytes, w += kStepWeights) {
+        add_dword<Kernel, T, P>(b, step, w, acc);
       }
-      b += kGroupBytes;
-      w += V * P * Kernel::kWeightBytes;
     }
     run_bytes += s.tap_step * column_bytes;
   }
@@ -328,7 +346,9 @@ template <typename Kernel, Finish F, int V, int P, bool ThreeTaps>
 static __attribute__((noinline)) void all_columns(const DepthwiseStrip& strip) {
   const DepthwiseStrip s = strip;
   const int64_t reach = (s.taps - 1) * s.tap_step + 1;
-  constexpr int kColumns = ThreeTaps ? Kernel::kColumns : Kernel::kColumns * 2 / P;
+  constexpr int kColumns = ThreeTaps ? Kernel::kColumns
+                           : P == 1  ? Kernel::kColumns * 2
+                                     : Kernel::kPairColumns;
   int64_t filled = 0, x = 0;
   for (; x + kColumns <= s.outputs; x += kColumns) {
     const int64_t needed = (x + kColumns - 1) * s.column_step + reach;

@@ -55,7 +55,8 @@ struct Row256<2> {
 };
 
 struct Ymm {
-  static constexpr int kLanes = 8, kColumns = 2;
+  static constexpr int kLanes = 8, kColumns = 2, kPairColumns = 2;
+  static constexpr bool kUnrolls = false;
   using Vector = __m256i;
   template <int V>
   using Row = Row256<V>;
@@ -67,11 +68,8 @@ struct Ymm {
   QK_INLINE void store(int32_t* p, __m256i v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
-  // Rounded explicitly: the conversion alone would obey the caller's rounding mode.
   QK_INLINE __m256i narrow(__m256i acc, __m256 addend, __m256 mult) {
-    return _mm256_cvtps_epi32(
-        _mm256_round_ps(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult),
-                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult));
   }
   QK_INLINE __m256i permute(__m256i pixel, __m256i order) {
     return _mm256_permutevar8x32_epi32(pixel, order);
