@@ -25,7 +25,7 @@ IgemmKernel select_igemm_kernel(Isa isa) {
 }
 
 bool igemm_adds_in_place(const PackedHeader& header) {
-  return header.isa >= Isa::kAvx512Vnni && header.stores_plain_bytes();
+  return header.isa != Isa::kScalar && header.stores_plain_bytes();
 }
 
 NextWeights first_weights(const PackedMatrix& matrix) {

@@ -124,8 +124,8 @@ struct PackSource {
 int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa);
 // kKTooLarge if the accumulator of taps * depth products could overflow int32. Reads no weight.
 Status check_accumulator(const PackSource& source);
-// Whether `out` may be the residual itself: the 64-byte stores of AVX512-VNNI and AMX read the
-// residual of a row before they write it; the others add to what they have stored.
+// Whether `out` may be the residual itself: the wide stores of bytes read the residual of a row
+// before they write it; other stores add to what they have stored.
 bool igemm_adds_in_place(const PackedHeader& header);
 // Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned). kKTooLarge: the accumulator could
 // overflow int32. kBadScale: a product of the scales or a scaled bias leaves the float32 range.
