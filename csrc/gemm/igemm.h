@@ -6,8 +6,8 @@
 // Layout: the weights are packed in panels of `nr` columns, [N/nr][taps][depth/4][nr][4] (depth
 //   padded with zero weights to a multiple of 4, see overlaps_tail(); the last panel only as wide
 //   as whole vectors need), so that one dot-product instruction reads one vector of B and four
-//   broadcast bytes of A. AVX2 has exact dot products of int16 only: [N/nr], of int32 [nr] at which
-//   the sums start, then [taps * depth / 2][nr][2], to a multiple of 4 deep.
+//   broadcast bytes of A. AVX2 has exact dot products of int16 only; its panels are int32 [nr], at
+//   which the sums start, and then pairs, [taps * depth / 2][nr][2], to a multiple of 4 deep.
 //   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
 //   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes (AVX2 widens the rows of
 //   a block first). No byte past `depth` is read and no byte past column n is written.
