@@ -11,6 +11,11 @@
 // it
 //   takes.
 
+QK_INLINE void store_high(uint8_t* out, __m128i v) {
+  const int64_t bytes = _mm_extract_epi64(v, 1);
+  __builtin_memcpy(out, &bytes, 8);
+}
+
 // Bytes [0, n) of a vector of bytes to out[0], the next n of its next 8 * V bytes to out[1], ...
 template <int V>
 QK_INLINE void store_rows(uint8_t* const* out, int64_t rows, int64_t n, __m256i bytes) {
@@ -27,9 +32,9 @@ QK_INLINE void store_rows(uint8_t* const* out, int64_t rows, int64_t n, __m256i 
     if (rows > 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(out[1]), high);
   } else {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out[0]), low);
-    if (rows > 1) _mm_storeh_pd(reinterpret_cast<double*>(out[1]), _mm_castsi128_pd(low));
+    if (rows > 1) store_high(out[1], low);
     if (rows > 2) _mm_storel_epi64(reinterpret_cast<__m128i*>(out[2]), high);
-    if (rows > 3) _mm_storeh_pd(reinterpret_cast<double*>(out[3]), _mm_castsi128_pd(high));
+    if (rows > 3) store_high(out[3], high);
   }
 }
 
