@@ -3,9 +3,9 @@
 //
 // A Kernel has
 //   kLanes, kWeightBytes: dwords in a vector; bytes of the weights of a vector
-//   kColumns, kPairColumns: output columns computed together, of three taps beside each other
-//   (twice
-//     as many of one row otherwise), and of two rows
+//   kColumns: output columns computed together, of three taps beside each other; twice as many are
+//     where one row has other taps
+//   kPairColumns: the same of two rows
 //   kUnrolls: whether a column has so little to do for a dword that the loop over them is unrolled
 //   kForGroups, kForChannels: whether it is for narrow groups, for depthwise layers
 //   kDwordRows: for depthwise layers, the input rows of a channel in a dword
@@ -381,7 +381,9 @@ QK_INLINE void block_rows(const DepthwiseStrip& s) {
 
 template <typename Kernel, int V>
 QK_INLINE void block(const DepthwiseStrip& s) {
-  if (s.rows_out == 2) return block_rows<Kernel, V, 2, false>(s);
+  if constexpr (Kernel::kForChannels) {
+    if (s.rows_out == 2) return block_rows<Kernel, V, 2, false>(s);
+  }
   if constexpr (Kernel::kHoldsTaps) {
     if (s.taps == 3 && s.tap_step == 1 && s.column_step == 1) {
       return block_rows<Kernel, V, 1, true>(s);

@@ -4,9 +4,9 @@
 namespace qk {
 namespace {
 
-// Panels that stay in L2 while all rows pass over them: half of an L2 of 512 KiB, as cores without
-// AVX-512 may have. AMX and AVX512-VNNI fetch the next panels meanwhile.
-constexpr int64_t kPanelBlockBytes = 256 * 1024, kFetchedBlockBytes = 128 * 1024;
+// Panels that stay in L2 while all rows pass over them: half of a 1 MiB L2. AMX and AVX512-VNNI
+// fetch the next panels meanwhile.
+constexpr int64_t kPanelBlockBytes = 512 * 1024, kFetchedBlockBytes = 128 * 1024;
 
 int64_t panels_in_block(const PackedHeader& header) {
   const int64_t bytes = header.isa >= Isa::kAvx512Vnni ? kFetchedBlockBytes : kPanelBlockBytes;

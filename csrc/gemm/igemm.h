@@ -49,10 +49,10 @@ struct alignas(64) PackedHeader {
   int32_t reserved;
   Epilogue epilogue;
 
-  // 8-bit outputs that need neither weight zero points nor a table nor a wide clamp.
-  bool stores_plain_bytes() const {
-    return epilogue.is_8bit() && !wide && !has_weight_zero_point && !epilogue.has_table;
-  }
+  // 8-bit outputs that need neither weight zero points nor a wide clamp.
+  bool packs_bytes() const { return epilogue.is_8bit() && !wide && !has_weight_zero_point; }
+  // And no table.
+  bool stores_plain_bytes() const { return packs_bytes() && !epilogue.has_table; }
 };
 
 // What AMX reads in place: at most so many taps, cut into equal steps of whole quads, the bytes of

@@ -51,7 +51,7 @@ QK_INLINE __m128i widen8(const uint8_t* from, int16_t* to) {
 }
 
 // Copies n bytes; the last ones may be written twice, nothing further.
-QK_INLINE void copy_bytes(const uint8_t* from, int64_t n, uint8_t* to) {
+QK_INLINE void copy_overlapping(uint8_t* to, const uint8_t* from, int64_t n) {
   if (n >= 16) {
     for (int64_t i = 0; i + 16 <= n; i += 16) __builtin_memcpy(to + i, from + i, 16);
     __builtin_memcpy(to + n - 16, from + n - 16, 16);
@@ -70,7 +70,7 @@ struct Crosses {
   }
   QK_INLINE int32_t sum(__m256i v) {
     const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2);
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_unpackhi_epi64(half, half)));
   }
 };
 
@@ -86,7 +86,7 @@ struct WideRows {
   __attribute__((noinline)) void take(const PackedHeader& header, int64_t count,
                                       const uint8_t* const** sources, int64_t* row_pitch) {
     const int64_t taps = header.taps, depth = header.depth, pitch = row_values(header);
-    if (depth % 8 == 0) {
+    if (depth % 8 == 0 || taps == 0) {
       for (int64_t i = 0; i < count; ++i) {
         widen(*sources + i * *row_pitch, taps, depth, values + i * pitch);
       }
@@ -113,7 +113,7 @@ struct WideRows {
   QK_INLINE void join(const uint8_t* const* taps, int64_t count, int64_t depth, uint8_t* row) {
     constexpr uint64_t kZeros = Flip ? 0x8080808080808080u : 0;
     __builtin_memcpy(row + padded_depth(count, depth) - 8, &kZeros, 8);
-    for (int64_t tap = 0; tap < count; ++tap, row += depth) copy_bytes(taps[tap], depth, row);
+    for (int64_t tap = 0; tap < count; ++tap, row += depth) copy_overlapping(row, taps[tap], depth);
   }
   // A row and its crosses, for a depth that is a multiple of 8.
   QK_INLINE void widen(const uint8_t* const* taps, int64_t count, int64_t depth, int16_t* row) {
@@ -136,12 +136,6 @@ struct WideRows {
   uint8_t joined[kValues];
   const uint8_t* rows[kMaxBlockRows];
 };
-
-QK_INLINE __m256i broadcast4(const uint8_t* p) {
-  int32_t value;
-  __builtin_memcpy(&value, p, 4);
-  return _mm256_set1_epi32(value);
-}
 
 // acc += (a01 + w23) * (a23 + w01), summed in pairs; one asm so that gcc neither reorders nor
 // spills.
@@ -188,7 +182,7 @@ struct Avx2Multiply {
   }
 };
 
-// A function for each: the stack of the larger is a quarter of a megabyte.
+// A function for each: the stack of the larger is 0.4 megabytes.
 template <bool Flip, int64_t kValues>
 __attribute__((noinline)) void run_blocks(const IgemmBlock& block) {
   igemm_blocks<YmmTile<Avx2Multiply, WideRows<Flip, kValues>, Isa::kAvx2>>(block);

@@ -18,7 +18,7 @@ QK_INLINE __m128i low_bytes_x8(__m256i v) {
   return _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
 }
 
-// Exactly n <= 8 (or <= 16) bytes between memory and a register.
+// Exactly n <= 8 bytes between memory and a register.
 QK_INLINE __m128i load_bytes_upto8(const uint8_t* p, int64_t n) {
   uint64_t bytes = 0;
   if (n >= 8) {
@@ -73,6 +73,10 @@ QK_INLINE void store_floats_x8(OutputType type, __m256 v, void* out, int64_t n) 
   __builtin_memcpy(out, lanes, static_cast<size_t>(2 * (n < 8 ? n : 8)));
 }
 
+QK_INLINE __m256 scale_x8(__m256i acc, __m256 addend, __m256 mult) {
+  return _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult);
+}
+
 // Stores the first n <= 8 lanes at `out`, in any output type; table and residual are left to the
 // caller.
 QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mult, void* out,
@@ -81,7 +85,7 @@ QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mu
     store_lanes_x8(out, acc, n);
     return;
   }
-  const __m256 v = _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult);
+  const __m256 v = scale_x8(acc, addend, mult);
   if (!e.is_8bit()) {
     store_floats_x8(e.output, v, out, n);
   } else {
@@ -91,10 +95,6 @@ QK_INLINE void store_x8(const Epilogue& e, __m256i acc, __m256 addend, __m256 mu
         _mm256_add_epi32(quantize_offset_x8(v, low, high), _mm256_set1_epi32(e.zero_point));
     store_bytes_upto8(static_cast<uint8_t*>(out), low_bytes_x8(q), n);
   }
-}
-
-QK_INLINE __m256 scale_x8(__m256i acc, __m256 addend, __m256 mult) {
-  return _mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(acc), addend), mult);
 }
 
 // From rounded values to the bytes that are stored: valid when (acc + addend) * mult stays in the

@@ -67,9 +67,6 @@ __attribute__((noinline)) void store_floats_avx512(const IgemmTile& tile, const 
   }
 }
 
-// What is added to an 8-bit output before it is stored.
-enum class Residual { kNone, kU8, kS8 };
-
 // 8-bit outputs without weight zero points: constants and a whole row in registers.
 template <int V, Residual R>
 __attribute__((noinline)) void store_bytes_avx512(const IgemmTile& tile, const int32_t* acc,

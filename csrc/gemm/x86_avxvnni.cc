@@ -17,12 +17,6 @@ namespace {
 #include "csrc/gemm/x86_avx2_epilogue.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
-QK_INLINE __m256i broadcast4(const uint8_t* p) {
-  int32_t bytes;
-  __builtin_memcpy(&bytes, p, 4);
-  return _mm256_set1_epi32(bytes);
-}
-
 // The last quad of a row of `depth` bytes, no multiple of 4; see overlaps_tail().
 QK_INLINE __m256i broadcast_tail(const uint8_t* row, int64_t depth) {
   if (depth > 4) return broadcast4(row + depth - 4);

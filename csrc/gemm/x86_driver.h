@@ -43,6 +43,9 @@ struct IgemmTile {
   }
 };
 
+// What is added to an 8-bit output before it is stored.
+enum class Residual { kNone, kU8, kS8 };
+
 struct InPlace {
   QK_INLINE int64_t row_bytes(const PackedHeader& header) { return header.taps * header.depth; }
   QK_INLINE int64_t rows_held(const PackedHeader&) { return kMaxBlockRows; }

@@ -7,9 +7,13 @@
 //   static void run(const YmmPanel&, const uint8_t* const* rows, __m256i (&acc)[R][V]):
 //     acc[i][j] = init[j] + sum over tap, k, and
 //   kMaxRows, kMaxNarrowRows: of a tile of two vectors and of one.
-// A Copy is the driver's, with  static int64_t rows_held(const PackedHeader&): the most rows that
-// it
-//   takes.
+// Rows, the driver's Copy, has  static int64_t rows_held(const PackedHeader&): the most it takes.
+
+QK_INLINE __m256i broadcast4(const uint8_t* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  return _mm256_set1_epi32(bytes);
+}
 
 QK_INLINE void store_high(uint8_t* out, __m128i v) {
   const int64_t bytes = _mm_extract_epi64(v, 1);
@@ -54,6 +58,19 @@ struct TileRows {
   const uint32_t* row_sums;
 };
 
+// Table and residual, in place on the bytes just written (still in L1).
+__attribute__((noinline)) void finish_bytes_avx2(const IgemmTile& tile, TileRows rows,
+                                                 int64_t count) {
+  const Epilogue& e = tile.matrix->header->epilogue;
+  for (int64_t i = 0; i < count; ++i) {
+    uint8_t* q = rows.out[i];
+    if (e.has_table) tile.lookup({q, q, e.table, 1, tile.columns, 0, 0});
+    if (e.has_residual) {
+      residual_add_avx2(e, q, rows.residual[i], tile.residual_signed, tile.columns);
+    }
+  }
+}
+
 // Every output: from the accumulators in memory, [count][16].
 __attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, TileRows rows,
                                                   const int32_t* acc, int64_t count) {
@@ -73,13 +90,8 @@ __attribute__((noinline)) void store_general_avx2(const IgemmTile& tile, TileRow
       store_x8(e, sum, _mm256_load_ps(m.addend + column), _mm256_load_ps(m.mult + column),
                rows.out[i] + c * element, tile.columns - c);
     }
-    // In place on the bytes just written.
-    uint8_t* q = rows.out[i];
-    if (e.has_table) tile.lookup({q, q, e.table, 1, tile.columns, 0, 0});
-    if (e.has_residual) {
-      residual_add_avx2(e, q, rows.residual[i], tile.residual_signed, tile.columns);
-    }
   }
+  finish_bytes_avx2(tile, rows, count);
 }
 
 // What the tiles of a panel share: read once, as a store of bytes may alias it.
@@ -95,9 +107,6 @@ struct YmmPanel {
   int64_t taps, depth;
 };
 
-// What is added to an 8-bit output before it is stored.
-enum class Residual { kNone, kU8, kS8 };
-
 // How the sums of a panel become outputs, read once too.
 template <int V>
 struct YmmStore {
@@ -108,14 +117,15 @@ struct YmmStore {
         addend(tile.matrix->addend + tile.first_column),
         mult(tile.matrix->mult + tile.first_column),
         columns(tile.columns),
-        plain(tile.matrix->header->stores_plain_bytes()),
+        packs(tile.matrix->header->packs_bytes()),
+        looks_up(tile.matrix->header->epilogue.has_table != 0),
         adds(tile.matrix->header->epilogue.has_residual != 0) {}
 
   // R rows, from registers, or by way of memory what is not just bytes.
   template <int R>
   inline __attribute__((always_inline)) void run(const IgemmTile& tile, const TileRows& rows,
                                                  const __m256i (&acc)[R][V]) const {
-    if (!plain) {
+    if (!packs) {
       alignas(32) int32_t memory[R][16];
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
@@ -125,8 +135,9 @@ struct YmmStore {
         }
       }
       store_general_avx2(tile, rows, memory[0], R);
-    } else if (!adds) {
+    } else if (looks_up || !adds) {
       bytes<R, Residual::kNone>(pack, rows, acc);
+      if (looks_up) finish_bytes_avx2(tile, rows, R);
     } else if (tile.residual_signed) {
       bytes<R, Residual::kS8>(pack_sum, rows, acc);
     } else {
@@ -165,7 +176,7 @@ struct YmmStore {
   FusedAddX8 add;
   const float *addend, *mult;
   int64_t columns;
-  bool plain, adds;
+  bool packs, looks_up, adds;
 };
 
 // `tiles` tiles of R rows, one below the other.

@@ -11,8 +11,7 @@
 // Numbers: row_scaled() of csrc/base/numerics.h: the same bits on every ISA, for any number of
 //   threads.
 // Trick: igemm writes its sums to a buffer that stays in the cache, and one pass scales them; so
-// the
-//   matrix kernels need not know of rows.
+//   the matrix kernels need not know of rows.
 #pragma once
 
 #include "csrc/gemm/linear.h"

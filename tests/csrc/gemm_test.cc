@@ -20,6 +20,7 @@ struct Case {
   float output_scale = 0.01f;
   bool per_tensor = false;
   bool centred = false;  // the input's zero point is 0
+  bool highest = false;  // all of the input at the upper end of its type
 };
 
 std::string describe(const Case& c) {
@@ -50,6 +51,9 @@ class Problem {
     if (c.extremes) {
       for (uint8_t& v : a_) v = c.input_signed ? 0x80 : 0xff;
       for (int8_t& v : weight_) v = rng.pick<int8_t>({-128, -128, 127});
+    }
+    if (c.highest) {
+      for (uint8_t& v : a_) v = c.input_signed ? 0x7f : 0xff;
     }
     for (float& s : scales_) s = rng.real(0.001f, 0.02f);
     for (int32_t& z : zero_points_) {
@@ -351,15 +355,18 @@ void long_rows_equal_the_formula() {
       for_each_isa([&](Isa isa) { problem.check(isa); });
     }
   }
-  const Problem longest({.m = 2,
-                         .n = 9,
-                         .taps = 1,
-                         .depth = kMaxKS8S8,
-                         .output = OutputType::kS32,
-                         .input_signed = true,
-                         .centred = true},
-                        rng);
-  for_each_isa([&](Isa isa) { longest.check(isa); });
+  for (const bool highest : {false, true}) {
+    const Problem longest({.m = 2,
+                           .n = 9,
+                           .taps = 1,
+                           .depth = kMaxKS8S8,
+                           .output = OutputType::kS32,
+                           .input_signed = true,
+                           .centred = true,
+                           .highest = highest},
+                          rng);
+    for_each_isa([&](Isa isa) { longest.check(isa); });
+  }
 }
 
 void damaged_headers_are_refused() {
