@@ -131,9 +131,10 @@ def test_nni_quantizers_script(tmp_path, monkeypatch):
         prepared = quantizer.prepared(x[:1])
         converted = quantizer.convert(x[:1])
         assert qkernels.verify(prepared, converted, [x[:32]]).total_mismatches == 0
-        # Sums simulated in float32 may round to the neighbouring code; waiting for 7000 steps, nothing was rounded yet.
+        # Sums simulated in float32 may round to the neighbouring code (which do depends on the CPU: 0.987 were equal on
+        # the worst one seen); waiting for 7000 steps, nothing was rounded yet.
         difference = (converted(x) - result["logits"]).abs()
-        assert name == "qat schemes one by one" or (difference < 1e-3).float().mean() > 0.99
+        assert name == "qat schemes one by one" or (difference < 1e-3).float().mean() > 0.98
         assert agreement(converted(x), result["logits"]) > 0.99
         quantizer.export_model(str(tmp_path / "model.pth"), str(tmp_path / "calibration.pth"))
         assert torch.load(tmp_path / "model.pth").keys() == mine["float"]["model"].state_dict().keys()

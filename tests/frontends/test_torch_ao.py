@@ -15,6 +15,7 @@ from qkernels.core.prepare import quantizers
 from qkernels.core.recipe import Match, make_recipe
 from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
 from qkernels.frontends import torch_ao
+from qkernels.testing import supported_isas
 
 ao = pytest.importorskip("torch.ao.quantization")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -449,8 +450,10 @@ def test_observers_stand_where_torchs_do_and_modules_without_one_have_torchs_gri
         if api is not torch_ao:
             outputs.append(api.convert(prepared)(x))
     assert found[0] == found[1]
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[2], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    # Without VNNI fbgemm saturates on codes above 127, which only the fixed grids have.
+    if "avx512vnni" in supported_isas() or not isinstance(module, nn.Sigmoid | nn.Tanh | nn.Hardsigmoid):
+        assert torch.equal(outputs[1], outputs[2])
 
 
 def test_a_relu6_of_its_own_has_the_grid_of_its_observer():
