@@ -225,8 +225,8 @@ def original(tmp_path_factory):
     return originals.results("nni_v2_cases.py", "QKERNELS_NNI2_PATH", tmp_path_factory.mktemp("nni"))
 
 
-# Four bits a weight: torch's float sums depend on the CPU, and on some a value on a tie of its grid parts within the eight
-# steps; the runs stay neighbours. Greatest difference of the logits and of the state.
+# Four bits a weight: torch's float sums depend on the CPU, and on some a value on a tie of its grid parts within the
+# eight steps; the runs stay neighbours. Greatest difference of the logits and of the state.
 NEIGHBOURS = {"qat bits": (1e-3, 3e-4)}
 
 
