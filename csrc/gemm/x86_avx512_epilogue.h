@@ -144,6 +144,7 @@ struct ResidualAddX16 {
 // small float to an integer in the current mode (to nearest even) and subtracting that number less
 // the zero point leaves the code.
 struct FusedAddX16 {
+  FusedAddX16() = default;
   explicit FusedAddX16(const Epilogue& e)
       : low(_mm512_set1_ps(static_cast<float>(e.qmin - e.zero_point))),
         high(_mm512_set1_ps(static_cast<float>(e.qmax - e.zero_point))),

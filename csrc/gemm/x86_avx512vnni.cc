@@ -8,6 +8,8 @@
 //   accumulator.
 #include <immintrin.h>
 
+#include <cstddef>
+
 #include "csrc/base/target.h"
 #include "csrc/gemm/igemm.h"
 
@@ -367,6 +369,8 @@ __attribute__((noinline)) void run_tiles_avx512(IgemmTile& tile, int64_t tiles) 
 
 #include "csrc/gemm/x86_avx512_pipeline.h"
 
+#include "csrc/gemm/x86_avx512_interleaved.h"
+
 // Two of the widths, those of many networks' narrow layers (24 and 40 columns).
 constexpr bool shares_vectors(int vectors) { return vectors == 2 || vectors == 3; }
 
@@ -412,16 +416,33 @@ template <bool Flip>
 struct Avx512VnniTile {
   static constexpr Isa kIsa = Isa::kAvx512Vnni;
   using Copy = InPlace;
+  // The tallest tile of a block; a panel that is narrower or wider takes what it needs of it.
   static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
+    return may_interleave(header, vectors) ? interleaved_rows(vectors) : most_rows(header, vectors);
+  }
+  static int64_t most_rows(const PackedHeader& header, int64_t vectors) {
     if (pays_to_pipeline(header)) return pipelined_rows(vectors);
     return vectors == 4 ? 6 : 8;
   }
   static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
     const PackedHeader& header = *tile.matrix->header;
-    const EvenTiles even = even_tiles(rows, max_rows(header, vectors));
+    if (interleaves(tile, vectors)) rows -= run_interleaved(vectors, rows, tile);
+    if (rows == 0) return;
+    const EvenTiles even = even_tiles(rows, most_rows(header, vectors));
     const bool pipelined = pays_to_pipeline(header);
     if (even.larger > 0) run(pipelined, even.rows + 1, even.larger, vectors, tile);
     run(pipelined, even.rows, even.tiles - even.larger, vectors, tile);
+  }
+  // All full tiles; returns their rows.
+  static int64_t run_interleaved(int64_t vectors, int64_t rows, IgemmTile& tile) {
+    const int64_t height = interleaved_rows(vectors), tiles = rows / height;
+    if (tiles == 0) return 0;
+    if (vectors == 4) run_interleaved_tiles<4, Flip>(tile, tiles);
+    if constexpr (!Flip) {
+      if (vectors == 2) run_interleaved_tiles<2, Flip>(tile, tiles);
+      if (vectors == 1) run_interleaved_tiles<1, Flip>(tile, tiles);
+    }
+    return tiles * height;
   }
   static void run(bool pipelined, int64_t rows, int64_t tiles, int64_t vectors, IgemmTile& tile) {
     switch (vectors) {

@@ -19,8 +19,10 @@ struct Case {
   bool extremes = false;  // all values at an end of their type
   float output_scale = 0.01f;
   bool per_tensor = false;
-  bool centred = false;  // the input's zero point is 0
-  bool highest = false;  // all of the input at the upper end of its type
+  bool centred = false;    // the input's zero point is 0
+  bool highest = false;    // all of the input at the upper end of its type
+  bool unclamped = false;  // every code is an output
+  bool from_zero = false;  // the output's zero point is the least code
 };
 
 std::string describe(const Case& c) {
@@ -28,7 +30,8 @@ std::string describe(const Case& c) {
                  " signed=", c.input_signed, " indirect=", c.indirect, " zw=", c.weight_zero_points,
                  " table=", c.table, " residual=", c.residual,
                  " residual_signed=", c.residual_signed, " scattered=", c.scattered,
-                 " extremes=", c.extremes, " output_scale=", c.output_scale);
+                 " extremes=", c.extremes, " output_scale=", c.output_scale,
+                 " unclamped=", c.unclamped, " from_zero=", c.from_zero);
 }
 
 // Operands and the expected output; the same for every ISA.
@@ -83,12 +86,14 @@ class Problem {
     const int32_t low = c.output == OutputType::kS8 ? -128 : 0;
     e.qmin = low + static_cast<int32_t>(rng.integer(0, 20));
     e.qmax = low + 255 - static_cast<int32_t>(rng.integer(0, 20));
-    e.zero_point = static_cast<int32_t>(rng.integer(e.qmin, e.qmax));
+    if (c.unclamped) e.qmin = low, e.qmax = low + 255;
+    e.zero_point = c.from_zero ? e.qmin : static_cast<int32_t>(rng.integer(e.qmin, e.qmax));
     e.has_table = c.table;
     e.has_residual = c.residual;
     for (uint8_t& entry : e.table) entry = static_cast<uint8_t>(rng.bits());
     e.residual = {0.02f,         -0.02f * 7, 0.03f,   -0.03f * 9,
                   1.0f / 0.031f, low + 77,   low + 3, low + 250};
+    if (c.unclamped) e.residual.qmin = low, e.residual.qmax = low + 255;
     out_rows_ = std::vector<int64_t>(static_cast<size_t>(c.m));
     for (int64_t r = 0; r < c.m; ++r) out_rows_[r] = c.scattered ? c.m - 1 - r : r;
     expect();
@@ -302,6 +307,31 @@ void rows_in_runs_equal_the_formula() {
   }
 }
 
+// Panels as wide as their vectors, few values in a row, bytes that need no clamp.
+void whole_panels_of_bytes_equal_the_formula() {
+  Rng rng(9);
+  for (int i = 0; i < 1500; ++i) {
+    Case c{};
+    c.m = rng.chance(0.2) ? rng.integer(90, 230) : rng.integer(1, 40);
+    c.n = rng.pick({16, 32, 64, 80, 96, 128, 192}) + (rng.chance(0.1) ? 24 : 0);
+    c.taps = rng.chance(0.7) ? 1 : rng.integer(2, 4);
+    c.depth = rng.chance(0.7) ? rng.integer(1, 66) * 4 : rng.integer(1, 260);
+    c.output = rng.chance(0.9) ? OutputType::kU8 : OutputType::kS8;
+    c.input_signed = rng.chance(0.2);
+    c.residual = rng.chance(0.5);
+    c.residual_signed = rng.chance(0.1);
+    c.scattered = rng.chance(0.2);
+    c.unclamped = rng.chance(0.8);
+    c.from_zero = rng.chance(0.5);
+    CONTEXT(describe(c));
+    const Problem problem(c, rng);
+    for_each_isa([&](Isa isa) {
+      problem.check(isa);
+      if (isa >= Isa::kAvx512Vnni && !c.scattered) problem.check_runs(isa, c.m);
+    });
+  }
+}
+
 void linear_is_the_same_for_any_number_of_threads() {
   Rng rng(6);
   for (const auto& [m, n, k] :
@@ -401,6 +431,7 @@ int main() {
   every_small_shape_equals_the_formula();
   random_problems_equal_the_formula();
   rows_in_runs_equal_the_formula();
+  whole_panels_of_bytes_equal_the_formula();
   linear_is_the_same_for_any_number_of_threads();
   extreme_values_do_not_saturate();
   the_k_bound_is_exact();
