@@ -56,7 +56,7 @@ struct DepthwiseStrip {
   int64_t row_groups, taps, tap_step, column_step;  // steps in strip columns
   int64_t rows_out;
   const int8_t* weights;  // [taps][row_groups][vectors][rows_out][vector]
-  const int32_t* init;    // [vectors * lanes], like addend and mult
+  const int32_t* init;    // [vectors * lanes], like addend and mult, which follow it
   const float* addend;
   const float* mult;
   const int32_t* order;  // narrow groups: [quads][vectors][lanes] dword of the block's input
