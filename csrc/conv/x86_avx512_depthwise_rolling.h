@@ -148,7 +148,7 @@ static __attribute__((noinline)) void roll_avx512(const DepthwiseStrip& strip) {
     below = strip.scratch + 2 * 64 * strip.outputs;
     step_below = 0;
   }
-  typename W::Column columns[W::kColumns];
+  typename W::Column columns[W::kColumns] = {};
 #pragma GCC unroll 4
   for (int k = 0; k < kKept; ++k) read_column<W, Pass>(input, k, columns[k]);
   input.offset += kKept;

@@ -4,8 +4,6 @@
 // outside the block is touched.
 #include <immintrin.h>
 
-#include <utility>
-
 #include "csrc/base/target.h"
 #include "csrc/base/x86_avx512.h"
 #include "csrc/conv/depthwise.h"

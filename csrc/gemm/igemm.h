@@ -15,7 +15,7 @@
 // Numbers: the same bits on every ISA. int8 activations are flipped to uint8 (xor 0x80, zero point
 //   + 128) inside the kernel. Activation zero points are in init[n]; weight zero points cost one
 //   row sum.
-// Trick: a 6x64 register tile with the whole of K in registers, so no int32 buffer, no packing of
+// Trick: a register tile (6x64 and less) for the whole of K, so no int32 buffer, no packing of
 //   A (but on AVX2, which has no exact dot product of bytes); B streams from L2.
 #pragma once
 
@@ -175,8 +175,9 @@ struct IgemmArgs {
   int64_t row_begin = 0, row_end = 0;
   int64_t panel_begin = 0, panel_end = 0;
   void* out = nullptr;
-  int64_t out_row_stride = 0;               // bytes
-  const int64_t* out_row_offset = nullptr;  // bytes, one a row: wins over out_row_stride
+  int64_t out_row_stride = 0;  // bytes
+  // Bytes, one a row, ascending or descending, outputs apart: wins over out_row_stride.
+  const int64_t* out_row_offset = nullptr;
   const uint8_t* residual = nullptr;
   int64_t residual_row_stride = 0;
   const int64_t* residual_row_offset = nullptr;

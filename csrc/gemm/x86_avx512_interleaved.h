@@ -1,5 +1,5 @@
 // Tiles whose outputs are computed between the products of the next tile, in assembler. Include it
-// in x86_avx512vnni.cc, after Panel, Rows, Packing and FusedAddX16.
+// in x86_avx512vnni.cc, after IgemmTile, Panel, Packing, Requantize64 and FusedAddX16.
 //
 // Layout: a tile has twelve vectors of sums: three rows of 64 columns, six of 32 or twelve of 16.
 //   Either way they are three groups of four that become 64 bytes each: vector j of a group holds
@@ -90,6 +90,10 @@ static_assert(offsetof(InterleavedContext, next_residual) == 8 * 10);
 static_assert(offsetof(InterleavedContext, constants) == 64 * 2);
 static_assert(offsetof(Requantize64, order) == 64 * 4);
 static_assert(offsetof(InterleavedContext, add) == 64 * 7);
+static_assert(offsetof(FusedAddX16, high) == 64 * 1);
+static_assert(offsetof(FusedAddX16, down) == 64 * 3);
+static_assert(offsetof(FusedAddX16, offset) == 64 * 5);
+static_assert(offsetof(FusedAddX16, residual_offset) == 64 * 7);
 static_assert(offsetof(FusedAddX16, inv) == 64 * 8);
 static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
 
@@ -251,6 +255,7 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
           QK_PACK(1, T##4, T##5, T##6, T##7), QK_PACK(2, T##8, T##9, T##10, T##11))
 
 // The sums of a tile in S, while that of T, the one before, is finished. `more`, `done`: labels.
+// The weights that are fetched ahead lie 64 bytes further for each tile.
 #define QK_NEXT_ROWS(rows, next)                                            \
   QK_TO("movq", next, "%[t]") QK_TO("movq", "%[t]", rows)                   \
   QK_TO("addq", "$8 * 12 / %c[v]", next)
@@ -357,7 +362,7 @@ __attribute__((noinline)) void run_interleaved_avx512(IgemmTile& tile, int64_t t
       "7:\n\t"
       "vzeroupper\n\t"
       : [p0] "=&r"(p0), [p1] "=&r"(p1), [p2] "=&r"(p2), [p3] "=&r"(p3), [b] "=&r"(b),
-        [quad] "=&r"(quad), [t] "=&r"(t), [row] "+r"(row), [ahead] "+r"(ahead), [left] "+r"(left)
+        [quad] "=&r"(quad), [t] "=&r"(t), [row] "+&r"(row), [ahead] "+&r"(ahead), [left] "+&r"(left)
       : [stride] "r"(stride), [stride3] "r"(stride3), [c] "r"(&context), [v] "i"(V),
         [flips] "i"(F.flips), [adds] "i"(F.adds), [shifts] "i"(F.shifts), [clamps] "i"(F.clamps),
         [dense] "i"(F.dense)
@@ -369,12 +374,14 @@ __attribute__((noinline)) void run_interleaved_avx512(IgemmTile& tile, int64_t t
   tile.advance(kRows * tiles);
 }
 
-// What the assembler is written for: bytes, no more quads than L1 holds beside the rows.
+// What the assembler is written for: bytes, whole quads (AMX's layout, which may come here, has a
+// tail where AVX512-VNNI's overlaps), no more of them than L1 holds beside the rows.
 QK_INLINE bool may_interleave(const PackedHeader& header, int64_t vectors) {
   const Epilogue& e = header.epilogue;
   const int64_t quads = header.taps * ((header.depth + 3) / 4);
   if (!header.stores_plain_bytes() || vectors == 3) return false;
-  if (header.depth < 4 || (header.input_signed && vectors != 4)) return false;
+  if (header.depth % 4 != 0 && !overlaps_tail(header.isa, header.depth)) return false;
+  if (header.input_signed && vectors != 4) return false;
   if (e.has_residual && (header.input_signed || e.is_signed() || e.residual_clamps())) return false;
   return quads >= least_interleaved_quads(e.has_residual) && quads <= kMostInterleavedQuads;
 }

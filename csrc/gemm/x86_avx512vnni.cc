@@ -1,4 +1,6 @@
-// AVX512-VNNI: a tile of up to 6 rows x 64 columns (8 x 48, 32, 16 in a narrow last panel).
+// AVX512-VNNI: a tile of up to 6 rows x 64 columns (8 x 48, 32, 16 in a narrow last panel). Bytes
+// from short rows, with or without a residual, take the tiles of x86_avx512_interleaved.h where a
+// panel is as wide as its vectors, and those of x86_avx512_pipeline.h where it is not.
 //
 // Trick: one vpdpbusd takes four bytes of A (broadcast) and 16 columns of a packed panel. 24
 //   accumulators, 4 vectors of B and one of A fill 29 registers; rows come from pointers, so
@@ -416,7 +418,8 @@ template <bool Flip>
 struct Avx512VnniTile {
   static constexpr Isa kIsa = Isa::kAvx512Vnni;
   using Copy = InPlace;
-  // The tallest tile of a block; a panel that is narrower or wider takes what it needs of it.
+  // A block is a multiple of it; panels of another width, and tiles that do not interleave, cut the
+  // block as they like.
   static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
     return may_interleave(header, vectors) ? interleaved_rows(vectors) : most_rows(header, vectors);
   }
@@ -433,10 +436,10 @@ struct Avx512VnniTile {
     if (even.larger > 0) run(pipelined, even.rows + 1, even.larger, vectors, tile);
     run(pipelined, even.rows, even.tiles - even.larger, vectors, tile);
   }
-  // All full tiles; returns their rows.
+  // All full tiles; returns their rows. One alone has nothing to be interleaved with.
   static int64_t run_interleaved(int64_t vectors, int64_t rows, IgemmTile& tile) {
     const int64_t height = interleaved_rows(vectors), tiles = rows / height;
-    if (tiles == 0) return 0;
+    if (tiles < 2) return 0;
     if (vectors == 4) run_interleaved_tiles<4, Flip>(tile, tiles);
     if constexpr (!Flip) {
       if (vectors == 2) run_interleaved_tiles<2, Flip>(tile, tiles);

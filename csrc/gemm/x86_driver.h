@@ -75,16 +75,16 @@ QK_INLINE EvenTiles even_tiles(int64_t rows, int64_t most) {
   return {tiles, rows / tiles, rows % tiles};
 }
 
-// How many of the `left` rows of `row_bytes` make the next block, all blocks nearly the same.
+// How many of the `left` rows of `row_bytes` make the next block: all blocks have nearly the same
+// number of tiles, full ones but in the last.
 QK_INLINE int64_t block_rows(int64_t left, int64_t most, int64_t row_bytes) {
-  const EvenTiles even = even_tiles(left, most);
-  int64_t tiles = row_bytes == 0 ? kMaxBlockRows : kBlockBytes / (row_bytes * most);
-  if (tiles > kMaxBlockRows / most) tiles = kMaxBlockRows / most;
-  if (tiles < 1) tiles = 1;
-  if (tiles >= even.tiles) return left;
-  const int64_t blocks = (even.tiles + tiles - 1) / tiles;
-  tiles = (even.tiles + blocks - 1) / blocks;
-  return tiles * even.rows + (tiles < even.larger ? tiles : even.larger);
+  const int64_t tiles = (left + most - 1) / most;
+  int64_t fitting = row_bytes == 0 ? kMaxBlockRows : kBlockBytes / (row_bytes * most);
+  if (fitting > kMaxBlockRows / most) fitting = kMaxBlockRows / most;
+  if (fitting < 1) fitting = 1;
+  if (fitting >= tiles) return left;
+  const int64_t blocks = (tiles + fitting - 1) / fitting;
+  return (tiles + blocks - 1) / blocks * most;
 }
 
 // The addresses of rows [row, row + count), `stride` apart or at their offsets.
