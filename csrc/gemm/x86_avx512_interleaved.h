@@ -1,10 +1,12 @@
 // Tiles whose outputs are computed between the products of the next tile, in assembler. Include it
 // in x86_avx512vnni.cc, after IgemmTile, Panel, Packing, Requantize64 and FusedAddX16.
 //
-// Layout: a tile has twelve vectors of sums: three rows of 64 columns, six of 32 or twelve of 16.
-//   Either way they are three groups of four that become 64 bytes each: vector j of a group holds
-//   columns 16 * (j % V). Two tiles take turns with 24 registers: one collects products while the
-//   other is scaled, added to its residual, packed and stored.
+// Layout: a tile has twelve vectors of sums: three rows of 64 columns, six of 32, twelve of 16 or
+//   eight of 24. Either way they are three groups of four that become 64 bytes each: vector j of a
+//   group holds columns 16 * (j % V); of 24 columns two groups hold the first 16 of eight rows and
+//   vector j of the third the last eight of rows 2 * j and 2 * j + 1. Two tiles take turns with 24
+//   registers: one collects products while the other is scaled, added to its residual, packed and
+//   stored.
 // Numbers: as epilogue.h; the conversion rounds as the caller's mode says, to nearest even.
 // Trick: products and most of an epilogue use different pipes, but gcc keeps neither this order nor
 //   24 sums and all else in registers. The first tile has none before it: it finishes whatever the
@@ -42,6 +44,7 @@
 #define QK_C "%%zmm29"
 #define QK_R "%%zmm30"
 #define QK_FACTOR "%%zmm31"
+#define QK_HIGH_LANES "%%k1"
 
 // What the assembler reads besides its registers.
 struct InterleavedContext {
@@ -103,7 +106,9 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
 #define QK_BY(name, b, a) QK_OP(name, b ", " a ", " a)
 #define QK_IF(condition, x) ".if " condition "\n\t" x ".endif\n\t"
 #define QK_WIDE(x) QK_IF("%c[v] == 4", x)
-#define QK_HALF(x) QK_IF("%c[v] == 2", x)
+#define QK_HALF(x) QK_IF("%c[v] == 2 && !%c[shared]", x)
+#define QK_SHARED(x) QK_IF("%c[shared]", x)
+#define QK_BOTH_HALVES(from, to) QK_TO("vbroadcasti64x4", from, to)
 #define QK_QUARTER(x) QK_IF("%c[v] == 1", x)
 
 // The rows of a tile, when p0 to p3 point to a quad of rows 0, 3, 6 and 9.
@@ -128,10 +133,17 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
   QK_WIDE(QK_COPY("64(%[t])", S##1) QK_COPY("128(%[t])", S##2)               \
           QK_COPY("192(%[t])", S##3))                                        \
   QK_HALF(QK_COPY("64(%[t])", S##1) QK_COPY(S##0, S##2) QK_COPY(S##1, S##3)) \
-  QK_QUARTER(QK_COPY(S##0, S##1) QK_COPY(S##0, S##2) QK_COPY(S##0, S##3))    \
+  QK_IF("%c[v] == 1 || %c[shared]",                                          \
+        QK_COPY(S##0, S##1) QK_COPY(S##0, S##2) QK_COPY(S##0, S##3))         \
   QK_COPY(S##0, S##4) QK_COPY(S##1, S##5) QK_COPY(S##2, S##6)                \
-  QK_COPY(S##3, S##7) QK_COPY(S##0, S##8) QK_COPY(S##1, S##9)                \
-  QK_COPY(S##2, S##10) QK_COPY(S##3, S##11)
+  QK_COPY(S##3, S##7)                                                        \
+  ".if %c[shared]\n\t"                                                       \
+  QK_BOTH_HALVES("64(%[t])", S##8)                                           \
+  QK_COPY(S##8, S##9) QK_COPY(S##8, S##10) QK_COPY(S##8, S##11)              \
+  ".else\n\t"                                                                \
+  QK_COPY(S##0, S##8) QK_COPY(S##1, S##9) QK_COPY(S##2, S##10)               \
+  QK_COPY(S##3, S##11)                                                       \
+  ".endif\n\t"
 
 // S += the products of quad `k`, a number, behind the cursors; something else behind each group.
 #define QK_WEIGHTS(k, j, to) QK_COPY("64 * (%c[v] * " #k " + " #j ")(%[b])", to)
@@ -139,8 +151,9 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
   QK_TO("movq", "8 * " #k "(%[quad])", "%[p0]")                   \
   QK_TO("add", "%[row]", "%[p0]")                                 \
   QK_IF("%c[v] < 4", QK_TO("lea", "(%[p0], %[stride3])", "%[p1]")) \
-  QK_QUARTER(QK_TO("lea", "(%[p0], %[stride3], 2)", "%[p2]")      \
-             QK_TO("lea", "(%[p1], %[stride3], 2)", "%[p3]"))
+  QK_IF("%c[v] == 1 || %c[shared]",                               \
+        QK_TO("lea", "(%[p0], %[stride3], 2)", "%[p2]"))          \
+  QK_QUARTER(QK_TO("lea", "(%[p1], %[stride3], 2)", "%[p3]"))
 #define QK_VALUES(row)                                            \
   QK_TO("vpbroadcastd", row, QK_A)                                \
   QK_IF("%c[flips]", QK_BY("vpxord", QK_FLIP_INPUT, QK_A))
@@ -154,14 +167,24 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
              QK_VALUES(quarter1) QK_DOT(s1, QK_B0)                          \
              QK_VALUES(quarter2) QK_DOT(s2, QK_B0)                          \
              QK_VALUES(quarter3) QK_DOT(s3, QK_B0))
+// Of 24 columns: two rows, and the vector that they share.
+#define QK_PAIR_PRODUCTS(s0, s1, both, row0, row1)                          \
+  QK_VALUES(row0) QK_DOT(s0, QK_B0)                                         \
+  QK_TO("vpbroadcastd", row1, QK_B2) QK_OP("vpdpbusd", QK_B0 ", " QK_B2 ", " s1) \
+  QK_TO("vmovdqa32", QK_B2, QK_A "%{" QK_HIGH_LANES "%}") QK_DOT(both, QK_B1)
 #define QK_QUAD(k, S, else0, else1, else2)                                  \
   QK_QUAD_POINTERS(k)                                                       \
   QK_OP("prefetcht1", "64 * %c[v] * " #k "(%[b], %[ahead])")                \
   QK_WEIGHTS(k, 0, QK_B0)                                                   \
-  QK_IF("%c[v] > 1", QK_WEIGHTS(k, 1, QK_B1))                               \
+  QK_IF("%c[v] > 1 && !%c[shared]", QK_WEIGHTS(k, 1, QK_B1))                \
+  QK_SHARED(QK_BOTH_HALVES("64 * (2 * " #k " + 1)(%[b])", QK_B1))           \
   QK_WIDE(QK_WEIGHTS(k, 2, QK_B2) QK_WEIGHTS(k, 3, QK_B3))                  \
+  QK_SHARED(QK_PAIR_PRODUCTS(S##0, S##1, S##8, QK_ROW0, QK_ROW1)            \
+            QK_PAIR_PRODUCTS(S##2, S##3, S##9, QK_ROW2, QK_ROW3))           \
   QK_PRODUCTS(S##0, S##1, S##2, S##3,                                       \
               QK_ROW0, QK_ROW0, QK_ROW1, QK_ROW0, QK_ROW1, QK_ROW2, QK_ROW3) else0 \
+  QK_SHARED(QK_PAIR_PRODUCTS(S##4, S##5, S##10, QK_ROW4, QK_ROW5)           \
+            QK_PAIR_PRODUCTS(S##6, S##7, S##11, QK_ROW6, QK_ROW7))          \
   QK_PRODUCTS(S##4, S##5, S##6, S##7,                                       \
               QK_ROW1, QK_ROW2, QK_ROW3, QK_ROW4, QK_ROW5, QK_ROW6, QK_ROW7) else1 \
   QK_PRODUCTS(S##8, S##9, S##10, S##11,                                     \
@@ -172,16 +195,22 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
 #define QK_EACH_BY(name, constant, s0, s1, s2)                              \
   QK_TO("vmovaps", constant, QK_C)                                          \
   QK_BY(name, QK_C, s0) QK_BY(name, QK_C, s1) QK_BY(name, QK_C, s2)
-#define QK_OF_COLUMNS(j) "64 * (" #j " & (%c[v] - 1))(%[t])"
+#define QK_EACH_BY_COLUMNS(name, j, s0, s1, s2)                             \
+  ".if %c[shared]\n\t"                                                      \
+  QK_TO("vmovaps", "(%[t])", QK_C) QK_BY(name, QK_C, s0) QK_BY(name, QK_C, s1) \
+  QK_BOTH_HALVES("64(%[t])", QK_C) QK_BY(name, QK_C, s2)                    \
+  ".else\n\t"                                                               \
+  QK_EACH_BY(name, "64 * (" #j " & (%c[v] - 1))(%[t])", s0, s1, s2)         \
+  ".endif\n\t"
 // s = float(s) + addend
 #define QK_ADDS(j, s0, s1, s2)                                              \
   QK_EACH("vcvtdq2ps", s0, s1, s2)                                          \
   QK_TO("movq", QK_ADDEND, "%[t]")                                          \
-  QK_EACH_BY("vaddps", QK_OF_COLUMNS(j), s0, s1, s2)
+  QK_EACH_BY_COLUMNS("vaddps", j, s0, s1, s2)
 // s = s * mult
 #define QK_SCALES(j, s0, s1, s2)                                            \
   QK_TO("movq", QK_MULT, "%[t]")                                            \
-  QK_EACH_BY("vmulps", QK_OF_COLUMNS(j), s0, s1, s2)
+  QK_EACH_BY_COLUMNS("vmulps", j, s0, s1, s2)
 #define QK_ROUNDS(s0, s1, s2) QK_EACH("vcvtps2dq", s0, s1, s2)
 // s = the value of its code, as FusedAddX16::run()
 #define QK_CLAMPS(s0, s1, s2)                                               \
@@ -193,10 +222,19 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
   QK_TO("vmovaps", QK_SCALE, QK_FACTOR)                                     \
   QK_FMA(QK_OFFSET, s0) QK_FMA(QK_OFFSET, s1) QK_FMA(QK_OFFSET, s2)
 // s += the residual of group g
+#define QK_RESIDUAL_ROW(row)                                                \
+  QK_TO("movq", QK_RESIDUAL, "%[t]") QK_TO("movq", "8 * (" row ")(%[t])", "%[t]")
 #define QK_ADD_RESIDUAL(g, j, s)                                            \
-  QK_TO("movq", QK_RESIDUAL, "%[t]")                                        \
-  QK_TO("movq", "8 * ((4 * " #g " + " #j ") / %c[v])(%[t])", "%[t]")        \
+  ".if !%c[shared]\n\t"                                                     \
+  QK_RESIDUAL_ROW("(4 * " #g " + " #j ") / %c[v]")                          \
   QK_TO("vpmovzxbd", "16 * (" #j " & (%c[v] - 1))(%[t])", QK_R)             \
+  ".elseif " #g " < 2\n\t"                                                  \
+  QK_RESIDUAL_ROW("4 * " #g " + " #j) QK_TO("vpmovzxbd", "(%[t])", QK_R)    \
+  ".else\n\t"                                                               \
+  QK_RESIDUAL_ROW("2 * " #j) QK_TO("vmovq", "16(%[t])", "%%xmm30")          \
+  QK_RESIDUAL_ROW("2 * " #j " + 1") QK_BY("vmovhps", "16(%[t])", "%%xmm30") \
+  QK_TO("vpmovzxbd", "%%xmm30", QK_R)                                       \
+  ".endif\n\t"                                                              \
   QK_TO("vmovaps", QK_RESIDUAL_SCALE, QK_FACTOR)                            \
   QK_TO("vcvtdq2ps", QK_R, QK_R)                                            \
   QK_FMA(QK_RESIDUAL_OFFSET, QK_R)                                          \
@@ -206,6 +244,11 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
 // Group g to bytes, and to its rows.
 #define QK_ROW(row) QK_TO("movq", QK_OUT, "%[t]") QK_TO("movq", "8 * (" row ")(%[t])", "%[t]")
 #define QK_PART(name, part, s, row) QK_ROW(row) QK_OP(name, "$" #part ", " s ", (%[t])")
+// Of 24 columns: the last eight of two rows.
+#define QK_ENDS(pair, s)                                                    \
+  QK_OP("vextracti32x4", "$" #pair ", " s ", %%xmm29")                      \
+  QK_ROW("2 * " #pair) QK_TO("vmovlps", "%%xmm29", "16(%[t])")              \
+  QK_ROW("2 * " #pair " + 1") QK_TO("vmovhps", "%%xmm29", "16(%[t])")
 #define QK_PACK(g, s0, s1, s2, s3)                                          \
   QK_BY("vpackssdw", s1, s0) QK_BY("vpackssdw", s3, s2)                     \
   QK_IF("%c[shifts]",                                                       \
@@ -217,7 +260,9 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
         QK_BY("vpxord", QK_FLIP_BYTES, s0))                                 \
   ".if %c[v] == 4 || %c[dense]\n\t"                                         \
   QK_ROW(#g " * 4 / %c[v]") QK_TO("vmovdqu64", s0, "(%[t])")                \
-  ".elseif %c[v] == 2\n\t"                                                  \
+  ".elseif %c[shared] && " #g " == 2\n\t"                                   \
+  QK_ENDS(0, s0) QK_ENDS(1, s0) QK_ENDS(2, s0) QK_ENDS(3, s0)               \
+  ".elseif %c[v] == 2 && !%c[shared]\n\t"                                   \
   QK_PART("vextracti64x4", 0, s0, "2 * " #g)                                \
   QK_PART("vextracti64x4", 1, s0, "2 * " #g " + 1")                         \
   ".else\n\t"                                                               \
@@ -258,7 +303,7 @@ static_assert(offsetof(InterleavedContext, flip_input) == 64 * 16);
 // The weights that are fetched ahead lie 64 bytes further for each tile.
 #define QK_NEXT_ROWS(rows, next)                                            \
   QK_TO("movq", next, "%[t]") QK_TO("movq", "%[t]", rows)                   \
-  QK_TO("addq", "$8 * 12 / %c[v]", next)
+  QK_TO("addq", "$8 * %c[rows]", next)
 #define QK_TILE(S, T, more, done)                                           \
   QK_START(S)                                                               \
   QK_TO("movq", QK_PANEL, "%[b]") QK_TO("movq", QK_FIRST_QUAD, "%[quad]")   \
@@ -308,12 +353,13 @@ struct Finish {
 
 constexpr int64_t kMostInterleavedQuads = 64;
 constexpr int64_t least_interleaved_quads(bool adds) { return adds ? 13 : 4; }
-constexpr int64_t interleaved_rows(int64_t vectors) { return 12 / vectors; }
+// Twelve vectors of sums, of 64, 32, 24 or 16 columns.
+constexpr int64_t interleaved_rows(int64_t columns) { return 12 * 16 / columns; }
 
-// `tiles` tiles, one below the other, of a panel of V vectors.
-template <int V, Finish F>
+// `tiles` tiles, one below the other.
+template <int Columns, Finish F>
 __attribute__((noinline)) void run_interleaved_avx512(IgemmTile& tile, int64_t tiles) {
-  constexpr int kRows = 12 / V;
+  constexpr int kRows = interleaved_rows(Columns), kVectors = (Columns + 15) / 16;
   const Panel panel(tile);
   const Epilogue& e = tile.matrix->header->epilogue;
   const uint8_t* quads[kMostInterleavedQuads];
@@ -348,6 +394,7 @@ __attribute__((noinline)) void run_interleaved_avx512(IgemmTile& tile, int64_t t
   const uint8_t *p0, *p1, *p2, *p3;
   // clang-format off
   __asm__ volatile(
+      QK_IF("%c[shared]", "mov $0xff00, %k[t]\n\t" "kmovw %k[t], " QK_HIGH_LANES "\n\t")
       "1:\n\t"
       QK_TILE(QK_X, QK_Y, "2", "3")
       QK_OP("dec", "%[left]")
@@ -363,54 +410,61 @@ __attribute__((noinline)) void run_interleaved_avx512(IgemmTile& tile, int64_t t
       "vzeroupper\n\t"
       : [p0] "=&r"(p0), [p1] "=&r"(p1), [p2] "=&r"(p2), [p3] "=&r"(p3), [b] "=&r"(b),
         [quad] "=&r"(quad), [t] "=&r"(t), [row] "+&r"(row), [ahead] "+&r"(ahead), [left] "+&r"(left)
-      : [stride] "r"(stride), [stride3] "r"(stride3), [c] "r"(&context), [v] "i"(V),
+      : [stride] "r"(stride), [stride3] "r"(stride3), [c] "r"(&context), [v] "i"(kVectors),
         [flips] "i"(F.flips), [adds] "i"(F.adds), [shifts] "i"(F.shifts), [clamps] "i"(F.clamps),
-        [dense] "i"(F.dense)
+        [dense] "i"(F.dense), [shared] "i"(Columns == 24), [rows] "i"(kRows)
       : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",
         "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18",
         "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28",
-        "xmm29", "xmm30", "xmm31");
+        "xmm29", "xmm30", "xmm31", "k1");
   // clang-format on
   tile.advance(kRows * tiles);
 }
 
 // What the assembler is written for: bytes, whole quads (AMX's layout, which may come here, has a
 // tail where AVX512-VNNI's overlaps), no more of them than L1 holds beside the rows.
-QK_INLINE bool may_interleave(const PackedHeader& header, int64_t vectors) {
+QK_INLINE bool may_interleave(const PackedHeader& header, int64_t columns) {
   const Epilogue& e = header.epilogue;
   const int64_t quads = header.taps * ((header.depth + 3) / 4);
-  if (!header.stores_plain_bytes() || vectors == 3) return false;
+  if (!header.stores_plain_bytes()) return false;
   if (header.depth % 4 != 0 && !overlaps_tail(header.isa, header.depth)) return false;
-  if (header.input_signed && vectors != 4) return false;
+  if (columns != 64 && (header.input_signed || columns % 8 != 0 || columns < 16 || columns > 32)) {
+    return false;
+  }
   if (e.has_residual && (header.input_signed || e.is_signed() || e.residual_clamps())) return false;
   return quads >= least_interleaved_quads(e.has_residual) && quads <= kMostInterleavedQuads;
 }
-// And panels as wide as their vectors, rows evenly apart.
-QK_INLINE bool interleaves(const IgemmTile& tile, int64_t vectors) {
-  return may_interleave(*tile.matrix->header, vectors) && tile.row_pitch == 0 &&
-         tile.columns == 16 * vectors && !tile.residual_signed;
+// And rows evenly apart.
+QK_INLINE bool interleaves(const IgemmTile& tile) {
+  return may_interleave(*tile.matrix->header, tile.columns) && tile.row_pitch == 0 &&
+         !tile.residual_signed;
 }
 
-template <int V, bool Flip>
-QK_INLINE void run_interleaved_tiles(IgemmTile& tile, int64_t tiles) {
+template <int Columns, bool Flip, bool Dense>
+QK_INLINE void run_interleaved_as(IgemmTile& tile, int64_t tiles) {
   const Epilogue& e = tile.matrix->header->epilogue;
-  const int64_t last = 12 / V * tiles - 1;
-  const bool dense = V < 4 && tile.out[last] - tile.out[0] == last * 16 * V;
   const Packing packing(e);
   if constexpr (!Flip) {
     if (e.has_residual) {
-      return dense
-                 ? run_interleaved_avx512<V, Finish{false, true, true, false, V < 4}>(tile, tiles)
-                 : run_interleaved_avx512<V, Finish{false, true, true, false, false}>(tile, tiles);
+      return run_interleaved_avx512<Columns, Finish{false, true, true, false, Dense}>(tile, tiles);
     }
   }
   if (packing.clamps) {
-    run_interleaved_avx512<V, Finish{Flip, false, true, true, false}>(tile, tiles);
+    run_interleaved_avx512<Columns, Finish{Flip, false, true, true, false}>(tile, tiles);
   } else if (packing.shifts) {
-    dense ? run_interleaved_avx512<V, Finish{Flip, false, true, false, V < 4}>(tile, tiles)
-          : run_interleaved_avx512<V, Finish{Flip, false, true, false, false}>(tile, tiles);
+    run_interleaved_avx512<Columns, Finish{Flip, false, true, false, Dense}>(tile, tiles);
   } else {
-    dense ? run_interleaved_avx512<V, Finish{Flip, false, false, false, V < 4}>(tile, tiles)
-          : run_interleaved_avx512<V, Finish{Flip, false, false, false, false}>(tile, tiles);
+    run_interleaved_avx512<Columns, Finish{Flip, false, false, false, Dense}>(tile, tiles);
   }
+}
+
+template <int Columns, bool Flip>
+QK_INLINE void run_interleaved(IgemmTile& tile, int64_t tiles) {
+  if constexpr (Columns == 16 || Columns == 32) {
+    const int64_t last = interleaved_rows(Columns) * tiles - 1;
+    if (tile.out[last] - tile.out[0] == last * Columns) {
+      return run_interleaved_as<Columns, Flip, true>(tile, tiles);
+    }
+  }
+  run_interleaved_as<Columns, Flip, false>(tile, tiles);
 }

@@ -421,7 +421,8 @@ struct Avx512VnniTile {
   // A block is a multiple of it; panels of another width, and tiles that do not interleave, cut the
   // block as they like.
   static int64_t max_rows(const PackedHeader& header, int64_t vectors) {
-    return may_interleave(header, vectors) ? interleaved_rows(vectors) : most_rows(header, vectors);
+    const int64_t columns = vectors == 4 ? 64 : header.n % 64;
+    return may_interleave(header, columns) ? interleaved_rows(columns) : most_rows(header, vectors);
   }
   static int64_t most_rows(const PackedHeader& header, int64_t vectors) {
     if (pays_to_pipeline(header)) return pipelined_rows(vectors);
@@ -429,7 +430,7 @@ struct Avx512VnniTile {
   }
   static void tile(int64_t rows, int64_t vectors, IgemmTile tile) {
     const PackedHeader& header = *tile.matrix->header;
-    if (interleaves(tile, vectors)) rows -= run_interleaved(vectors, rows, tile);
+    if (interleaves(tile)) rows -= run_interleaved_tiles(rows, tile);
     if (rows == 0) return;
     const EvenTiles even = even_tiles(rows, most_rows(header, vectors));
     const bool pipelined = pays_to_pipeline(header);
@@ -437,13 +438,14 @@ struct Avx512VnniTile {
     run(pipelined, even.rows, even.tiles - even.larger, vectors, tile);
   }
   // All full tiles; returns their rows. One alone has nothing to be interleaved with.
-  static int64_t run_interleaved(int64_t vectors, int64_t rows, IgemmTile& tile) {
-    const int64_t height = interleaved_rows(vectors), tiles = rows / height;
+  static int64_t run_interleaved_tiles(int64_t rows, IgemmTile& tile) {
+    const int64_t height = interleaved_rows(tile.columns), tiles = rows / height;
     if (tiles < 2) return 0;
-    if (vectors == 4) run_interleaved_tiles<4, Flip>(tile, tiles);
+    if (tile.columns == 64) run_interleaved<64, Flip>(tile, tiles);
     if constexpr (!Flip) {
-      if (vectors == 2) run_interleaved_tiles<2, Flip>(tile, tiles);
-      if (vectors == 1) run_interleaved_tiles<1, Flip>(tile, tiles);
+      if (tile.columns == 32) run_interleaved<32, false>(tile, tiles);
+      if (tile.columns == 24) run_interleaved<24, false>(tile, tiles);
+      if (tile.columns == 16) run_interleaved<16, false>(tile, tiles);
     }
     return tiles * height;
   }

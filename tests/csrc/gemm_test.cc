@@ -358,13 +358,13 @@ void rows_in_runs_equal_the_formula() {
   }
 }
 
-// Panels as wide as their vectors, few values in a row, bytes that need no clamp.
+// Panels as wide as their vectors or of 24 columns, few values in a row, bytes that need no clamp.
 void whole_panels_of_bytes_equal_the_formula() {
   Rng rng(9);
   for (int i = 0; i < 1500; ++i) {
     Case c{};
     c.m = rng.chance(0.2) ? rng.integer(90, 230) : rng.integer(1, 40);
-    c.n = rng.pick({16, 32, 64, 80, 96, 128, 192}) + (rng.chance(0.1) ? 24 : 0);
+    c.n = rng.pick({16, 24, 32, 64, 80, 88, 96, 128, 192}) + (rng.chance(0.1) ? 24 : 0);
     c.taps = rng.chance(0.7) ? 1 : rng.integer(2, 4);
     c.depth = rng.chance(0.7) ? rng.integer(1, 66) * 4 : rng.integer(1, 260);
     c.output = rng.chance(0.9) ? OutputType::kU8 : OutputType::kS8;
