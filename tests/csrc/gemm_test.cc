@@ -34,6 +34,21 @@ std::string describe(const Case& c) {
                  " unclamped=", c.unclamped, " from_zero=", c.from_zero);
 }
 
+// Weights in the layout of an ISA.
+struct Packed {
+  Packed(const PackSource& source, Isa isa)
+      : bytes(packed_igemm_bytes(source.n, source.taps, source.depth, isa)) {
+    CHECK_EQ(bytes.size() % kPackedAlign, 0);
+    CHECK_EQ(pack_igemm(source, isa, bytes.data()), Status::kOk);
+  }
+  PackedMatrix view() const {
+    PackedMatrix matrix;
+    CHECK_EQ(view_packed(bytes.data(), bytes.size(), &matrix), Status::kOk);
+    return matrix;
+  }
+  Guarded<uint8_t> bytes;
+};
+
 // Operands and the expected output; the same for every ISA.
 class Problem {
  public:
@@ -102,12 +117,8 @@ class Problem {
   const PackSource& source() const { return source_; }
 
   void check(Isa isa) const {
-    const int64_t bytes = packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa);
-    CHECK_EQ(bytes % kPackedAlign, 0);
-    Guarded<uint8_t> packed(bytes);
-    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
-    PackedMatrix matrix;
-    CHECK_EQ(view_packed(packed.data(), bytes, &matrix), Status::kOk);
+    const Packed packed(source_, isa);
+    const PackedMatrix matrix = packed.view();
 
     // Each tap of each row in a buffer of its own when the rows are indirect.
     std::vector<const uint8_t*> pointers;
@@ -157,10 +168,8 @@ class Problem {
 
   // The residual lies where the output does, and other weights are fetched ahead.
   void check_in_place(Isa isa) const {
-    Guarded<uint8_t> packed(packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa));
-    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
-    PackedMatrix matrix;
-    CHECK_EQ(view_packed(packed.data(), packed.size(), &matrix), Status::kOk);
+    const Packed packed(source_, isa);
+    const PackedMatrix matrix = packed.view();
     if (!igemm_adds_in_place(*matrix.header)) return;
     Guarded<uint8_t> out(c_.m * c_.n);
     std::memcpy(out.data(), residual_.data(), static_cast<size_t>(c_.m * c_.n));
@@ -180,10 +189,9 @@ class Problem {
 
   // AMX's layout, which AVX512-VNNI's kernel reads where tiles would be mostly empty.
   void check_amx_layout() const {
-    Guarded<uint8_t> packed(packed_igemm_bytes(c_.n, c_.taps, c_.depth, Isa::kAmx));
-    CHECK_EQ(pack_igemm(source_, Isa::kAmx, packed.data()), Status::kOk);
-    const auto* header = reinterpret_cast<const PackedHeader*>(packed.data());
-    const uint8_t* base = packed.data();
+    const Packed packed(source_, Isa::kAmx);
+    const uint8_t* base = packed.bytes.data();
+    const auto* header = reinterpret_cast<const PackedHeader*>(base);
     PackedMatrix matrix;
     matrix.header = header;
     matrix.panels = reinterpret_cast<const int8_t*>(base + header->panels_offset);
@@ -208,10 +216,8 @@ class Problem {
 
   // Rows in runs that share the pointers of their first.
   void check_runs(Isa isa, int64_t run) const {
-    Guarded<uint8_t> packed(packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa));
-    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
-    PackedMatrix matrix;
-    CHECK_EQ(view_packed(packed.data(), packed.size(), &matrix), Status::kOk);
+    const Packed packed(source_, isa);
+    const PackedMatrix matrix = packed.view();
     std::vector<const uint8_t*> pointers;
     for (int64_t r = 0; r < c_.m; r += run) {
       for (int64_t t = 0; t < c_.taps; ++t) {
@@ -235,11 +241,9 @@ class Problem {
   }
 
   void check_linear(Isa isa, const Parallel& parallel) const {
-    const int64_t bytes = packed_igemm_bytes(c_.n, c_.taps, c_.depth, isa);
-    Guarded<uint8_t> packed(bytes), out(c_.m * out_stride_);
-    CHECK_EQ(pack_igemm(source_, isa, packed.data()), Status::kOk);
-    PackedMatrix matrix;
-    CHECK_EQ(view_packed(packed.data(), bytes, &matrix), Status::kOk);
+    const Packed packed(source_, isa);
+    const PackedMatrix matrix = packed.view();
+    Guarded<uint8_t> out(c_.m * out_stride_);
     linear({matrix, a_.data(), c_.m, a_stride_, out.data(), nullptr, 0, false}, parallel);
     CHECK(same_bytes(out.data(), expected_.data(), out.size()), describe(c_),
           " threads=", parallel.threads);
