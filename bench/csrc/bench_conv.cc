@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bench/csrc/peak.h"
+#include "bench/csrc/weights.h"
 #include "csrc/conv/conv.h"
 
 namespace {
@@ -45,9 +46,9 @@ void bench(const std::string& name, const std::vector<int64_t>& v, Isa isa, bool
     const int64_t window = (s.kernel[d] - 1) * v[9] + 1;
     args.extent.out[d] = (v[1 + d] + 2 * v[8] - window) / v[7] + 1;
   }
-  std::vector<int8_t> weight(s.out_channels * s.in_per_group() * s.kernel_size());
+  const std::vector<int8_t> weight =
+      normal_weights(s.out_channels, s.in_per_group() * s.kernel_size());
   std::vector<float> scale(s.out_channels, 0.01f), bias(s.out_channels, 1.0f);
-  for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<int8_t>(i * 37);
   Epilogue epilogue;
   if (has_residual) {
     epilogue.has_residual = 1;

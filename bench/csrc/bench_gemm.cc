@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bench/csrc/peak.h"
+#include "bench/csrc/weights.h"
 #include "csrc/gemm/linear.h"
 
 using namespace qk;
@@ -34,15 +35,12 @@ uint8_t* aligned(std::vector<uint8_t>& owner, int64_t bytes) {
 }
 
 void bench(const Shape& shape, Isa isa, bool input_signed) {
-  std::vector<int8_t> weight(static_cast<size_t>(shape.n * shape.k));
+  const std::vector<int8_t> weight = normal_weights(shape.n, shape.k);
   std::vector<uint8_t> owner, a_owner, out_owner;
   uint8_t* a = aligned(a_owner, shape.m * shape.k);
   uint8_t* out = aligned(out_owner, shape.m * shape.n);
   uint32_t state = 1;
   const auto next = [&state] { return (state = state * 1664525u + 1013904223u) >> 16; };
-  for (int8_t& w : weight) {
-    w = static_cast<int8_t>(static_cast<int>(next() % 255) - 127);
-  }
   for (int64_t i = 0; i < shape.m * shape.k; ++i) a[i] = static_cast<uint8_t>(next());
   const float scale = 0.01f;
   const PackSource source{.weight = weight.data(),

@@ -13,7 +13,7 @@ namespace {
 #include "csrc/gemm/x86_driver.h"
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
-#include "csrc/gemm/x86_ymm_tile.h"
+#include "csrc/gemm/x86_ymm_store.h"
 
 #include "csrc/conv/x86_winograd_transforms.h"
 

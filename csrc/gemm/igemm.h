@@ -6,10 +6,12 @@
 // Layout: the weights are packed in panels of `nr` columns, [N/nr][taps][depth/4][nr][4] (depth
 //   padded with zero weights to a multiple of 4, see overlaps_tail(); the last panel only as wide
 //   as whole vectors need), so that one dot-product instruction reads one vector of B and four
-//   broadcast bytes of A. AVX2 has exact dot products of int16 only; its panels are int32 [nr], at
-//   which the sums start, and then pairs, [taps * depth / 2][nr][2], to a multiple of 4 deep.
+//   broadcast bytes of A. AVX2 has no dot product of bytes that is exact for all: its weights are
+//   steps of four columns (byte_steps.h), in which vpmaddubsw is, or else panels of int32 [nr], at
+//   which the sums start, and then pairs for vpmaddwd, [taps * depth / 2][nr][2], to a multiple of
+//   4 deep.
 //   Rows of A are read where they lie: `a + row * a_row_stride` (taps == 1), or through
-//   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes (AVX2 widens the rows of
+//   `pointers[row * taps + tap]`, each pointing at `depth` readable bytes (AVX2 copies the rows of
 //   a block first). No byte past `depth` is read and no byte past column n is written.
 // Memory: the caller owns everything; packed bytes are 64-byte aligned.
 // Numbers: the same bits on every ISA. int8 activations are flipped to uint8 (xor 0x80, zero point
@@ -29,7 +31,7 @@
 namespace qk {
 
 inline constexpr uint64_t kPackedMagic = 0x4d4d454749'4b51ull;  // "QKIGEMM"
-inline constexpr uint32_t kPackedVersion = 3;
+inline constexpr uint32_t kPackedVersion = 4;
 inline constexpr int64_t kPackedAlign = 64;
 // The last tile of the last panel may be read to its end: 15 quads of 64 columns too far.
 inline constexpr int64_t kAmxTailBytes = 15 * 256;
@@ -41,12 +43,12 @@ struct alignas(64) PackedHeader {
   Isa isa;
   int64_t bytes;  // of the whole packed matrix
   int64_t n, taps, depth;
-  int64_t panel_bytes;  // of a full panel
+  int64_t panel_bytes;  // of a full panel; with orders about that
   int64_t panels_offset, init_offset, zero_point_offset, addend_offset, mult_offset;
   int32_t input_signed;
   int32_t has_weight_zero_point;
-  int32_t wide;  // a value may leave the int32 range before it is clamped
-  int32_t reserved;
+  int32_t wide;    // a value may leave the int32 range before it is clamped
+  int32_t orders;  // of byte_steps.h; 0: pairs, or another ISA
   Epilogue epilogue;
 
   // 8-bit outputs that need neither weight zero points nor a wide clamp.
@@ -119,6 +121,7 @@ struct PackSource {
   bool input_signed;
   float output_scale;  // of an 8-bit output
   Epilogue epilogue;
+  bool few_rows = false;  // A will have about as many rows as a batch has images
 };
 
 int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa);

@@ -1,8 +1,10 @@
 // Packing: from a canonical int8 weight and its grids to the bytes that the kernels read.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 
+#include "csrc/gemm/byte_steps.h"
 #include "csrc/gemm/igemm.h"
 
 namespace qk {
@@ -37,7 +39,8 @@ Layout layout_of(int64_t n, int64_t taps, int64_t depth, Isa isa) {
   layout.zero_point_offset = reserve(layout.columns * 4);
   layout.addend_offset = reserve(layout.columns * 4);
   layout.mult_offset = reserve(layout.columns * 4);
-  layout.panels_offset = reserve(column_bytes * layout.columns);
+  const int64_t steps = isa == Isa::kAvx2 ? byte_steps_bytes(layout.columns, taps * depth) : 0;
+  layout.panels_offset = reserve(std::max(steps, column_bytes * layout.columns));
   if (isa == Isa::kAmx) reserve(kAmxTailBytes);
   layout.bytes = offset;
   return layout;
@@ -136,8 +139,8 @@ int64_t channel_sum(const PackSource& source, int64_t n) {
   return sum;
 }
 
-// The AVX2 layout: the int32 at which the sums of a column start, then pairs of values, one tap
-// after the other. A line of a row at a time, as above.
+// The AVX2 layout without steps: the int32 at which the sums of a column start, then pairs of
+// values, one tap after the other. A line of a row at a time, as above.
 void write_pairs(const PanelWriter& panel, int64_t taps, int64_t depth, const int32_t* init,
                  int8_t* dst) {
   constexpr int64_t kLine = 64;
@@ -248,7 +251,8 @@ Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
     if (zero_point[n] != 0) header.has_weight_zero_point = 1;
     if ((0x1p31f + std::fabs(addend[n])) * mult[n] >= 0x1p31f) header.wide = 1;
   }
-  for (int64_t panel = 0; panel < layout.panels; ++panel) {
+  if (isa == Isa::kAvx2) header.orders = pack_byte_steps(source, layout.columns, panels);
+  for (int64_t panel = 0; header.orders == 0 && panel < layout.panels; ++panel) {
     const int64_t first = panel * shape.columns;
     const int64_t columns = source.n - first < shape.columns ? source.n - first : shape.columns;
     const PanelWriter writer{source, first, columns, round_up(columns, shape.lanes),

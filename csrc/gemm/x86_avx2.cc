@@ -1,4 +1,5 @@
-// AVX2: a tile of up to 4 rows x 16 columns (8 x 8 in a narrow last panel), exact for all values.
+// AVX2 for weights that no steps suit (x86_avx2_steps.cc): a tile of up to 4 rows x 16 columns (8 x
+// 8 in a narrow last panel), exact for all values.
 //
 // Trick: vpmaddubsw, the dot product of bytes, saturates; vpmaddwd, that of int16, does not, but
 //   has half the products and only two of four pipes. Winograd's inner product (S. Winograd, A New
@@ -12,6 +13,7 @@
 #include <immintrin.h>
 
 #include "csrc/base/target.h"
+#include "csrc/gemm/byte_steps.h"
 #include "csrc/gemm/igemm.h"
 
 QK_TARGET_BEGIN(QK_ISA_AVX2)
@@ -21,6 +23,8 @@ namespace {
 #include "csrc/gemm/x86_driver.h"
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
+#include "csrc/gemm/x86_copy_overlapping.h"
+#include "csrc/gemm/x86_ymm_store.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
 // Values of the rows of a block, on the stack: eight rows in nearly all layers, a single one in
@@ -48,19 +52,6 @@ QK_INLINE __m128i widen8(const uint8_t* from, int16_t* to) {
   const __m128i words = _mm_cvtepu8_epi16(bytes);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
   return words;
-}
-
-// Copies n bytes; the last ones may be written twice, nothing further.
-QK_INLINE void copy_overlapping(uint8_t* to, const uint8_t* from, int64_t n) {
-  if (n >= 16) {
-    for (int64_t i = 0; i + 16 <= n; i += 16) __builtin_memcpy(to + i, from + i, 16);
-    __builtin_memcpy(to + n - 16, from + n - 16, 16);
-  } else if (n >= 8) {
-    __builtin_memcpy(to, from, 8);
-    __builtin_memcpy(to + n - 8, from + n - 8, 8);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  }
 }
 
 // Sums row[k] * row[k + 2] over the first two k of every four.
@@ -198,6 +189,7 @@ QK_INLINE void run(const IgemmBlock& block) {
 }  // namespace
 
 void igemm_avx2(const IgemmBlock& block) {
+  if (block.args.matrix.header->orders != 0) return igemm_avx2_steps(block);
   block.args.matrix.header->input_signed ? run<true>(block) : run<false>(block);
 }
 

@@ -115,13 +115,19 @@ struct PackX32 {
   // Four vectors, one behind the other.
   inline __attribute__((always_inline)) __m256i run(__m256i q0, __m256i q1, __m256i q2,
                                                     __m256i q3) const {
+    return _mm256_permutevar8x32_epi32(by_lanes(q0, q1, q2, q3),
+                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+
+  // The low lanes of four vectors, then their high lanes.
+  inline __attribute__((always_inline)) __m256i by_lanes(__m256i q0, __m256i q1, __m256i q2,
+                                                         __m256i q3) const {
     __m256i words0 = _mm256_packs_epi32(q0, q1), words1 = _mm256_packs_epi32(q2, q3);
     if (shifts) {
       words0 = _mm256_adds_epi16(words0, zero_point);
       words1 = _mm256_adds_epi16(words1, zero_point);
     }
-    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words0, words1),
-                                                _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    __m256i bytes = _mm256_packus_epi16(words0, words1);
     if (clamps) {
       bytes = _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
       bytes = _mm256_xor_si256(bytes, flip);
@@ -174,11 +180,15 @@ struct FusedAddX8 {
   // RNE of the sum over the output scale, from v = (acc + addend) * mult and n residual bytes.
   template <bool ResidualSigned>
   inline __attribute__((always_inline)) __m256i run(__m256 v, const uint8_t* r, int64_t n) const {
+    return run(v, load_bytes_x8(r, n, ResidualSigned));
+  }
+
+  // The same of residuals that are floats already.
+  inline __attribute__((always_inline)) __m256i run(__m256 v, __m256 r) const {
     v = _mm256_min_ps(_mm256_max_ps(v, low), high);
     const __m256 q = _mm256_sub_ps(_mm256_add_ps(v, up), down);
     const __m256 a = _mm256_fmadd_ps(q, scale, offset);
-    const __m256 b =
-        _mm256_fmadd_ps(load_bytes_x8(r, n, ResidualSigned), residual_scale, residual_offset);
+    const __m256 b = _mm256_fmadd_ps(r, residual_scale, residual_offset);
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_add_ps(a, b), inv));
   }
 

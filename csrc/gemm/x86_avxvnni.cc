@@ -15,6 +15,7 @@ namespace {
 #include "csrc/gemm/x86_driver.h"
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
+#include "csrc/gemm/x86_ymm_store.h"
 #include "csrc/gemm/x86_ymm_tile.h"
 
 // The last quad of a row of `depth` bytes, no multiple of 4; see overlaps_tail().

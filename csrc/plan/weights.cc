@@ -101,7 +101,8 @@ Error pack_weights(const Model& model, const Step& step, Isa isa, Block* packed)
                     .input_zero_point = s.input.zero_point,
                     .input_signed = input_signed,
                     .output_scale = s.output.scale,
-                    .epilogue = epilogue_of(model, step)};
+                    .epilogue = epilogue_of(model, step),
+                    .few_rows = model.values[step.inputs[0]].rank == 2};
   const Status fits = check_accumulator(linear);
   if (fits != Status::kOk) return packing_error(step, fits);
   if (step.kind == StepKind::kLinear) {

@@ -146,10 +146,19 @@ def constructor(name: str) -> Callable[[], nn.Module]:
 
 
 def float_network(name: str) -> nn.Module:
-    """The network `name` in eval mode, always with the same weights; raises as `constructor` does."""
+    """The network `name` in eval mode, always with the same weights; raises as `constructor` does.
+
+    Weights are normal, as trained ones nearly are and as torchvision starts; some kernels' time depends on them.
+    """
     make = constructor(name)
     torch.manual_seed(0)
-    return make().eval()
+    network = make()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+    return network.eval()
 
 
 def images(batch: int, size: int, seed: int = 1) -> Tensor:

@@ -2,6 +2,7 @@
 // unreadable page behind every buffer.
 #include <array>
 
+#include "csrc/gemm/byte_steps.h"
 #include "csrc/gemm/igemm.h"
 #include "csrc/gemm/linear.h"
 #include "tests/csrc/check.h"
@@ -10,6 +11,10 @@ using namespace qk;
 using namespace qk::test;
 
 namespace {
+
+// Uniform over int8; few of them large, as trained ones; at what an int16 holds of two or of four
+// products.
+enum class Weights { kUniform, kFewLarge, kAtLimit };
 
 struct Case {
   int64_t m, n, taps, depth;
@@ -23,6 +28,7 @@ struct Case {
   bool highest = false;    // all of the input at the upper end of its type
   bool unclamped = false;  // every code is an output
   bool from_zero = false;  // the output's zero point is the least code
+  Weights weights = Weights::kUniform;
 };
 
 std::string describe(const Case& c) {
@@ -31,7 +37,8 @@ std::string describe(const Case& c) {
                  " table=", c.table, " residual=", c.residual,
                  " residual_signed=", c.residual_signed, " scattered=", c.scattered,
                  " extremes=", c.extremes, " output_scale=", c.output_scale,
-                 " unclamped=", c.unclamped, " from_zero=", c.from_zero);
+                 " unclamped=", c.unclamped, " from_zero=", c.from_zero,
+                 " weights=", static_cast<int>(c.weights));
 }
 
 // Weights in the layout of an ISA.
@@ -66,6 +73,13 @@ class Problem {
     rng.fill(a_);
     rng.fill(weight_);
     rng.fill(residual_);
+    if (c.weights == Weights::kFewLarge) {
+      for (int8_t& v : weight_) {
+        v = static_cast<int8_t>(rng.chance(0.02) ? v : v * rng.integer(0, 40) / 128);
+      }
+    } else if (c.weights == Weights::kAtLimit) {
+      for (int8_t& v : weight_) v = rng.pick<int8_t>({0, 0, 0, 0, 0, 0, 0, 1, 64, -64, 127, -128});
+    }
     if (c.extremes) {
       for (uint8_t& v : a_) v = c.input_signed ? 0x80 : 0xff;
       for (int8_t& v : weight_) v = rng.pick<int8_t>({-128, -128, 127});
@@ -362,6 +376,43 @@ void rows_in_runs_equal_the_formula() {
   }
 }
 
+// Also that both of AVX2's layouts are taken, and steps of rows in one order and in three.
+void weights_that_suit_byte_steps_equal_the_formula() {
+  Rng rng(10);
+  int64_t taken[kMostOrders + 1] = {};
+  for (int i = 0; i < 2500; ++i) {
+    Case c{};
+    c.m = rng.chance(0.2) ? rng.integer(30, 120) : rng.integer(0, 34);
+    c.n = rng.integer(0, 70);
+    c.taps = rng.chance(0.6) ? 1 : rng.integer(1, 9);
+    c.depth = rng.chance(0.3) ? rng.integer(1, 20) * 16 : rng.integer(0, 150);
+    c.output = rng.pick({OutputType::kU8, OutputType::kU8, OutputType::kU8, OutputType::kS8,
+                         OutputType::kS8, OutputType::kS32, OutputType::kF32, OutputType::kBF16});
+    c.input_signed = rng.chance(0.5);
+    c.indirect = rng.chance(0.5);
+    c.weight_zero_points = rng.chance(0.2);
+    const bool bytes = c.output == OutputType::kU8 || c.output == OutputType::kS8;
+    c.table = bytes && rng.chance(0.2);
+    c.residual = bytes && rng.chance(0.4);
+    c.residual_signed = rng.chance(0.5);
+    c.scattered = rng.chance(0.3);
+    c.highest = rng.chance(0.5);
+    c.unclamped = rng.chance(0.5);
+    c.output_scale = rng.pick({0.01f, 0.5f});
+    c.weights = rng.chance(0.7) ? Weights::kFewLarge : Weights::kAtLimit;
+    CONTEXT(describe(c));
+    const Problem problem(c, rng);
+    for_each_isa([&](Isa isa) {
+      problem.check(isa);
+      if (c.residual && c.taps == 1 && !c.scattered) problem.check_in_place(isa);
+      if (isa == Isa::kAvx2) ++taken[Packed(problem.source(), isa).view().header->orders];
+    });
+  }
+  if (taken[0] + taken[1] + taken[kMostOrders] == 0) return;
+  CHECK(taken[0] > 50 && taken[1] > 50 && taken[kMostOrders] > 50, taken[0], " ", taken[1], " ",
+        taken[kMostOrders]);
+}
+
 // Panels as wide as their vectors or of 24 columns, few values in a row, bytes that need no clamp.
 void whole_panels_of_bytes_equal_the_formula() {
   Rng rng(9);
@@ -395,11 +446,13 @@ void linear_is_the_same_for_any_number_of_threads() {
   Rng rng(6);
   for (const auto& [m, n, k] :
        {std::array{1, 3000, 4096}, {5, 400, 3000}, {700, 70, 512}, {90, 900, 300}}) {
-    const Problem problem({.m = m, .n = n, .taps = 1, .depth = k}, rng);
-    for_each_isa([&](Isa isa) {
-      if (isa == Isa::kScalar) return;  // slow
-      for (const int count : {1, 2, 3, 8}) problem.check_linear(isa, threads(count));
-    });
+    for (const Weights weights : {Weights::kUniform, Weights::kFewLarge}) {
+      const Problem problem({.m = m, .n = n, .taps = 1, .depth = k, .weights = weights}, rng);
+      for_each_isa([&](Isa isa) {
+        if (isa == Isa::kScalar) return;  // slow
+        for (const int count : {1, 2, 3, 8}) problem.check_linear(isa, threads(count));
+      });
+    }
   }
 }
 
@@ -438,10 +491,9 @@ void the_k_bound_is_exact() {
 // Rows so long that a kernel which copies them takes fewer at a time.
 void long_rows_equal_the_formula() {
   Rng rng(8);
-  for (const int64_t n : {7, 40}) {
-    for (const int64_t depth : {4097, 5000, 17000, 40001}) {
-      const Problem problem({.m = 13, .n = n, .taps = 1, .depth = depth}, rng);
-      for_each_isa([&](Isa isa) { problem.check(isa); });
+  for (const auto& [n, weights] : {std::pair{7, Weights::kUniform}, {40, Weights::kFewLarge}}) {
+    for (const int64_t depth : {1365, 4097, 5000, 10923, 17000, 33000, 40001}) {
+      check_everywhere({.m = 31, .n = n, .taps = 1, .depth = depth, .weights = weights}, rng);
     }
   }
   for (const bool highest : {false, true}) {
@@ -491,6 +543,7 @@ int main() {
   random_problems_equal_the_formula();
   rows_in_runs_equal_the_formula();
   whole_panels_of_bytes_equal_the_formula();
+  weights_that_suit_byte_steps_equal_the_formula();
   linear_is_the_same_for_any_number_of_threads();
   extreme_values_do_not_saturate();
   the_k_bound_is_exact();
