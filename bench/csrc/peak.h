@@ -23,8 +23,12 @@ double now_ns() {
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define ZMM_DOT(n) "vpdpbusd %%zmm12, %%zmm12, %%zmm" #n "\n\t"
 #define YMM_DOT(n) "%{vex%} vpdpbusd %%ymm12, %%ymm12, %%ymm" #n "\n\t"
-#define YMM_MADD(n)                        \
-  "vpmaddwd %%ymm12, %%ymm12, %%ymm13\n\t" \
+// A double step of csrc/gemm/byte_steps.h.
+#define YMM_STEP(n)                          \
+  "vpmaddubsw %%ymm12, %%ymm12, %%ymm13\n\t" \
+  "vpmaddubsw %%ymm12, %%ymm12, %%ymm14\n\t" \
+  "vpaddw %%ymm14, %%ymm13, %%ymm13\n\t"     \
+  "vpmaddwd %%ymm15, %%ymm13, %%ymm13\n\t"   \
   "vpaddd %%ymm13, %%ymm" #n ", %%ymm" #n "\n\t"
 #define TILE_DOTS                      \
   "tdpbusd %%tmm4, %%tmm6, %%tmm0\n\t" \
@@ -42,7 +46,7 @@ constexpr int kLoops = 2000;
 
 void zmm_dots() { PEAK_LOOP(ZMM_DOT); }
 void ymm_dots() { PEAK_LOOP(YMM_DOT); }
-void ymm_madds() { PEAK_LOOP(YMM_MADD); }
+void ymm_steps() { PEAK_LOOP(YMM_STEP); }
 
 void tile_dots() {
   struct alignas(64) {
@@ -79,7 +83,7 @@ double peak(Isa isa) {
     case Isa::kAvxVnni:
       return kLoops * 12.0 * 32 / fastest_ns(ymm_dots, 5);
     case Isa::kAvx2:
-      return kLoops * 12.0 * 16 / fastest_ns(ymm_madds, 5);
+      return kLoops * 12.0 * 64 / fastest_ns(ymm_steps, 5);
     case Isa::kScalar:
       break;
   }

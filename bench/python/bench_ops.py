@@ -24,11 +24,14 @@ ENGINES = ("qkernels", "torch_fbgemm", "torch_x86", "torch_onednn", "ort")
 
 
 # ------------------------------------------------------------------------------------------------- operands
-def random_weight(shape: list[int]):
+def normal_weight(shape: list[int]):
+    """Normal, the largest of a channel 127: some kernels' time depends on how many are large."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    floats = torch.randn(shape, generator=generator)
+    largest = floats.abs().flatten(1).amax(1).view(-1, *[1] * (len(shape) - 1))
+    weight = (floats / largest * 127).round().to(torch.int8)
     scale = torch.rand(shape[0], generator=generator) * 0.01 + 0.001
     bias = torch.randn(shape[0], generator=generator)
     return weight, scale, bias
@@ -45,7 +48,7 @@ def qkernels_gemm(m: int, k: int, n: int) -> Callable[[], object]:
 
     from qkernels import ops
 
-    weight, scale, bias = random_weight([n, k])
+    weight, scale, bias = normal_weight([n, k])
     x = torch.randint(0, 256, (m, k), dtype=torch.uint8)
     epilogue = ops.Epilogue(dtype=torch.uint8, scale=0.7, zero_point=11)
     packed = ops.linear_pack(weight, scale, None, bias, 0.02, 7, torch.uint8, epilogue)
@@ -57,7 +60,7 @@ def qkernels_dynamic(m: int, k: int, n: int) -> Callable[[], object]:
 
     from qkernels import ops
 
-    weight, scale, bias = random_weight([n, k])
+    weight, scale, bias = normal_weight([n, k])
     x, sums = torch.randn(m, k), weight.sum(1, dtype=torch.int32)
     epilogue = ops.Epilogue(dtype=torch.int32)
     packed = ops.linear_pack(weight, torch.ones(1), None, None, 1.0, 0, torch.uint8, epilogue)
@@ -75,7 +78,7 @@ def qkernels_conv(sizes: list[int]) -> Callable[[], object]:
     from qkernels import ops
 
     s = conv_sizes(sizes)
-    weight, scale, bias = random_weight([s["o"], s["c"] // s["groups"], s["kh"], s["kw"]])
+    weight, scale, bias = normal_weight([s["o"], s["c"] // s["groups"], s["kh"], s["kw"]])
     x = torch.randint(0, 256, (s["n"], s["c"], s["h"], s["w"]), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
     epilogue = ops.Epilogue(dtype=torch.uint8, scale=0.7, zero_point=11)
@@ -107,7 +110,7 @@ def qkernels_conv(sizes: list[int]) -> Callable[[], object]:
 def torch_quantized_weight(shape: list[int]):
     import torch
 
-    weight, scale, bias = random_weight(shape)
+    weight, scale, bias = normal_weight(shape)
     zero_points = torch.zeros(shape[0], dtype=torch.int64)
     return torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0), bias
 
@@ -192,13 +195,13 @@ def ort_session(
 
 
 def ort_gemm(m: int, k: int, n: int, threads: int) -> Callable[[], object]:
-    weight, scale, bias = random_weight([n, k])
+    weight, scale, bias = normal_weight([n, k])
     return ort_session("QLinearMatMul", weight.t().contiguous(), scale, bias, [m, k], {}, threads)
 
 
 def ort_conv(sizes: list[int], threads: int) -> Callable[[], object]:
     s = conv_sizes(sizes)
-    weight, scale, bias = random_weight([s["o"], s["c"] // s["groups"], s["kh"], s["kw"]])
+    weight, scale, bias = normal_weight([s["o"], s["c"] // s["groups"], s["kh"], s["kw"]])
     attributes = {
         "kernel_shape": [s["kh"], s["kw"]],
         "strides": [s["stride"]] * 2,

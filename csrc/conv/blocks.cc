@@ -59,9 +59,10 @@ bool joins_rows(const ConvArgs& args, const ConvPhase& phase, const GemmPlan& pl
   return run >= kMinTileRows && 4 * ceil_div(run, 16) <= 3 * count[1] * ceil_div(count[2], 16);
 }
 
-// The rows that a block consists of: whole output rows, or images if their rows are joined.
-int64_t block_unit(const PhaseRun& run) {
-  if (!run.plan.even_rows || run.direct) return 1;
+// The rows that a block consists of: whole output rows, or images if their rows are joined; on
+// AVX2, whose tiles are tall, whole tiles.
+int64_t block_unit(const PhaseRun& run, Isa isa) {
+  if (!run.plan.even_rows || run.direct) return isa == Isa::kAvx2 ? kTileRows : 1;
   const int64_t row = most(run.count[2], 1);
   return run.image.joined ? run.count[1] * row : row;
 }
@@ -72,7 +73,7 @@ int64_t block_unit(const PhaseRun& run) {
 void share_out(const ConvArgs& args, int64_t threads, PhaseRun* run) {
   const PackedConvHeader& packed = *args.packed;
   const int64_t panels = panels_of_phase(packed);
-  const int64_t unit = run->direct ? kTileRows : block_unit(*run);
+  const int64_t unit = run->direct ? kTileRows : block_unit(*run, packed.isa);
   const int64_t units = most(ceil_div(run->pixels, unit), 1);
   const int64_t in = args.extent.batch * args.extent.in_pixels() * packed.shape.in_channels;
   const int64_t out = run->pixels * packed.shape.out_channels;
@@ -94,10 +95,10 @@ void share_out(const ConvArgs& args, int64_t threads, PhaseRun* run) {
 
 // Cuts the pixels into blocks of nearly the same size, at most `largest`, an equal number for each
 // share of the rows.
-void cut_blocks(int64_t largest, int64_t threads, PhaseRun* run) {
+void cut_blocks(int64_t largest, int64_t threads, Isa isa, PhaseRun* run) {
   // In a plain matrix one thread takes whole pairs of tiles.
   const int64_t unit =
-      run->plan.even_rows && run->direct && threads == 1 ? 2 * kTileRows : block_unit(*run);
+      run->plan.even_rows && run->direct && threads == 1 ? 2 * kTileRows : block_unit(*run, isa);
   const int64_t blocks = ceil_div(most(ceil_div(run->pixels, largest), 1), run->row_parts);
   const int64_t size = ceil_div(run->pixels, blocks * run->row_parts);
   run->block = most(ceil_div(size, unit), 1) * unit;
@@ -140,7 +141,7 @@ PhaseRun phase_run(const ConvArgs& args, int64_t index, int64_t threads) {
   run.row_parts = run.column_parts = 1;
   if (threads > 1) share_out(args, threads, &run);
   if (run.plan.even_rows || threads > 1) {
-    cut_blocks(run.plan.even_rows ? kEvenBlock : run.block, threads, &run);
+    cut_blocks(run.plan.even_rows ? kEvenBlock : run.block, threads, packed.isa, &run);
   } else {
     run.blocks = ceil_div(run.pixels, run.block);
   }

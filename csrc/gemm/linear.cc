@@ -5,8 +5,8 @@
 namespace qk {
 namespace {
 
-// Rows are shared out in groups of this many, so that parts consist of full tiles.
-constexpr int64_t kRowGroup = 6;
+// Rows are shared out in groups of so many, so that parts consist of full tiles.
+constexpr int64_t row_group(Isa isa) { return isa == Isa::kAvx2 ? 16 : 6; }
 // Rows whose codes are dequantized at a time.
 constexpr int64_t kCodeRows = 256;
 // About what one core gets of weights from L3 in a nanosecond.
@@ -69,7 +69,7 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
   const PackedHeader& header = *args.matrix.header;
   if (args.rows == 0 || header.n == 0) return;
   const int64_t panels = panel_count(header.n, header.isa);
-  const int64_t row_groups = ceil_div(args.rows, kRowGroup);
+  const int64_t group = row_group(header.isa), row_groups = ceil_div(args.rows, group);
   const int64_t weights = header.n * header.depth;
   const Grid grid =
       choose_grid(row_groups, panels, parallel.threads, weights >= args.rows * header.depth);
@@ -97,8 +97,8 @@ void linear(const LinearArgs& args, const Parallel& parallel) {
         for (int64_t part = begin; part < end; ++part) {
           const int64_t row = part / grid.panels, panel = part % grid.panels;
           IgemmArgs block = whole;
-          block.row_begin = row_groups * row / grid.rows * kRowGroup;
-          const int64_t row_end = row_groups * (row + 1) / grid.rows * kRowGroup;
+          block.row_begin = row_groups * row / grid.rows * group;
+          const int64_t row_end = row_groups * (row + 1) / grid.rows * group;
           block.row_end = row_end < args.rows ? row_end : args.rows;
           block.panel_begin = panels * panel / grid.panels;
           block.panel_end = panels * (panel + 1) / grid.panels;
