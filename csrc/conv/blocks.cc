@@ -3,7 +3,7 @@
 namespace qk {
 namespace {
 
-// Output pixels of a block: a multiple of the rows of a register tile, large enough that the
+// Output pixels of a block: a multiple of the rows of most register tiles, large enough that the
 // weights are read from L2 rarely, small enough that pointers and input stay in L1. Whole output
 // rows where they fit: 224 is divided by the widths of most networks, and holds an image of 14
 // x 14.
@@ -93,8 +93,8 @@ void share_out(const ConvArgs& args, int64_t threads, PhaseRun* run) {
   }
 }
 
-// Cuts the pixels into blocks of nearly the same size, at most `largest`, an equal number for each
-// share of the rows.
+// Cuts the pixels into blocks of nearly the same size, at most `largest` up to whole units, an
+// equal number for each share of the rows but for the last ones.
 void cut_blocks(int64_t largest, int64_t threads, Isa isa, PhaseRun* run) {
   // In a plain matrix one thread takes whole pairs of tiles.
   const int64_t unit =

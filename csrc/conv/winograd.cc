@@ -26,7 +26,8 @@ constexpr int64_t kFirstBytes = 128 * 1024;
 // With fewer, every dot product waits for its weights from L2, or from beyond it.
 constexpr int64_t kMinTiles = 4, kMinFarTiles = 12;
 
-// What an ISA takes for a vector of columns, in units of its own: measured. Of the direct way the
+// What an ISA takes for a vector of columns, in units of its own: measured, AVX2 against pairs
+// (gemm/x86_avx2.cc). Of the direct way the
 // products of four channels with a pixel, of this one those of a pair with a tile; the transforms
 // of a tile, of a vector of sums and of 16 channels of pixels.
 struct Cost {

@@ -1,6 +1,6 @@
 // The three stages of winograd.h for AVX2 and AVX-VNNI. Include it inside a target region, inside
 // the anonymous namespace of a kernel file, after x86_driver.h, x86_avx2_epilogue.h,
-// x86_ymm_tile.h and x86_winograd_transforms.h.
+// x86_ymm_store.h and x86_winograd_transforms.h.
 //
 // A Dot has  static void run(__m256i& acc, __m256i a, __m256i b):  acc[i] += the products of pair i
 //   of int16, modulo 2^32.

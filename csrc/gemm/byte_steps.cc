@@ -202,6 +202,7 @@ int64_t heads_bytes(int64_t groups) {
 // Of which kMostOrders are best, or one, or, if pairs are, none, by some of the groups.
 int32_t choose_orders(const PackSource& source) {
   const int64_t k = source.taps * source.depth, groups = (source.n + 3) / 4, quads = (k + 3) / 4;
+  if (k == 0) return 0;
   const int64_t sampled = std::min(groups, kSampledGroups);
   int64_t one = 0, most = 0;
   for (int64_t i = 0; i < sampled; ++i) {
@@ -233,7 +234,7 @@ int32_t pack_byte_steps(const PackSource& source, int64_t columns, void* panels)
   for (int64_t g = 0; orders != 0 && g * kGroupColumns < source.n; ++g) {
     const Steps steps = Group(source, g * kGroupColumns).steps(orders);
     const auto count = static_cast<int64_t>(steps.quads.size());
-    if (at + record_bytes(count) > size) {
+    if (at + record_bytes(count) > size || steps.singles() > UINT16_MAX) {
       std::memset(panels, 0, static_cast<size_t>(at));
       return 0;
     }

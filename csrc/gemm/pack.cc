@@ -291,6 +291,8 @@ Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix) {
       header->panels_offset != layout.panels_offset) {
     return Status::kBadShape;
   }
+  const bool ordered = header->orders == 1 || header->orders == kMostOrders;
+  if (header->orders != 0 && (header->isa != Isa::kAvx2 || !ordered)) return Status::kBadShape;
   const auto* base = static_cast<const uint8_t*>(bytes);
   matrix->header = header;
   matrix->panels = reinterpret_cast<const int8_t*>(base + layout.panels_offset);

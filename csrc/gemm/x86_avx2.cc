@@ -1,5 +1,5 @@
-// AVX2 for weights that no steps suit (x86_avx2_steps.cc): a tile of up to 4 rows x 16 columns (8 x
-// 8 in a narrow last panel), exact for all values.
+// AVX2 for weights laid out as pairs, which no steps suit (x86_avx2_steps.cc): a tile of up to 4
+// rows x 16 columns (8 x 8 in a narrow last panel), exact for all values.
 //
 // Trick: vpmaddubsw, the dot product of bytes, saturates; vpmaddwd, that of int16, does not, but
 //   has half the products and only two of four pipes. Winograd's inner product (S. Winograd, A New

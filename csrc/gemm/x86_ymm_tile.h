@@ -1,5 +1,5 @@
-// The 16-column tiles of AVX-VNNI: the choice of their size. Include it inside a target region,
-// inside the anonymous namespace of a kernel file, after x86_ymm_store.h.
+// The 16-column tiles of AVX-VNNI and of AVX2's pairs: the choice of their size. Include it inside
+// a target region, inside the anonymous namespace of a kernel file, after x86_ymm_store.h.
 //
 // A Multiply has
 //   template <int R, int V>

@@ -1,5 +1,6 @@
 // igemm: every ISA equals the formula of igemm.h taken from the canonical weight, with an
 // unreadable page behind every buffer.
+#include <algorithm>
 #include <array>
 
 #include "csrc/gemm/byte_steps.h"
@@ -12,9 +13,9 @@ using namespace qk::test;
 
 namespace {
 
-// Uniform over int8; few of them large, as trained ones; at what an int16 holds of two or of four
-// products.
-enum class Weights { kUniform, kFewLarge, kAtLimit };
+// Uniform over int8; few of them large, as trained ones; so, but the last column all 127; at what
+// an int16 holds of two or of four products.
+enum class Weights { kUniform, kFewLarge, kLastLarge, kAtLimit };
 
 struct Case {
   int64_t m, n, taps, depth;
@@ -73,10 +74,11 @@ class Problem {
     rng.fill(a_);
     rng.fill(weight_);
     rng.fill(residual_);
-    if (c.weights == Weights::kFewLarge) {
+    if (c.weights == Weights::kFewLarge || c.weights == Weights::kLastLarge) {
       for (int8_t& v : weight_) {
         v = static_cast<int8_t>(rng.chance(0.02) ? v : v * rng.integer(0, 40) / 128);
       }
+      if (c.weights == Weights::kLastLarge) std::fill(weight_.end() - k_, weight_.end(), 127);
     } else if (c.weights == Weights::kAtLimit) {
       for (int8_t& v : weight_) v = rng.pick<int8_t>({0, 0, 0, 0, 0, 0, 0, 1, 64, -64, 127, -128});
     }
@@ -496,6 +498,16 @@ void long_rows_equal_the_formula() {
       check_everywhere({.m = 31, .n = n, .taps = 1, .depth = depth, .weights = weights}, rng);
     }
   }
+  // More single steps than fit into a ByteGroup.
+  check_everywhere({.m = 9,
+                    .n = 17,
+                    .taps = 1,
+                    .depth = kMaxKS8S8,
+                    .output = OutputType::kS32,
+                    .input_signed = true,
+                    .centred = true,
+                    .weights = Weights::kLastLarge},
+                   rng);
   for (const bool highest : {false, true}) {
     const Problem longest({.m = 2,
                            .n = 9,
@@ -530,6 +542,7 @@ void damaged_headers_are_refused() {
     header->isa = isa == Isa::kScalar ? Isa::kAvx2 : Isa::kScalar, refused(Status::kBadIsa, bytes);
     header->n += 16, refused(Status::kBadShape, bytes);
     header->depth = -1, refused(Status::kBadShape, bytes);
+    header->orders = isa == Isa::kAvx2 ? 2 : 1, refused(Status::kBadShape, bytes);
     refused(Status::kBadShape, bytes - 1);
     refused(Status::kBadMagic, 8);
   });
