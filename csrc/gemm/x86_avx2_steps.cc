@@ -285,6 +285,9 @@ QK_INLINE __m256i double_products(const uint8_t* row, const uint16_t* source, co
   return _mm256_madd_epi16(_mm256_maddubs_epi16(a, load(w)), ones);
 }
 
+// Weights that are read so many dwords later: groups follow each other.
+constexpr int64_t kAhead = 512;
+
 // The four columns of a single row.
 QK_INLINE __m128i multiply_row(const GroupSteps& steps, const uint8_t* row) {
   const __m256i ones = load(kOneWords);
@@ -293,6 +296,7 @@ QK_INLINE __m128i multiply_row(const GroupSteps& steps, const uint8_t* row) {
   const int32_t* w = steps.weights;
   int64_t left = steps.doubles;
   for (; left > 1; left -= 2, source += 4, w += 16) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
     sum = _mm256_add_epi32(sum, double_products(row, source, w, ones));
     other = _mm256_add_epi32(other, double_products(row, source + 2, w + 8, ones));
   }
