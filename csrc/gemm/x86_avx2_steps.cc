@@ -25,7 +25,7 @@ namespace {
 #include "csrc/gemm/x86_copy_overlapping.h"
 #include "csrc/gemm/x86_ymm_store.h"
 
-constexpr int64_t kMostRows = 16, kVectorRows = 8, kLeastVectorRows = 4;
+constexpr int64_t kMostRows = 16, kVectorRows = 8, kFourRows = 4;
 
 // Bytes of the rows of a block, on the stack: 16 rows in nearly all layers, a single one in any.
 constexpr int64_t kFewDepth = 4096, kFewBytes = kMostRows * kFewDepth;
@@ -36,11 +36,12 @@ QK_INLINE int64_t row_quads(const PackedHeader& header) {
   return kept_quads(header.taps * header.depth);
 }
 
-// The rows that are multiplied together, of the `left` last of a block; up to four rows more are
-// cheaper than as many on their own.
+// The rows that are multiplied together, of the `left` last of a block: a few more than there are,
+// where those take longer on their own.
 QK_INLINE int64_t tile_rows(int64_t left, int64_t most) {
-  if (left > kMostRows - kLeastVectorRows && most >= kMostRows) return kMostRows;
-  return left >= kLeastVectorRows && most >= kVectorRows ? kVectorRows : 1;
+  if (left > 12 && most >= kMostRows) return kMostRows;
+  if (left > 4 && most >= kVectorRows) return kVectorRows;
+  return left > 2 && most >= kVectorRows ? kFourRows : 1;
 }
 
 // The values of each quad in another order.
@@ -115,7 +116,11 @@ struct QuadRows {
           const int64_t row = first + i < taken ? first + i : taken - 1;
           eight[i] = sources[row * row_pitch + tap];
         }
-        transpose(header.orders, eight, depth, at + 4 * first, 4 * size, order_bytes);
+        if (size == kFourRows) {
+          transpose<__m128i>(header.orders, eight, depth, at, 4 * size, order_bytes);
+        } else {
+          transpose<__m256i>(header.orders, eight, depth, at + 4 * first, 4 * size, order_bytes);
+        }
       }
     }
   }
@@ -127,7 +132,9 @@ struct QuadRows {
     for (int64_t tap = 0; tap < count; ++tap, row += depth) copy_overlapping(row, taps[tap], depth);
   }
 
-  // Sixteen bytes at a time, the last of them again where the depth is no multiple of that.
+  // Sixteen bytes at a time, the last of them again where the depth is no multiple of that. Vectors
+  // of eight rows, or of the first four.
+  template <typename Vector>
   QK_INLINE void transpose(int64_t orders, const uint8_t* const (&from)[8], int64_t depth,
                            uint8_t* to, int64_t quad_bytes, int64_t order_bytes) {
     for (int64_t at = 0; at < depth; at += 16) {
@@ -138,15 +145,20 @@ struct QuadRows {
       for (int i = 0; i < 4; ++i, out += quad_bytes) {
         __m256i v = quads.at[i];
         if (Flip) v = _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80)));
-        store(out, v);
+        store<Vector>(out, v);
         if (orders == 1) continue;
-        store(out + order_bytes, ordered<1>(v));
-        store(out + 2 * order_bytes, ordered<2>(v));
+        store<Vector>(out + order_bytes, ordered<1>(v));
+        store<Vector>(out + 2 * order_bytes, ordered<2>(v));
       }
     }
   }
+  template <typename Vector>
   QK_INLINE void store(uint8_t* to, __m256i v) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+    if constexpr (sizeof(Vector) == 32) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+    } else {
+      _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(v));
+    }
   }
 
   QK_INLINE void copy_row(int64_t orders, const uint8_t* from, int64_t depth, uint8_t* to,
@@ -316,6 +328,43 @@ QK_INLINE __m128i multiply_row(const GroupSteps& steps, const uint8_t* row) {
   return acc;
 }
 
+QK_INLINE __m128i four_rows(const uint8_t* rows, uint16_t source) {
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(rows + 16 * size_t{source}));
+}
+
+// `w`: in each lane the weights of four columns.
+QK_INLINE void add_four(FourVectors& acc, __m256i a, __m256i w, __m256i ones) {
+  const __m256i weights[4] = {_mm256_shuffle_epi32(w, 0x00), _mm256_shuffle_epi32(w, 0x55),
+                              _mm256_shuffle_epi32(w, 0xaa), _mm256_shuffle_epi32(w, 0xff)};
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m256i products = _mm256_maddubs_epi16(a, weights[c]);
+    acc.at[c] = _mm256_add_epi32(acc.at[c], _mm256_madd_epi16(products, ones));
+  }
+}
+
+// The sums of four rows, a vector for each column: the low lane has those of one quad of a double
+// step, the high lane those of the other.
+QK_INLINE FourVectors multiply_four(const GroupSteps& steps, const uint8_t* rows) {
+  const __m256i ones = load(kOneWords);
+  FourVectors acc;
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) acc.at[c] = _mm256_zextsi128_si256(_mm_set1_epi32(steps.init[c]));
+  const uint16_t* source = steps.source;
+  const int32_t* w = steps.weights;
+  for (int64_t left = steps.doubles; left > 0; --left, source += 2, w += 8) {
+    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(four_rows(rows, source[0])),
+                                              four_rows(rows, source[1]), 1);
+    add_four(acc, a, load(w), ones);
+  }
+  for (int64_t left = steps.singles; left > 0; --left, ++source, w += 4) {
+    const __m128i weights = _mm_load_si128(reinterpret_cast<const __m128i*>(w));
+    add_four(acc, _mm256_zextsi128_si256(four_rows(rows, *source)), _mm256_zextsi128_si256(weights),
+             ones);
+  }
+  return acc;
+}
+
 // Four columns of eight rows to rows of 16 columns in memory.
 QK_INLINE void store_sums(const FourVectors& columns, int32_t* to) {
   const FourVectors rows = transpose_dwords(columns);
@@ -328,8 +377,8 @@ QK_INLINE void store_sums(const FourVectors& columns, int32_t* to) {
 }
 
 // What the tiles of a panel share, read once, as a store of bytes may alias it.
-struct ByteRows {
-  explicit ByteRows(const IgemmTile& tile)
+struct StepPanel {
+  explicit StepPanel(const IgemmTile& tile)
       : matrix(*tile.matrix),
         store(tile),
         first_group(tile.first_column / kGroupColumns),
@@ -342,7 +391,7 @@ struct ByteRows {
 
 // A tile of `count` rows of bytes.
 template <int V, Residual kResidual>
-__attribute__((noinline)) void run_bytes(const ByteRows& panel, const uint8_t* a,
+__attribute__((noinline)) void run_bytes(const StepPanel& panel, const uint8_t* a,
                                          const TileRows& rows, int64_t count) {
   alignas(32) uint8_t bytes[V][4][32], residual[V][4][32];
   if constexpr (kResidual != Residual::kNone) {
@@ -366,7 +415,7 @@ __attribute__((noinline)) void run_bytes(const ByteRows& panel, const uint8_t* a
 
 // A tile of `count` rows of any other output.
 template <int V>
-__attribute__((noinline)) void run_general(const ByteRows& panel, const IgemmTile& tile,
+__attribute__((noinline)) void run_general(const StepPanel& panel, const IgemmTile& tile,
                                            const uint8_t* a, const TileRows& rows, int64_t count) {
   alignas(32) int32_t sums[8 * V * 16];
   for (int64_t g = 0; g < panel.groups; ++g) {
@@ -380,16 +429,42 @@ __attribute__((noinline)) void run_general(const ByteRows& panel, const IgemmTil
   store_general_avx2(tile, rows, sums, count);
 }
 
+// Rows [0, count) of sums, 16 columns each.
+QK_INLINE void store_rows_of_sums(const IgemmTile& tile, TileRows rows, int64_t count,
+                                  const int32_t* sums) {
+  const YmmStore<2> store(tile);
+  for (int64_t i = 0; i < count; ++i, sums += 16, rows.advance(1)) {
+    const __m256i acc[1][2] = {{load(sums), load(sums + 8)}};
+    store.run<1>(tile, rows, acc);
+  }
+}
+
+// A tile of `count` <= 4 rows.
+__attribute__((noinline)) void run_four(const StepPanel& panel, const IgemmTile& tile,
+                                        const uint8_t* a, const TileRows& rows, int64_t count) {
+  alignas(32) int32_t sums[4 * 16];
+  for (int64_t g = 0; g < panel.groups; ++g) {
+    const FourVectors acc = multiply_four(GroupSteps(panel.matrix, panel.first_group + g), a);
+    const FourVectors by_row = transpose_dwords(acc);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(by_row.at[i]),
+                                        _mm256_extracti128_si256(by_row.at[i], 1));
+      _mm_store_si128(reinterpret_cast<__m128i*>(sums + 16 * i + 4 * g), sum);
+    }
+  }
+  store_rows_of_sums(tile, rows, count, sums);
+}
+
 // A single row.
-__attribute__((noinline)) void run_row(const ByteRows& panel, const IgemmTile& tile,
+__attribute__((noinline)) void run_row(const StepPanel& panel, const IgemmTile& tile,
                                        const uint8_t* a, const TileRows& rows) {
   alignas(32) int32_t sums[16];
   for (int64_t g = 0; g < panel.groups; ++g) {
     const GroupSteps steps(panel.matrix, panel.first_group + g);
     _mm_store_si128(reinterpret_cast<__m128i*>(sums + 4 * g), multiply_row(steps, a));
   }
-  __m256i acc[1][2] = {{load(sums), load(sums + 8)}};
-  YmmStore<2>(tile).run<1>(tile, rows, acc);
+  store_rows_of_sums(tile, rows, 1, sums);
 }
 
 template <typename Rows>
@@ -403,25 +478,27 @@ struct ByteTile {
   static void tile(int64_t count, int64_t, const IgemmTile& tile) {
     const PackedHeader& header = *tile.matrix->header;
     const int64_t most = max_rows(header, 2);
-    const ByteRows panel(tile);
+    const StepPanel panel(tile);
     TileRows rows(tile);
     for (int64_t row = 0; row < count;) {
       const int64_t size = tile_rows(count - row, most);
       const int64_t taken = count - row < size ? count - row : size;
       const uint8_t* a = tile.rows[row];
-      if (size == 1) {
-        run_row(panel, tile, a, rows);
-      } else if (size == kMostRows) {
+      if (size == kMostRows) {
         run<2>(panel, tile, a, rows, taken);
-      } else {
+      } else if (size == kVectorRows) {
         run<1>(panel, tile, a, rows, taken);
+      } else if (size == kFourRows) {
+        run_four(panel, tile, a, rows, taken);
+      } else {
+        run_row(panel, tile, a, rows);
       }
       rows.advance(taken);
       row += taken;
     }
   }
   template <int V>
-  QK_INLINE void run(const ByteRows& panel, const IgemmTile& tile, const uint8_t* a,
+  QK_INLINE void run(const StepPanel& panel, const IgemmTile& tile, const uint8_t* a,
                      const TileRows& rows, int64_t count) {
     const PackedHeader& header = *tile.matrix->header;
     const bool looks_up = header.epilogue.has_table;
