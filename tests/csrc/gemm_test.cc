@@ -382,7 +382,7 @@ void rows_in_runs_equal_the_formula() {
 void weights_that_suit_byte_steps_equal_the_formula() {
   Rng rng(10);
   int64_t taken[kMostOrders + 1] = {};
-  for (int i = 0; i < 2500; ++i) {
+  for (int i = 0; i < 1200; ++i) {
     Case c{};
     c.m = rng.chance(0.2) ? rng.integer(30, 120) : rng.integer(0, 34);
     c.n = rng.integer(0, 70);
@@ -411,7 +411,7 @@ void weights_that_suit_byte_steps_equal_the_formula() {
     });
   }
   if (taken[0] + taken[1] + taken[kMostOrders] == 0) return;
-  CHECK(taken[0] > 50 && taken[1] > 50 && taken[kMostOrders] > 50, taken[0], " ", taken[1], " ",
+  CHECK(taken[0] > 20 && taken[1] > 20 && taken[kMostOrders] > 20, taken[0], " ", taken[1], " ",
         taken[kMostOrders]);
 }
 
