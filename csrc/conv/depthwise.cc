@@ -47,8 +47,9 @@ DepthwiseKernel select_depthwise_kernel(Isa isa) {
 
 namespace {
 
-// Of a strip in the scratch: stays in L1.
-constexpr int64_t kScratchBytes = 32 * 1024;
+// Of a strip in the scratch: stays in L1, on an L1 of 32 KiB beside the rows that it is filled
+// from.
+constexpr int64_t kScratchBytes = 32 * 1024, kAvx2ScratchBytes = 16 * 1024;
 // Outputs of a strip: a multiple of the columns that kernels take together.
 constexpr int64_t kTileUnit = 8;
 constexpr int64_t kMacsPerNs = 30;
@@ -88,7 +89,8 @@ PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t
     run.goes_down &= dim.taps == 3 && dim.in_stride == 1 && dim.in_dilation == 1;
   }
   const int64_t column_bytes = run.plan.row_groups * layout.block_channels() * 4;
-  const int64_t fit = (kScratchBytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
+  const int64_t most_bytes = isa == Isa::kAvx2 ? kAvx2ScratchBytes : kScratchBytes;
+  const int64_t fit = (most_bytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
   const int64_t most = fit < kTileUnit ? kTileUnit : fit / kTileUnit * kTileUnit;
   const int64_t even = ceil_div(run.count[2], ceil_div(run.count[2], most));
   run.tile = run.count[2] <= most ? run.count[2] : ceil_div(even, kTileUnit) * kTileUnit;

@@ -85,9 +85,7 @@ struct WideRows {
       // All rows are joined before the first is widened: a load from parts of several stores waits
       // until they are in the cache.
       const int64_t joined_pitch = padded_depth(taps, depth);
-      for (int64_t i = 0; i < count; ++i) {
-        join(*sources + i * *row_pitch, taps, depth, joined + i * joined_pitch);
-      }
+      join_taps<8>(*sources, *row_pitch, count, taps, depth, joined_pitch, Flip ? 0x80 : 0, joined);
       for (int64_t i = 0; i < count; ++i) {
         const uint8_t* row = joined + i * joined_pitch;
         widen(&row, 1, joined_pitch, values + i * pitch);
@@ -100,12 +98,6 @@ struct WideRows {
     *row_pitch = 1;
   }
 
-  // The taps of a row one after the other, and what becomes 0 up to a multiple of 8.
-  QK_INLINE void join(const uint8_t* const* taps, int64_t count, int64_t depth, uint8_t* row) {
-    constexpr uint64_t kZeros = Flip ? 0x8080808080808080u : 0;
-    __builtin_memcpy(row + padded_depth(count, depth) - 8, &kZeros, 8);
-    for (int64_t tap = 0; tap < count; ++tap, row += depth) copy_overlapping(row, taps[tap], depth);
-  }
   // A row and its crosses, for a depth that is a multiple of 8.
   QK_INLINE void widen(const uint8_t* const* taps, int64_t count, int64_t depth, int16_t* row) {
     __m256i sum = _mm256_setzero_si256();
@@ -137,6 +129,9 @@ QK_INLINE void add_products(__m256i& acc, __m256i a01, __m256i a23, __m256i w01,
           : "x"(a01), "x"(a23), "x"(w01), "x"(w23));
 }
 
+// A single row reads the weights faster than the CPU fetches them by itself: so many bytes ahead.
+constexpr int64_t kAhead = 2048;
+
 struct Avx2Multiply {
   static constexpr int64_t kMaxRows = 4, kMaxNarrowRows = 8;
 
@@ -157,6 +152,7 @@ struct Avx2Multiply {
       }
     }
     for (int64_t at = 0; at < bytes; at += 8, b += 2 * V) {
+      if (R == 1) _mm_prefetch(reinterpret_cast<const char*>(b) + kAhead, _MM_HINT_T0);
       __m256i w01[V], w23[V];
 #pragma GCC unroll 2
       for (int j = 0; j < V; ++j) {

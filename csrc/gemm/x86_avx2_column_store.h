@@ -16,13 +16,20 @@ QK_INLINE FourVectors transpose_dwords(const FourVectors& v) {
            _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)}};
 }
 
-// Bytes [at, at + 16) of eight rows, as four vectors of their dwords.
+template <int kBytes>
+QK_INLINE __m128i load_low_bytes(const uint8_t* p) {
+  const auto* from = reinterpret_cast<const __m128i*>(p);
+  return kBytes == 16 ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
+}
+
+// Bytes [at, at + 16) of eight rows, or [at, at + 8), as four vectors of their dwords.
+template <int kBytes = 16>
 QK_INLINE FourVectors dwords_of_rows(const uint8_t* const (&rows)[8], int64_t at) {
   FourVectors v;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at));
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i + 4] + at));
+    const __m128i low = load_low_bytes<kBytes>(rows[i] + at);
+    const __m128i high = load_low_bytes<kBytes>(rows[i + 4] + at);
     v.at[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
   }
   return transpose_dwords(v);
@@ -91,7 +98,7 @@ struct ColumnStore {
     } else {
       alignas(16) uint8_t memory[16];
       _mm_store_si128(reinterpret_cast<__m128i*>(memory), bytes);
-      __builtin_memcpy(out, memory, static_cast<size_t>(columns));
+      copy_under_16(out, memory, columns);
     }
   }
 
@@ -102,12 +109,12 @@ struct ColumnStore {
     uint8_t copies[8][16];
     for (int64_t i = 0; i < 8; ++i) {
       rows[i] = from[i < count ? i : count - 1];
-      if (columns < 16) {
-        __builtin_memcpy(copies[i], rows[i], static_cast<size_t>(columns));
+      if (columns != 16 && columns != 8) {
+        copy_under_16(copies[i], rows[i], columns);
         rows[i] = copies[i];
       }
     }
-    const FourVectors groups = dwords_of_rows(rows, 0);
+    const FourVectors groups = columns <= 8 ? dwords_of_rows<8>(rows, 0) : dwords_of_rows(rows, 0);
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(dwords + 32 * g), groups.at[g]);

@@ -20,9 +20,9 @@ namespace {
 #include "csrc/gemm/x86_driver.h"
 
 #include "csrc/gemm/x86_avx2_epilogue.h"
+#include "csrc/gemm/x86_copy_overlapping.h"
 
 #include "csrc/gemm/x86_avx2_column_store.h"
-#include "csrc/gemm/x86_copy_overlapping.h"
 #include "csrc/gemm/x86_ymm_store.h"
 
 constexpr int64_t kMostRows = 16, kVectorRows = 8, kFourRows = 4;
@@ -95,10 +95,8 @@ struct QuadRows {
       // All rows are joined before the first is read: a load from parts of several stores waits
       // until they are in the cache.
       const int64_t pitch = 4 * row_quads(header);
-      for (int64_t i = 0; i < taken; ++i) {
-        whole[i] = joined + i * pitch;
-        join(sources + i * row_pitch, taps, depth, joined + i * pitch, pitch);
-      }
+      join_taps<16>(sources, row_pitch, taken, taps, depth, pitch, Flip ? 0x80 : 0, joined);
+      for (int64_t i = 0; i < taken; ++i) whole[i] = joined + i * pitch;
       sources = whole;
       row_pitch = taps = 1;
       depth = pitch;
@@ -123,13 +121,6 @@ struct QuadRows {
         }
       }
     }
-  }
-
-  // The taps of a row one after the other, and what becomes 0 up to `size`.
-  QK_INLINE void join(const uint8_t* const* taps, int64_t count, int64_t depth, uint8_t* row,
-                      int64_t size) {
-    __builtin_memset(row + size - 16, Flip ? 0x80 : 0, 16);
-    for (int64_t tap = 0; tap < count; ++tap, row += depth) copy_overlapping(row, taps[tap], depth);
   }
 
   // Sixteen bytes at a time, the last of them again where the depth is no multiple of that. Vectors
