@@ -262,6 +262,8 @@ class _Converter:
             layer = layer_class("quantize")(grid)
             return self._call(f"{source.name}_quantize", layer, (self.float_of(source),), source)
         name = f"{source.name}_codes"
+        while name in self.root:  # the same tensor on another grid
+            name += "_"
         self.root[name] = grid.quantize(_attribute(self.prepared, source.target).detach())
         return self.graph.get_attr(name)
 
@@ -305,11 +307,19 @@ class _Converter:
         return node
 
     def _remove_unused(self, converted: ConvertedModel) -> None:
+        before = _attributes_read(converted)
         converted.graph.eliminate_dead_code()
+        for path in before - _attributes_read(converted):  # codes stand for them
+            owner, _, name = path.rpartition(".")
+            delattr(converted.get_submodule(owner), name)
         converted.delete_all_unused_submodules()
         converted.recompile()
         alive = {node.target for node in converted.graph.nodes if node.op == "call_module"}
         self.sources = {path: source for path, source in self.sources.items() if path in alive}
+
+
+def _attributes_read(model: fx.GraphModule) -> set[str]:
+    return {node.target for node in model.graph.nodes if node.op == "get_attr"}
 
 
 def _clamp_in(node: fx.Node) -> Clamp | None:

@@ -69,10 +69,10 @@ class IntegerLinear:
         return ops.linear(codes, ops.pack_on_grid(*arguments), self.out_features, torch.float32)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
-        flat = grad.flatten(0, -2)
+        flat = grad.reshape(-1, grad.shape[-1])
         return (
             grad @ weight if needed[0] else None,
-            flat.t() @ x.flatten(0, -2) if needed[1] else None,
+            flat.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
             flat.sum(0) if needed[2] else None,
         )
 

@@ -24,7 +24,7 @@ from qkernels.core.blocks import counts
 from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
 from qkernels.core.norm import Norm, scale_shift
 from qkernels.core.qspec import MIN_SCALE, QParams
-from qkernels.core.quantizer import Limits, Quantizer, State
+from qkernels.core.quantizer import ROUNDING, Limits, Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import Unsupported
 
@@ -32,8 +32,9 @@ from qkernels.errors import Unsupported
 class Prepared:
     """Mixin, in front of the float class. `float_class` is that class.
 
-    Corrections are added to the Parameters while the weight is rounded: `weight_correction` (in the layout of `rows`)
-    chooses other codes than the nearest, `bias_correction` makes up for the mean error. Zero until learned.
+    Corrections are added to the Parameters wherever the weight is rounded, and by `convert` in any phase:
+    `weight_correction` (in the layout of `rows`) chooses other codes than the nearest, `bias_correction` makes up for
+    the mean error. Zero until learned.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -106,6 +107,8 @@ class Prepared:
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             return self.normalized(x)
+        if not self._is_rounded():
+            return self.run(x, self.rows(self.weight), self.rounded_bias(self.bias))
         return self.run(x, self._corrected_rows(), self.rounded_bias(self.corrected_bias()))
 
     def round_bias(self, recipe: TensorRecipe, path: str) -> None:
@@ -194,16 +197,16 @@ class Prepared:
         return spec.per_channel and spec.symmetric and spec.qmin == -spec.qmax and not self.norm.folds
 
     def corrected_bias(self) -> Tensor | None:
-        if self.bias_correction is None or not self._is_rounded():
+        if self.bias_correction is None:
             return self.bias
         return self.bias_correction if self.bias is None else self.bias + self.bias_correction
 
     def _corrected_rows(self) -> Tensor:
         rows = self.rows(self.weight)
-        return rows if self.weight_correction is None or not self._is_rounded() else rows + self.weight_correction
+        return rows if self.weight_correction is None else rows + self.weight_correction
 
     def _is_rounded(self) -> bool:
-        return self.quantizers["weight"].state in (State.FAKE_QUANT, State.FROZEN)
+        return self.quantizers["weight"].state in ROUNDING
 
     # -- calibration and conversion
 

@@ -37,7 +37,7 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
     ...     for _ in range(10):
     ...         _ = prepared(torch.randn(8, 4))
     """
-    watched = [q for q in quantizers(prepared) if q.state is not State.FROZEN]
+    watched = [q for q in quantizers(prepared) if q.state not in (State.FROZEN, State.FROZEN_OFF)]
     layers = [layer for layer in prepared_layers(prepared) if layer.quantizers["weight"] in set(watched)]
     weights = {layer.quantizers["weight"] for layer in layers}
     if not isinstance(getattr(prepared, "report", None), PrepareReport):

@@ -23,6 +23,7 @@ from qkernels.core.fusion import clamp_of, has_constant_clamp, is_fused
 from qkernels.core.layers import PREPARED
 from qkernels.core.lowering import LoweringUnit, lower, lowerable_kinds
 from qkernels.core.operations import Operation
+from qkernels.core.plain import has_hooks
 from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
@@ -63,6 +64,8 @@ class Placement:
         op, value = self.operations[node], node.meta.get("value")
         if op is None or op.kind == "identity" or (op.kind == o.DROPOUT and node.op != "call_module"):
             return f"no integer layer for {called(node, self.modules)}"
+        if node.op == "call_module" and has_hooks(self.modules[node.target]):
+            return "has forward hooks, which an integer layer would not run"
         rule = self.rule(node)
         if rule.skip:
             return "skipped by the recipe"

@@ -23,6 +23,11 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return open_attention(work)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs code of its user's, which may change what comes in or goes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_pruned(model: nn.Module) -> bool:
     return any(isinstance(hook, BasePruningMethod) for m in model.modules() for hook in m._forward_pre_hooks.values())
 

@@ -21,9 +21,10 @@ from qkernels.core.fusion import fold_batch_norms
 from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.placement import Placement
-from qkernels.core.plain import plain_copy
+from qkernels.core.plain import has_hooks, plain_copy
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import Override, Recipe, function_name, make_recipe, type_name
+from qkernels.core.registry import is_layer
 from qkernels.core.report import Decision, PrepareReport
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported, close_matches
 
@@ -73,6 +74,8 @@ def check_float(model: nn.Module, verb: str) -> None:
         )
     if any(isinstance(m, Quantizer) for m in model.modules()):
         raise InvalidArgument(f"{verb}: the model is prepared already")
+    if any(is_layer(m) for m in model.modules()):
+        raise InvalidArgument(f"{verb}: the model is converted already: give the float model")
 
 
 def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained: bool = False) -> nn.Module:
@@ -124,6 +127,8 @@ def prepare_graph(
         next(n for n in traced.graph.nodes if n.target == "layer").meta["path"] = ""
     with torch.no_grad():
         expected = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    if not traced.graph.find_nodes(op="placeholder"):
+        raise Untraceable("its forward takes no inputs")
     g.simplify(traced, keep_dropout=trained)
 
     def rule(node: fx.Node) -> Override:
@@ -133,11 +138,16 @@ def prepare_graph(
             called = [function_name(node.target)]
         return recipe.for_module(path, [*called, *(type_name(t) for t in node.meta["types"])])
 
-    norms = fold_batch_norms(traced, lambda node: rule(node).skip, keep_norms=trained)
+    def stays(node: fx.Node) -> bool:
+        return rule(node).skip or (node.op == "call_module" and has_hooks(traced.get_submodule(node.target)))
+
+    norms = fold_batch_norms(traced, stays, keep_norms=trained)
     plan = Placement(traced, rule, norms, [correction.name for correction in recipe.corrections], trained)
     plan.insert_quantizers()
     if trained:
         plan.move_clamps()
+    if prefix:
+        _contiguous_outputs(traced.graph)
     prepared = PreparedModel(traced, traced.graph, type(model).__name__).eval()
     prepared.meta["report"] = plan.report(prefix)
     prepared.meta["recipe"] = recipe
@@ -145,6 +155,22 @@ def prepare_graph(
         if not g.close(expected, prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs)), 1e-3):
             raise Untraceable("the simplified graph gives other outputs on the example inputs than the module")
     return prepared
+
+
+def _contiguous_outputs(graph: fx.Graph) -> None:
+    """The code between the parts of a model may `view` what it gets: images too lie as torch's layers leave them."""
+    (output,) = graph.find_nodes(op="output")
+
+    def contiguous(node: fx.Node) -> fx.Node:
+        value = node.meta["value"]
+        if value.kind != "tensor" or not value.is_float or len(value.shape) < 3:
+            return node
+        with graph.inserting_before(output):
+            call = graph.call_method("contiguous", (node,))
+        call.meta.update({name: node.meta[name] for name in ("value", "path", "types", "origin") if name in node.meta})
+        return call
+
+    output.args = fx.map_arg(output.args, contiguous)
 
 
 # --- a model without a graph -----------------------------------------------------------------------------------------

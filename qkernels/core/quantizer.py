@@ -31,6 +31,7 @@ class State(enum.IntEnum):
     FAKE_QUANT = 2  # round to the grid and back
     FROZEN = 3  # the same, and calibration leaves the grid alone
     TRAIN = 4  # in training mode watch (or learn) and round; in eval mode round
+    FROZEN_OFF = 5  # pass on unchanged, and calibration leaves the grid alone
 
 
 ROUNDING = frozenset({State.FAKE_QUANT, State.FROZEN, State.TRAIN})
@@ -152,7 +153,7 @@ class Quantizer(nn.Module):
 
     def _as_state_says(self, x: Tensor, clamp: Limits) -> Tensor:
         state = self.state
-        if state is State.OFF:
+        if state is State.OFF or state is State.FROZEN_OFF:
             return limited(x, clamp)
         if state is State.OBSERVE:
             x = limited(x, clamp)
@@ -160,7 +161,7 @@ class Quantizer(nn.Module):
                 self.observer.reset()
             self.observer.observe(x)
             return x
-        if state is State.TRAIN and self.training and x.numel() > 0:
+        if state is State.TRAIN and self.training and self.rule is not None and x.numel() > 0:
             if self.delay > 0:
                 return self._wait(limited(x, clamp))
             if self.rule.observes or not self._chosen:
@@ -174,6 +175,9 @@ class Quantizer(nn.Module):
         if not self._chosen:
             if x.numel() == 0 or self.delay > 0:
                 return limited(x, clamp)
+            # A grid may have been copied into the buffers, as by an average of models.
+            self._chosen = not torch.compiler.is_compiling() and self.has_grid()
+        if not self._chosen:
             raise InvalidState(
                 f"the quantizer of {self.source} has no grid yet: run a training batch, or batches inside `calibrating`"
             )

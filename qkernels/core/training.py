@@ -95,8 +95,8 @@ def _training_recipe(name: str, rule: str | None, options: dict[str, Any]) -> Re
 
 _WATCHES = {State.FAKE_QUANT: State.TRAIN, State.OFF: State.OBSERVE}
 _IGNORES = {State.TRAIN: State.FAKE_QUANT, State.OBSERVE: State.OFF}
-_ROUNDS = {State.OBSERVE: State.TRAIN, State.OFF: State.FAKE_QUANT}
-_PASSES = {State.TRAIN: State.OBSERVE, State.FAKE_QUANT: State.OFF, State.FROZEN: State.OFF}
+_ROUNDS = {State.OBSERVE: State.TRAIN, State.OFF: State.FAKE_QUANT, State.FROZEN_OFF: State.FROZEN}
+_PASSES = {State.TRAIN: State.OBSERVE, State.FAKE_QUANT: State.OFF, State.FROZEN: State.FROZEN_OFF}
 
 
 def _move(model: nn.Module, moves: dict[State, State]) -> None:

@@ -159,6 +159,8 @@ def lower_interpolate(unit: LoweringUnit) -> QInterpolate:
     mode = unit.option("mode", "nearest")
     if mode not in ("nearest", "nearest-exact"):
         raise Unsupported(f"interpolate with mode={mode!r} has no integer layer; there is one for nearest")
+    if unit.option("recompute_scale_factor"):
+        raise Unsupported("interpolate with recompute_scale_factor has no integer layer; give it the size instead")
     options = {"size": _plain(unit.option("size")), "scale_factor": _plain(unit.option("scale_factor")), "mode": mode}
     return QInterpolate(unit.inputs[0], options)
 
