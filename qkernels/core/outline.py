@@ -1,7 +1,7 @@
 """Example inputs that nobody gave: remembered by their kinds, or guessed from the first layer."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ def outline(value: Any) -> Any:
     return type(value)(outline(v) for v in value) if type(value) in (tuple, list) else value
 
 
-class _Outline(tuple):
-    def __new__(cls, *parts: Any) -> "_Outline":
-        return super().__new__(cls, parts)
+class _Outline(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 def example(value: Any) -> Any:
@@ -38,8 +39,9 @@ def example(value: Any) -> Any:
 
 
 def guessed_input(model: nn.Module) -> torch.Tensor | None:
-    """A tensor that the model accepts: only its rank matters, not its size."""
-    layer = next((m for m in model.modules() if o.MODULES.get(type(m)) in o.WEIGHTED), None)
+    """A tensor that the model, float or prepared, accepts: only its rank matters, not its size."""
+    classes = ((m, getattr(m, "float_class", type(m))) for m in model.modules())
+    layer = next((m for m, cls in classes if o.MODULES.get(cls) in o.WEIGHTED), None)
     if layer is None:
         return None
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels

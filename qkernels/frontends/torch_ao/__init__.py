@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import torch.ao.quantization as original
+from torch.ao.quantization import default_dynamic_qconfig, per_channel_dynamic_qconfig
 
 from qkernels.errors import close_matches
 from qkernels.frontends.torch_ao import qparams

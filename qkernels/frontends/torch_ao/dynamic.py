@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.ao.quantization import default_dynamic_qconfig
 
 from qkernels.core.containers import become
 from qkernels.core.convert import convert
@@ -12,6 +13,8 @@ from qkernels.core.plain import plain_copy
 from qkernels.core.prepare import prepare
 from qkernels.core.recipe import RECIPES
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
+from qkernels.frontends.torch_ao.eager import check_qconfig
+from qkernels.frontends.torch_ao.parse import factory_recipe
 
 _DEFAULT = (nn.Linear,)
 
@@ -31,21 +34,22 @@ def quantize_dynamic(
     Args:
         model: any module; it needs no graph.
         qconfig_spec: which layers: the class nn.Linear, paths of modules (all linear layers below them), or a dict with
-            such keys, where None as the value leaves them float. None means all of them.
+            such keys and qconfigs of 8 bits, where None leaves them float. None means all of them.
         dtype: torch.qint8.
         inplace: the object `model` itself is changed.
 
     Raises:
-        Unsupported: another class (nn.LSTM, ...), another dtype, or a mapping.
-        InvalidArgument: a path that no module has.
+        Unsupported: another class (nn.LSTM, ...), another dtype, also of a qconfig, or a mapping.
+        InvalidArgument: a path that no module has, or a value that is no qconfig.
     """
     if mapping is not None or dtype != torch.qint8:
         raise Unsupported(f"quantize_dynamic: only dtype=torch.qint8 and mapping=None, got {dtype} and {mapping}")
-    spec = dict.fromkeys(_DEFAULT if qconfig_spec is None else qconfig_spec, True)
-    if isinstance(qconfig_spec, Mapping):
-        spec = {key: value is not None for key, value in qconfig_spec.items()}
+    given = qconfig_spec
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(_DEFAULT if given is None else given, default_dynamic_qconfig)
     work = plain_copy(model)
-    _check(spec, [path for path, _ in work.named_modules()])
+    _check(given, [path for path, _ in work.named_modules()])
+    spec = {key: qconfig is not None for key, qconfig in given.items()}
     layers: dict[nn.Module, nn.Module] = {}
     for path, module in list(work.named_modules()):
         if type(module) is nn.Linear and _wanted(spec, path):
@@ -56,17 +60,22 @@ def quantize_dynamic(
     return become(model, work) if inplace else work
 
 
-def _check(spec: Mapping[type | str, bool], paths: list[str]) -> None:
-    for key in spec:
+def _check(given: Mapping[type | str, Any], paths: list[str]) -> None:
+    for key, qconfig in given.items():
+        name = getattr(key, "__name__", key)
         if isinstance(key, str) and key not in paths:
             raise InvalidArgument(
                 f"quantize_dynamic: the model has no module {key!r}{close_matches(key, filter(None, paths))}"
             )
         if not isinstance(key, str) and key is not nn.Linear:
-            name = getattr(key, "__name__", key)
             raise Unsupported(
                 f"quantize_dynamic: {name} has no form that quantizes its input when it arrives; name nn.Linear only"
             )
+        if qconfig is not None:
+            check_qconfig(qconfig, f"quantize_dynamic: {name}")
+            spec = factory_recipe(qconfig.weight, f"quantize_dynamic: {name}").spec
+            if (spec.dtype, spec.qmax) != (torch.int8, 127):
+                raise Unsupported(f"quantize_dynamic: {name}: weights are torch.qint8 up to 127, got {spec}")
 
 
 def _wanted(spec: Mapping[type | str, bool], path: str) -> bool:

@@ -21,6 +21,7 @@ from qkernels.frontends.torch_ao import parse
 from qkernels.frontends.torch_ao.observers import QConfig
 
 EXAMPLE = "_example_outline"
+FIXED = TORCHS_GRIDS | {"softmax": TORCHS_GRIDS["sigmoid"]}  # in torch's mappings
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 OBSERVED_KINDS = (frozenset(UNARY) | o.WEIGHTED | {"batch_norm"}) - {"relu", "hardtanh", "clamp", *TORCHS_GRIDS, "gelu"}
 
@@ -109,8 +110,8 @@ def convert(
 
     Args:
         inplace: the object `module` becomes the integer network; else it stays as it is and can train on.
-        example_inputs: as for `qkernels.prepare`. Needed only for a model that torch.ao prepared, and only if its
-            input cannot be guessed from its first layer.
+        example_inputs: as for `qkernels.prepare`. Needed only where no batch passed (torch.ao prepared the model, or
+            `load_state_dict` filled it), and only if its input cannot be guessed from its first layer.
     """
     for name, value in (("mapping", mapping), ("convert_custom_config_dict", convert_custom_config_dict)):
         if value:
@@ -189,19 +190,25 @@ def recipe(model: nn.Module) -> Recipe:
 def override(match: Match, qconfig: Any) -> Override:
     if qconfig is None:
         return Override(match, skip=True)
-    check_qconfig(qconfig, f"QConfigMapping: {match.pattern}")
-    recipes, activation = [], qconfig.activation()
-    if type(activation).__name__ == "ReuseInputObserver":  # torch's default for a reshape, which the core knows
+    where, recipes = f"QConfigMapping: {match.pattern}", []
+    check_qconfig(qconfig, where)
+    if type(qconfig.activation()).__name__ == "ReuseInputObserver":  # torch's for a reshape, which the core knows
         return Override(match)
-    for made in (activation, qconfig.weight()):
+    for factory in (qconfig.activation, qconfig.weight):
         # torch's defaults give a type without weight a float32 placeholder, and a sigmoid a fixed grid.
-        silent = getattr(made, "dtype", None) is torch.float32 or "FixedQParams" in type(made).__name__
-        recipes.append(None if silent else parse.tensor_recipe(made))
+        made, kind = factory(), match.pattern.rpartition(".")[2].lower().rstrip("_") if match.by == "type" else None
+        default = parse.is_fixed(made) and FIXED.get(kind) == tuple(map(float, made.calculate_qparams()))
+        silent = default or getattr(made, "dtype", None) is torch.float32
+        recipes.append(None if silent else parse.factory_recipe(factory, where))
     return Override(match, *recipes)
 
 
-def quantize(model: nn.Module, run_fn: Any, run_args: Iterable[Any], inplace: bool = False, **options: Any):
+def quantize(
+    model: nn.Module, run_fn: Any, run_args: Iterable[Any], mapping: None = None, inplace: bool = False, **options: Any
+) -> nn.Module:
     """prepare, calibrate by `run_fn(model, *run_args)`, convert."""
+    if mapping is not None:
+        raise Unsupported(f"quantize: mapping: the integer layers are those of qkernels.nn, got {mapping!r}")
     model = prepare(model, inplace, **options).eval()
     run_fn(model, *run_args)
     return convert(model, inplace=inplace)

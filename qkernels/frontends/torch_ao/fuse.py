@@ -43,8 +43,10 @@ def fuse_modules_qat(
 
 def _fuse(model: nn.Module, lists: Sequence[Any], inplace: bool, training: bool, unsupported: dict) -> nn.Module:
     where = "fuse_modules_qat" if training else "fuse_modules"
-    if unsupported:
-        raise InvalidArgument(f"{where}: unknown arguments {sorted(unsupported)}")
+    torchs = ("fuser_func", "fuse_custom_config_dict")  # None is their default
+    unknown = sorted(name for name, value in unsupported.items() if name not in torchs or value is not None)
+    if unknown:
+        raise InvalidArgument(f"{where}: unknown arguments {unknown}")
     if not inplace:
         model = copy.deepcopy(model)
     chains = [lists] if lists and isinstance(lists[0], str) else lists

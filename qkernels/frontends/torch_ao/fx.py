@@ -59,13 +59,15 @@ def get_default_qat_qconfig_mapping(backend: str = "x86", version: int = 1) -> Q
     return QConfigMapping().set_global(get_default_qat_qconfig(backend, version))
 
 
-def mapping_recipe(mapping: Any) -> Recipe:
+def mapping_recipe(mapping: Any, verb: str = "mapping_recipe") -> Recipe:
     """The recipe that a QConfigMapping, ours or torch.ao's, says.
 
     Raises:
-        InvalidArgument: a regex is none, or what should be a qconfig is something else.
-        Unsupported: rules for the n-th call of a type, or a grid of more bits than there are.
+        InvalidArgument: a regex is none, or what should be a qconfig, or the mapping, is something else.
+        Unsupported: rules for the n-th call of a type, a grid of more bits than there are, or a class of the user's.
     """
+    if not hasattr(mapping, "module_name_qconfigs"):
+        raise InvalidArgument(f"{verb}: qconfig_mapping must be a QConfigMapping, got {mapping!r}")
     if getattr(mapping, "module_name_object_type_order_qconfigs", None):
         raise Unsupported("QConfigMapping: module_name_object_type_order: give the module a path of its own")
     base = mapping.global_qconfig
@@ -86,8 +88,7 @@ def mapping_recipe(mapping: Any) -> Recipe:
         check_qconfig(base, "QConfigMapping")
         activation, weight = parse.factory_recipe(base.activation), parse.factory_recipe(base.weight)
         return Recipe(activation, weight, tuple(overrides))
-    default = Recipe()
-    return Recipe(default.activation, default.weight, (Override(Match("regex", r"[\s\S]*"), skip=True), *overrides))
+    return Recipe(overrides=(Override(Match("regex", r"[\s\S]*"), skip=True), *overrides))
 
 
 def refuse(verb: str, **given: Any) -> None:
@@ -111,9 +112,7 @@ def prepare_fx(
     """The model with Quantizers that watch; then run calibration batches through it and call `convert_fx`."""
     refuse("prepare_fx", prepare_custom_config=prepare_custom_config, backend_config=backend_config)
     refuse("prepare_fx", _equalization_config=_equalization_config)
-    if not hasattr(qconfig_mapping, "module_name_qconfigs"):
-        raise InvalidArgument(f"prepare_fx: qconfig_mapping must be a QConfigMapping, got {qconfig_mapping!r}")
-    prepared = core_prepare(model, example_inputs, mapping_recipe(qconfig_mapping))
+    prepared = core_prepare(model, example_inputs, mapping_recipe(qconfig_mapping, "prepare_fx"))
     observe(prepared)
     return prepared
 

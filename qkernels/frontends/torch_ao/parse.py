@@ -35,18 +35,22 @@ def is_a(module: nn.Module, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith(("torch.", "qkernels.")) for c in type(module).__mro__)
 
 
+def is_fixed(observer: nn.Module) -> bool:
+    return is_a(getattr(observer, "activation_post_process", observer), "FixedQParamsObserver")
+
+
 def is_observer(module: nn.Module) -> bool:
     return hasattr(module, "calculate_qparams") or isinstance(module, Quantizer)
 
 
-def tensor_recipe(observer: nn.Module) -> TensorRecipe:
+def tensor_recipe(observer: nn.Module, where: str = "") -> TensorRecipe:
     """The recipe that an observer or fake-quantize module stands for."""
     if hasattr(observer, "recipe"):
         return observer.recipe
     inner = getattr(observer, "activation_post_process", observer)
     dtype, qscheme = getattr(inner, "dtype", None), getattr(inner, "qscheme", None)
-    if dtype not in DTYPES or qscheme not in QSCHEMES:
-        raise Unsupported(f"{type(inner).__name__}(dtype={dtype}, qscheme={qscheme}) stands for no 8-bit grid")
+    if dtype not in DTYPES or qscheme not in QSCHEMES or getattr(inner, "is_dynamic", False):
+        raise Unsupported(f"{where}{type(inner).__name__}(dtype={dtype}, qscheme={qscheme}) stands for no 8-bit grid")
     symmetric, per_channel = QSCHEMES[qscheme]
     eps = float(getattr(inner, "eps", torch.finfo(torch.float32).eps))
     axis = inner.ch_axis if per_channel else 0
@@ -60,9 +64,15 @@ def tensor_recipe(observer: nn.Module) -> TensorRecipe:
     return TensorRecipe(spec, kind, tuple(options.items()))
 
 
-def factory_recipe(factory: Callable[[], nn.Module]) -> TensorRecipe:
-    """The recipe of `QConfig.activation` or `QConfig.weight`."""
-    return tensor_recipe(factory())
+def factory_recipe(factory: Callable[[], nn.Module], where: str = "QConfig", fixed: bool = False) -> TensorRecipe:
+    """The recipe of `QConfig.activation` or `QConfig.weight`, of which nothing else is taken (if `fixed`, its grid)."""
+    made = factory()
+    for cls in (type(made), type(getattr(made, "activation_post_process", made))):
+        if not cls.__module__.startswith(("torch.ao.", "qkernels.")):
+            raise Unsupported(f"{where}: {cls.__name__} is a class of your own; only eager prepare() takes it")
+    if is_fixed(made) and not fixed:
+        raise Unsupported(f"{where}: a fixed grid (FixedQParams...) is for activations in prepare() and prepare_qat()")
+    return tensor_recipe(made, f"{where}: ")
 
 
 def quantizer_of(observer: nn.Module, source: str, axis: int | None = None) -> Quantizer:

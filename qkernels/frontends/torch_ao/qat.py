@@ -9,17 +9,12 @@ from torch import nn
 from qkernels.core import training
 from qkernels.core.layers import PREPARED
 from qkernels.core.prepare import quantizers
+from qkernels.core.qspec import QParams
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.training import prepare_qat as core_prepare_qat
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported
 from qkernels.frontends.torch_ao import parse
-from qkernels.frontends.torch_ao.eager import (
-    _is_observed,
-    convert,
-    note_example,
-    observe_output,
-    propagate_qconfig,
-)
+from qkernels.frontends.torch_ao.eager import _is_observed, convert, note_example, observe_output, propagate_qconfig
 from qkernels.frontends.torch_ao.fuse import CLAMPS, NORMS, Fused
 from qkernels.frontends.torch_ao.fx import mapping_recipe, refuse
 
@@ -47,7 +42,7 @@ def prepare_qat(model: nn.Module, mapping: None = None, inplace: bool = False) -
 
 def quantize_qat(model: nn.Module, run_fn: Any, run_args: Iterable[Any], inplace: bool = False) -> nn.Module:
     """prepare_qat, train by `run_fn(model, *run_args)`, convert."""
-    model = prepare_qat(model.train(), inplace=inplace)
+    model = prepare_qat((model if inplace else copy.deepcopy(model)).train(), inplace=True)
     run_fn(model, *run_args)
     return convert(model.eval(), inplace=True)
 
@@ -72,7 +67,12 @@ def _train(model: nn.Module, path: str) -> None:
 
 
 def _activation(qconfig: Any, path: str) -> Quantizer:
-    return Quantizer(parse.factory_recipe(qconfig.activation), path, None, trained=True)
+    recipe, made = parse.factory_recipe(qconfig.activation, path, fixed=True), qconfig.activation()
+    quantizer, spec = Quantizer(recipe, path, None, trained=True), recipe.spec
+    if parse.is_fixed(made):
+        quantizer.set_qparams(QParams(*made.calculate_qparams(), None, spec.qmin, spec.qmax, spec.dtype))
+        quantizer.rule.observes = False  # in no state does data change the grid
+    return quantizer
 
 
 def _trained_layer(module: nn.Module, path: str) -> nn.Module | None:
@@ -83,7 +83,8 @@ def _trained_layer(module: nn.Module, path: str) -> nn.Module | None:
         return None
     norm = next((p for p in parts if type(p) in NORMS), None)
     clamp = next((p for p in parts if type(p) in CLAMPS), None)
-    layer = PREPARED[type(parts[0])].of(parts[0], parse.factory_recipe(module.qconfig.weight), path, norm, trained=True)
+    recipe = parse.factory_recipe(module.qconfig.weight, f"{path}.weight")
+    layer = PREPARED[type(parts[0])].of(parts[0], recipe, path, norm, trained=True)
     layer.observe_weight()
     layer.quantizers["weight"].choose()
     if clamp is not None:
@@ -102,7 +103,7 @@ def prepare_qat_fx(
 ) -> nn.Module:
     """The graph of the model, ready to train; then `convert_fx`."""
     refuse("prepare_qat_fx", prepare_custom_config=prepare_custom_config, backend_config=backend_config)
-    return core_prepare_qat(model, example_inputs, mapping_recipe(qconfig_mapping))
+    return core_prepare_qat(model, example_inputs, mapping_recipe(qconfig_mapping, "prepare_qat_fx"))
 
 
 def _switch(name: str) -> Callable[[nn.Module], None]:

@@ -5,32 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class QuantStub(nn.Module):
+class _Stub(nn.Module):
+    traced_as_leaf = True
+
+    def __init__(self, qconfig: object = None):
+        super().__init__()
+        if qconfig:
+            self.qconfig = qconfig
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class QuantStub(_Stub):
     """Identity in the float model: behind it, tensors are integer."""
 
-    traced_as_leaf = True
 
-    def __init__(self, qconfig: object = None):
-        super().__init__()
-        if qconfig:
-            self.qconfig = qconfig
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class DeQuantStub(nn.Module):
+class DeQuantStub(_Stub):
     """Identity in the float model: behind it, tensors are float."""
-
-    traced_as_leaf = True
-
-    def __init__(self, qconfig: object = None):
-        super().__init__()
-        if qconfig:
-            self.qconfig = qconfig
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 class QuantWrapper(nn.Module):
@@ -48,7 +40,7 @@ class QuantWrapper(nn.Module):
 
 
 class FloatFunctional(nn.Module):
-    """Operations with an observer on their result; use one instance a call."""
+    """Operations with an observer on their result, but for those with a number; use one instance a call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,13 +56,13 @@ class FloatFunctional(nn.Module):
         return self.activation_post_process(F.relu(torch.add(x, y)))
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
-        return self.activation_post_process(torch.add(x, y))
+        return torch.add(x, y)
 
     def mul(self, x: Tensor, y: Tensor) -> Tensor:
         return self.activation_post_process(torch.mul(x, y))
 
     def mul_scalar(self, x: Tensor, y: float) -> Tensor:
-        return self.activation_post_process(torch.mul(x, y))
+        return torch.mul(x, y)
 
     def cat(self, x: list[Tensor], dim: int = 0) -> Tensor:
         return self.activation_post_process(torch.cat(x, dim=dim))
