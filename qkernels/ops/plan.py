@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_tls_is_dispatch_key_included, _get_tracing_state, _len_torch_dispatch_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from qkernels import _C
-from qkernels.errors import InvalidArgument, InvalidState, InvalidType
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
 
 DTYPES = {
     "uint8": torch.uint8,
@@ -17,7 +19,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_STRIDED = torch.strided
+_STRIDED, _CPU = torch.strided, torch.device("cpu")
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_LOW_ADDRESS = 1 << 40  # most memory is above; a view of freed memory is at its offset
 _REMEMBERED = 64  # layouts of inputs whose outputs are known
 
 
@@ -40,7 +44,6 @@ class NativePlan:
         self.data, self.cache_bytes = data, cache_bytes
         self.packed = self._pack()
         self.inputs = [(name, DTYPES[dtype], tuple(sizes)) for name, dtype, sizes in self.packed.inputs]
-        self._dtypes = tuple(dtype for _, dtype, _ in self.inputs)
         self._specs: dict[Any, list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]] = {}
 
     def _pack(self) -> "_C.Plan":
@@ -54,7 +57,9 @@ class NativePlan:
         """The outputs for these inputs.
 
         Raises:
-            InvalidType, InvalidArgument: an input has the wrong dtype, shape or device; the message names it.
+            InvalidType, InvalidArgument: an input has the wrong dtype, shape or device, or no memory; the message
+                names it.
+            Unsupported: torch.jit.trace or make_fx records the call, of which they would see nothing.
         """
         return self._run(tensors)[0]
 
@@ -64,7 +69,7 @@ class NativePlan:
 
     def describe(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """Steps, kernels and memory for inputs of these sizes and strides."""
-        layouts = [self._checked(i, x) for i, x in enumerate(tensors)]
+        layouts = self._layouts(tensors)
         try:
             return self.packed.describe(layouts)
         except InvalidState:
@@ -72,24 +77,26 @@ class NativePlan:
             return self.packed.describe(layouts)
 
     def _run(self, tensors: Sequence[Tensor], profile: bool = False) -> tuple[list[Tensor], list[int]]:
+        if _get_tracing_state() or _len_torch_dispatch_stack() or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+            _refuse_tracing()
         sources, key = [], []
-        for x, dtype in zip(tensors, self._dtypes, strict=False):
+        for x, (name, dtype, _) in zip(tensors, self.inputs, strict=False):
             plain = type(x) is Tensor and x.layout is _STRIDED
             if not plain or x.dtype is not dtype or not x.is_cpu or x.is_neg():
                 self._refuse(tensors)
             sizes, strides = x.shape, x.stride()
-            sources.append((x.data_ptr(), sizes, strides))
+            sources.append((_address(x, name), sizes, strides))
             key.append((sizes, strides))
         key = tuple(key)
         packed, specs = self.packed, self._specs.get(key)
-        if specs is None or len(tensors) != len(self._dtypes):
+        if specs is None or len(tensors) != len(self.inputs):
             specs = self._new_specs(tensors, key)
             packed = self.packed
         outputs, targets = [], []
         for dtype, sizes, strides, size in specs:
-            out = torch.empty_strided(sizes, strides, dtype=dtype)
+            out = torch.empty_strided(sizes, strides, dtype=dtype, device=_CPU)
             outputs.append(out)
-            targets.append((out.data_ptr(), size))
+            targets.append((_address(out), size))
         try:
             return outputs, packed.profile(sources, targets) if profile else packed.run(sources, targets)
         except InvalidState:  # another instruction set is active now
@@ -98,9 +105,7 @@ class NativePlan:
 
     def _new_specs(self, tensors: Sequence[Tensor], key: Any) -> list:
         """Sizes and strides of the outputs, asked once for each layout of the inputs."""
-        if len(tensors) != len(self.inputs):
-            raise InvalidArgument(f"plan: expected {len(self.inputs)} inputs, got {len(tensors)}")
-        layouts = [self._checked(i, x) for i, x in enumerate(tensors)]
+        layouts = self._layouts(tensors)
         try:
             found = self.packed.output_specs(layouts)
         except InvalidState:
@@ -114,6 +119,11 @@ class NativePlan:
             self._specs = {}
         self._specs[key] = specs
         return specs
+
+    def _layouts(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], Sequence[int]]]:
+        if len(tensors) != len(self.inputs):
+            raise InvalidArgument(f"plan: expected {len(self.inputs)} inputs, got {len(tensors)}")
+        return [self._checked(i, x) for i, x in enumerate(tensors)]
 
     def _checked(self, i: int, x: Tensor) -> tuple[Sequence[int], Sequence[int]]:
         name, dtype, sizes = self.inputs[i]
@@ -136,6 +146,28 @@ class NativePlan:
         """Raises what is wrong with the inputs; a subclass of Tensor is all right if it is a plain one inside."""
         for i, x in enumerate(tensors[: len(self.inputs)]):
             self._checked(i, x)
+
+
+def _address(x: Tensor, name: str | None = None) -> int:
+    """Where the numbers of an input, or of an output if it has no name, begin."""
+    try:
+        address = x.data_ptr()
+    except RuntimeError as error:
+        raise InvalidArgument(_without_memory(name)) from error
+    if address < _LOW_ADDRESS and address == x.storage_offset() * x.itemsize and x.numel():
+        raise InvalidArgument(_without_memory(name))
+    return address
+
+
+def _without_memory(name: str | None) -> str:
+    what = "an output" if name is None else f"input {name!r}"
+    return f"plan: {what} has no memory (a fake, functional, zero or freed tensor)"
+
+
+def _refuse_tracing() -> None:
+    """Raises if torch records operations: it would see none of a plan's. Other modes may watch."""
+    if _get_tracing_state() or get_proxy_mode() is not None:
+        raise Unsupported("plan: cannot be traced; trace the converted modules")
 
 
 def _bytes(sizes: Sequence[int], strides: Sequence[int], itemsize: int) -> int:

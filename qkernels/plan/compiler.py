@@ -11,7 +11,7 @@ from qkernels.core.convert import ConvertedModel
 from qkernels.core.operations import Value
 from qkernels.errors import InvalidArgument, QKernelsError, Unsupported
 from qkernels.plan.format import plan_bytes
-from qkernels.plan.islands import cut, result_part, torch_module
+from qkernels.plan.islands import cut, refuse_overwriting, result_part, torch_module
 from qkernels.plan.lower import Lowered, lower_graph
 from qkernels.plan.plan import Plan, PlanWithIslands
 from qkernels.plan.steps import Network
@@ -76,7 +76,8 @@ def compile(converted: nn.Module, example_inputs: Any) -> Plan | PlanWithIslands
         example_inputs: what to call the model with, as for `prepare`.
 
     Raises:
-        Unsupported: the model has no static graph as a whole; it runs as modules.
+        Unsupported: the model has no static graph as a whole, or torch would write in place to what a native part
+            reads too; it runs as modules.
         InvalidArgument: the model is not converted, or the example does not fit.
     """
     model = graph_of(converted)
@@ -84,6 +85,7 @@ def compile(converted: nn.Module, example_inputs: Any) -> Plan | PlanWithIslands
     recorded = record(model, arguments)
     lowered = lower_graph(model.graph, model, recorded)
     if lowered.refused:
+        refuse_overwriting(model, arguments, lowered.refused)
         plan = _with_islands(model, lowered, recorded)
     else:
         plan = _plan(lowered.network, [tuple(x.shape) for x in arguments])

@@ -4,12 +4,16 @@ Every tensor gets a level: the number of changes between the two on the way to i
 level by level. Sizes, constants and sequences of tensors are made again in every part that reads them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import inplace_methods
 
 from qkernels.core.operations import Value
+from qkernels.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,72 @@ def result_part(graph: fx.Graph, recorded: Mapping[fx.Node, Value]) -> Part:
 def torch_module(part: Part, root: nn.Module) -> fx.GraphModule:
     """A part that torch runs, with the modules and constants of `root` that it uses."""
     return fx.GraphModule(root, part.graph, "FloatIsland").eval()
+
+
+# ---- islands that write to what they read
+
+
+def refuse_overwriting(model: fx.GraphModule, arguments: tuple[Any, ...], refused: Iterable[fx.Node]) -> None:
+    """Raises where torch would write in place to what others read too: native parts have memory of their own.
+
+    The example says which nodes share memory; nothing runs if no refused node is in place.
+    """
+    written = {node: found for node in refused if (found := _written(node))}
+    if not written:
+        return
+    interpreter = fx.Interpreter(model, garbage_collect_values=False)  # no memory is used twice
+    with torch.no_grad():
+        interpreter.run(*arguments)
+    memory = {node: _memory(result) for node, result in interpreter.env.items()}
+    for node, targets in written.items():
+        _refuse_shared(node, targets, memory)
+
+
+def _refuse_shared(node: fx.Node, targets: list[fx.Node], memory: Mapping[fx.Node, set[int]]) -> None:
+    places = set().union(*(memory[target] for target in targets))
+    shared = [other for other in memory if other < node and memory[other] & places]
+    for source in shared:
+        readers = [user for user in source.users if not (user is node or user in shared or _reads_sizes(user))]
+        if readers:
+            what = "the model returns" if readers[0].op == "output" else f"{readers[0].name} reads"
+            raise Unsupported(
+                f"compile: {node.name} writes in place to {source.name}, which {what}: use the other form"
+            )
+        if source.op in ("placeholder", "get_attr") and source not in targets:
+            raise Unsupported(f"compile: {node.name} writes in place to a part of {source.name}: use the other form")
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The nodes to whose results the node writes."""
+    found: list[fx.Node] = []
+    fx.map_arg(node.kwargs.get("out"), found.append)
+    first = [*node.args, *(node.kwargs[name] for name in ("input", "self") if name in node.kwargs)][:1]
+    if _is_in_place(node):
+        fx.map_arg(first, found.append)
+    return found
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in inplace_methods
+    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+
+
+def _memory(result: Any) -> set[int]:
+    """Where the numbers of a result are: the addresses of the storages."""
+    if isinstance(result, (tuple, list)):
+        return set().union(*map(_memory, result))
+    if not isinstance(result, Tensor) or result.layout is not torch.strided or not result.numel():
+        return set()
+    return {result.untyped_storage().data_ptr()}
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")

@@ -1,5 +1,6 @@
 """From the graph of a converted model to a `Network`: walks the nodes in order, each of which appends its steps."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,8 @@ class _Lowering:
             return {kind: [self._structure(r) for r in result]}
         if isinstance(result, dict) and all(isinstance(k, str) for k in result):
             return {"dict": {k: self._structure(r) for k, r in result.items()}}
+        if isinstance(result, float) and not math.isfinite(result):
+            raise Unsupported("the model returns a number that is not finite")
         if result is None or isinstance(result, (bool, int, float, str)):
             return {"constant": result}
         what = "a size of a tensor" if isinstance(result, Dynamic) else "something that is not a tensor"

@@ -41,23 +41,26 @@ class Plan(nn.Module):
             raise ValueError("the number of inputs differs")
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        if kwargs:
-            args = bound(self._names, args, kwargs)
-        outputs = self._native(args)
+        outputs = self._native(self._positional(args, kwargs))
         return outputs[0] if self._single else assembled(self._structure, outputs)
+
+    def _positional(self, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return bound(self._names, args, kwargs) if kwargs else args
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan to `path`, atomically. The file holds canonical weights and fits every machine."""
         write_atomically(Path(path), self._native.data)
 
-    def profile(self, *args: Tensor, runs: int = 20) -> Profile:
+    def profile(self, *args: Tensor, runs: int = 20, **kwargs: Tensor) -> Profile:
         """The time of every step for these inputs: the median of `runs` calls. Print it, or `save` it as a picture."""
-        return take_profile(self._native, args, runs)
+        return take_profile(self._native, self._positional(args, kwargs), runs)
 
-    def describe(self, *args: Tensor) -> dict[str, Any]:
+    def describe(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
         """The steps with their shapes and kernels, and the memory, for these inputs (default: as the example)."""
         inputs = self._native.inputs
-        tensors = args or [torch.empty(s, dtype=d) for s, (_, d, _) in zip(self._example, inputs, strict=True)]
+        tensors = self._positional(args, kwargs) or [
+            torch.empty(s, dtype=d, device="cpu") for s, (_, d, _) in zip(self._example, inputs, strict=True)
+        ]
         return self._native.describe(tensors)
 
     def extra_repr(self) -> str:
@@ -118,7 +121,7 @@ class PlanWithIslands(nn.Module):
             "after loading"
         )
 
-    def profile(self, *args: Tensor, runs: int = 20) -> Profile:
+    def profile(self, *args: Tensor, runs: int = 20, **kwargs: Tensor) -> Profile:
         """Profiles need a plan without islands: refused."""
         raise Unsupported("plan.profile: this plan has float islands; profile its parts, plan.parts, one by one")
 

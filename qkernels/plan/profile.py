@@ -76,7 +76,7 @@ class Profile:
         return step.gmacs / self.peak_gmacs
 
     def __str__(self) -> str:
-        width = max(20, *(len(step.name) for step in self.steps))
+        width = max([20, *(len(step.name) for step in self.steps)])
         total = self.microseconds or 1.0
         lines = [
             f"{'layer':{width}s} {'step':18s} {'output':26s} {'us':>9s} {'%':>5s} {'MMAC':>8s} {'peak %':>7s} "

@@ -31,6 +31,9 @@ class Views:
 
     def _reshape(self, x: Value, sizes: Sequence[Size]) -> Value:
         sizes = list(sizes)
+        for size in sizes:
+            if not isinstance(size, Size) or isinstance(size, bool):
+                raise Unsupported(f"a reshape to {size!r}, which is not an integer")
         scalars = map(self.network.scalar, sizes)
         return self._step(StepKind.RESHAPE, x, [len(sizes), *scalars], _inferred(x, sizes))
 
@@ -194,6 +197,8 @@ class Views:
     def _sliced(self, x: Value, dim: int, part: slice) -> Value:
         if part == slice(None):
             return x
+        if not isinstance(part.step, int | None):
+            raise Unsupported("a slice whose step is not the same in every call")
         stop = self.network.size(x, dim) if part.stop is None else part.stop
         return self._slice(x, dim, part.start or 0, stop, part.step or 1)
 
