@@ -265,9 +265,50 @@ def _drop_in_place(traced: fx.GraphModule) -> None:
         elif node.op == "call_module" and node.target in in_place_modules:
             in_place, modules[node.target].inplace = True, False
         if in_place and node.args and isinstance(node.args[0], fx.Node):
+            _refuse_read_later(node, order)
             for user in list(node.args[0].users):
                 if user is not node and order[user] > order[node]:
                     user.replace_input_with(node.args[0], node)
+
+
+# `reshape` and `flatten` are views of most tensors.
+_VIEWS = frozenset(
+    [
+        "getitem",
+        "view",
+        "view_as",
+        "reshape",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "movedim",
+        "t",
+        "expand",
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "unbind",
+        "diagonal",
+        "unfold",
+        "detach",
+    ]
+)
+
+
+def _refuse_read_later(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Raises if what the node writes in place to is a view of something that is read later."""
+    source = node.args[0]
+    while source.op.startswith("call_") and getattr(source.target, "__name__", source.target) in _VIEWS:
+        if not isinstance(source.args[0], fx.Node):
+            return
+        source = source.args[0]
+        if any(order[user] > order[node] for user in source.users):
+            raise Untraceable(f"{node.name} writes in place to a view of {source.name}, which is read later")
 
 
 def _drop_identities(traced: fx.GraphModule, keep_dropout: bool) -> None:

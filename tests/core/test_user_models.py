@@ -121,6 +121,29 @@ def test_code_between_parts_may_view_their_outputs():
     assert qkernels.convert(trained.eval())(x).shape == (2, 5)
 
 
+class WritesToAView(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.first, self.last, self.write = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), write
+        nn.init.constant_(self.first.bias, 1.0)
+
+    def forward(self, x):
+        y = self.first(x)
+        self.write(y[:, :4].transpose(1, 2))
+        return self.last(y)
+
+
+@pytest.mark.parametrize("write", [torch.relu_, lambda y: y.relu_(), functools.partial(F.relu, inplace=True)])
+def test_writing_to_a_view_is_seen_by_who_reads_the_whole(write):
+    nothing_to_write = torch.zeros(2, 3, 6, 6)  # an example on which the graph without the write gives the same
+    batches = [torch.randn(2, 3, 6, 6) * 3 for _ in range(3)]
+    model = WritesToAView(write).eval()
+    converted = qkernels.convert(qkernels.calibrate(qkernels.prepare(model, nothing_to_write), batches))
+    for x in batches:
+        expected = model(x).detach()
+        torch.testing.assert_close(converted(x), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+
+
 def test_an_average_of_models_made_before_training_runs_with_the_grids_it_was_given():
     trained = qkernels.prepare_qat(mlp(nn.ReLU()), torch.randn(4, 8))
     average = torch.optim.swa_utils.AveragedModel(trained)
