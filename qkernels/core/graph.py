@@ -303,7 +303,7 @@ _VIEWS = frozenset(
 def _refuse_read_later(node: fx.Node, order: dict[fx.Node, int]) -> None:
     """Raises if what the node writes in place to is a view of something that is read later."""
     source = node.args[0]
-    while source.op.startswith("call_") and getattr(source.target, "__name__", source.target) in _VIEWS:
+    while source.op in ("call_function", "call_method") and getattr(source.target, "__name__", source.target) in _VIEWS:
         if not isinstance(source.args[0], fx.Node):
             return
         source = source.args[0]

@@ -144,6 +144,19 @@ def test_writing_to_a_view_is_seen_by_who_reads_the_whole(write):
         torch.testing.assert_close(converted(x), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
 
 
+def test_a_layer_named_like_a_view_is_a_layer():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expand, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.relu(self.expand(x)) + x
+
+    prepared, _ = converts_faithfully(Block(), [torch.randn(2, 3, 6, 6)])
+    assert "no graph" not in str(prepared.report)
+
+
 def test_an_average_of_models_made_before_training_runs_with_the_grids_it_was_given():
     trained = qkernels.prepare_qat(mlp(nn.ReLU()), torch.randn(4, 8))
     average = torch.optim.swa_utils.AveragedModel(trained)
