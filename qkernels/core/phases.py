@@ -86,6 +86,23 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+@contextmanager
+def simulating(prepared: nn.Module) -> Iterator[None]:
+    """Inside, a calibrated model is in eval mode and every Quantizer rounds to its grid, whatever its state."""
+    states = {quantizer: quantizer.state for quantizer in quantizers(prepared)}
+    modes = [(module, module.training) for module in prepared.modules()]
+    try:
+        prepared.eval()
+        for quantizer in states:
+            quantizer.state = State.FROZEN
+        yield
+    finally:
+        for quantizer, state in states.items():
+            quantizer.state = state
+        for module, training in modes:
+            module.training = training
+
+
 def observe(prepared: nn.Module) -> None:
     """From now on the model runs in float and every Quantizer watches, until `settle`: calibration without a block."""
     weights = {layer.quantizers["weight"] for layer in prepared_layers(prepared)}

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core.convert import ConvertedModel
+from qkernels.core.noise import SignalToNoise
 from qkernels.core.plain import plain_copy
 from qkernels.errors import InvalidArgument
 
@@ -50,24 +51,6 @@ class Comparison:
         return "\n".join(lines)
 
 
-class _Power:
-    """Sums of squares of a signal and of its error."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-
-    def add(self, expected: Tensor, got: Tensor) -> None:
-        expected, got = expected.double(), got.double()
-        self.signal += float(expected.square().sum())
-        self.noise += float((expected - got).square().sum())
-
-    @property
-    def db(self) -> float:
-        if self.noise == 0.0:
-            return math.inf
-        return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
-
-
 @torch.no_grad()
 def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]) -> Comparison:
     """Runs both networks on `batches` and compares them layer by layer.
@@ -84,8 +67,8 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
         raise InvalidArgument("compare: the second model must come from `convert`")
     was_training = [module for module in float_model.modules() if module.training]
     float_model.eval()
-    powers: dict[tuple[str, str], _Power] = {}
-    output, agreeing, rows, traces = _Power(), 0, 0, {}
+    powers: dict[tuple[str, str], SignalToNoise] = {}
+    output, agreeing, rows, traces = SignalToNoise(), 0, 0, {}
     try:
         for batch in batches:
             args, kwargs = g.batch_arguments(float_model, batch)
@@ -159,7 +142,7 @@ def _compare_part(
     traced: fx.GraphModule,
     part: ConvertedModel,
     values: list[Any],
-    powers: dict[tuple[str, str], _Power],
+    powers: dict[tuple[str, str], SignalToNoise],
 ) -> None:
     sources = part.meta["sources"]
     reference = _Keeper(traced, set(sources.values()))
@@ -177,4 +160,4 @@ def _compare_part(
         if layer.out_qparams is not None:
             got = layer.out_qparams.dequantize(got)
         name = f"{path}.{target}" if path else target
-        powers.setdefault((name, layer.kind), _Power()).add(expected, got)
+        powers.setdefault((name, layer.kind), SignalToNoise()).add(expected, got)
