@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", help="also write the numbers there")
     command.add_argument("--plot", help="also draw them there (needs matplotlib)")
+    command.add_argument("--show", help="measure nothing: print (and draw) what --json wrote to this file")
     command.set_defaults(run=_bench)
 
     options = parser.parse_args(arguments)
@@ -98,8 +99,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from qkernels.bench.command import run
+    from qkernels.bench.command import run, show
 
+    if options.show:
+        return show(options.show, options.plot)
     return run(
         models=options.model.split(","),
         batches=options.batch,

@@ -27,6 +27,18 @@ def test_command_times_our_engines_and_writes_what_it_found(tmp_path, capfd):
         assert written["results"]["mobilenet_v2_b1"][name]["ms_per_image"] > 0
         assert ENGINES[name].label in printed
     assert picture.stat().st_size > 5000
+    again = tmp_path / "again.png"
+    assert main(["bench", "--show", str(out), "--plot", str(again)]) == 0
+    assert capfd.readouterr().out == printed
+    assert again.read_bytes() == picture.read_bytes()
+
+
+def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"results": {}}')
+    for name in ("run.json", "missing.json"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", "--show", str(tmp_path / name)])
+        assert f"{name} is not what `bench --json` writes" in capsys.readouterr().err
 
 
 def test_engine_that_fails_is_reported_and_the_command_fails(capfd, monkeypatch):
@@ -58,7 +70,7 @@ def test_ratio_is_against_the_fastest_int8_peer():
     }
     assert against_best_int8_peer(row, OURS[0]) == 0.75
     assert against_best_int8_peer({OURS[0]: {"ms_per_image": 3.0}}, OURS[0]) is None
-    printed = table({"net_b1": row}, {"threads": 1, "packages": {}})
+    printed = table({"net_b1": row}, {"machine": {"cpu": "a CPU"}, "threads": 1, "packages": {}})
     assert "0.75" in printed
     assert "too slow" in printed
 

@@ -1,5 +1,6 @@
 """`python -m qkernels bench`: chooses engines, drives their workers, prints the table, writes JSON and the picture."""
 
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import qkernels
 from qkernels.bench.engines import ENGINES, PEERS
-from qkernels.bench.harness import Worker, isa_environment, measure, write_json
+from qkernels.bench.harness import Worker, isa_environment, machine, measure, write_json
 from qkernels.bench.networks import constructor
 from qkernels.bench.table import table
 from qkernels.errors import InvalidArgument
@@ -48,16 +49,31 @@ def run(
     finally:
         for worker in workers:
             worker.close()
-    facts = {"threads": threads, "rounds": rounds, "size": size, "isa": isa, "environment": environment}
-    facts["packages"] = versions()
-    print(table(results, facts))
+    facts = {"machine": machine(), "threads": threads, "rounds": rounds, "size": size, "isa": isa}
+    facts |= {"environment": environment, "packages": versions()}
     if json_path:
         write_json(Path(json_path), {**facts, "results": results})
+    _show(results, facts, plot_path)
+    return int(any("error" in row[name] for row in results.values() for name in row if not ENGINES[name].peer))
+
+
+def show(json_path: str, plot_path: str | None = None) -> int:
+    """Prints and draws a run that was written before, on this machine or another."""
+    try:
+        saved = json.loads(Path(json_path).read_text())
+        results, facts = saved["results"], {key: saved[key] for key in ("machine", "threads", "packages")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"bench: {json_path} is not what `bench --json` writes: {error!r}") from error
+    _show(results, {**facts, "isa": saved.get("isa", "")}, plot_path)
+    return 0
+
+
+def _show(results: dict[str, Any], facts: dict[str, Any], plot_path: str | None) -> None:
+    print(table(results, facts))
     if plot_path:
         from qkernels.bench.plot import plot_networks
 
         plot_networks(results, facts, plot_path)
-    return int(any("error" in row[name] for row in results.values() for name in row if not ENGINES[name].peer))
 
 
 def _chosen(peers: Sequence[str], isa: str) -> list[str]:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qkernels.core.files import write_atomically
+
 PACKAGE = Path(__file__).resolve().parent.parent
 BLOCK_SECONDS = 0.02
 TOO_SLOW_SECONDS = 0.3
@@ -179,4 +181,5 @@ def measure(workers: Iterable[Worker], setup: Mapping[str, Any], rounds: int) ->
 
 def write_json(path: Path, payload: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "commit": commit(), **payload}, indent=1) + "\n")
+    text = json.dumps({"machine": machine(), "commit": commit(), **payload}, indent=1) + "\n"
+    write_atomically(path, text.encode())

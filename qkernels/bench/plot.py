@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from qkernels.bench.engines import ENGINES
-from qkernels.bench.harness import machine
 from qkernels.bench.table import title
 
 _OURS, _PEER, _FLOAT = "#2b6cb0", "#d9a441", "#9aa5b1"
@@ -42,5 +41,5 @@ def plot_networks(
     figure.legend(handles=[Patch(color=c, label=k) for k, c in kinds.items()], loc="outside lower center", ncols=3,
                   fontsize=8, frameon=False)  # fmt: skip
     plural = "" if facts["threads"] == 1 else "s"
-    figure.suptitle(f"ms an image, {facts['threads']} thread{plural}, {machine()['cpu']}", fontsize=10)
+    figure.suptitle(f"ms an image, {facts['threads']} thread{plural}, {facts['machine']['cpu']}", fontsize=10)
     figure.savefig(path, dpi=120)

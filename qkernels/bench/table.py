@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from qkernels.bench.engines import ENGINES
-from qkernels.bench.harness import machine
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], facts: Mapping[str, Any]) -> str:
@@ -15,7 +14,7 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], facts: Mapping
     plural = "" if facts["threads"] == 1 else "s"
     isa = f", {facts['isa']}" if facts.get("isa") else ""
     lines = [
-        f"{machine()['cpu']}{isa}, {facts['threads']} thread{plural}; {packages}",
+        f"{facts['machine']['cpu']}{isa}, {facts['threads']} thread{plural}; {packages}",
         f"{'ms an image (median)':28s}" + "".join(f"{title(case):>{width}s}" for case in results),
     ]
     for name in names:
