@@ -50,6 +50,8 @@ ResidualAdd check_residual_grid(const char* op, const std::vector<double>& n, Sc
   add.scale = scale;
   add.offset = add_offset(scale, epilogue.zero_point);
   add.residual_scale = check_scale(op, "the residual's scale", n[4]);
+  check_add_scale(op, "the output scale", scale);
+  check_add_scale(op, "the residual's scale", add.residual_scale);
   add.residual_offset = add_offset(add.residual_scale, residual_zero_point);
   add.inv_scale = 1.0f / check_scale(op, "the residual's out_scale", n[6]);
   add.zero_point = integer(op, "the residual's out_zero_point", n[7]);

@@ -12,7 +12,8 @@ GridCall<FakeQuantArgs> check_fake_quant(const Tensor& x, const Tensor& scale,
   STD_TORCH_CHECK(qmin >= -kFakeQuantLimit && qmax <= kFakeQuantLimit,
                   "fake_quant: qmin and qmax must be in [-2^21, 2^21], got qmin ", qmin,
                   " and qmax ", qmax);
-  check_out("fake_quant", x, out, x.scalar_type());
+  check_out("fake_quant", x, out, x.scalar_type(),
+            {{"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   const GridLayout layout = plan_grid(out, &call.x, axis, call.grid);
   call.args = {.x = call.x.const_data_ptr(),
                .y = out.mutable_data_ptr(),

@@ -34,13 +34,6 @@ void check_learned_zero_point(const char* op, const Tensor& x, const Tensor& sca
                   qmax);
 }
 
-bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
-
 Pass::Pass(const Tensor& grad_in, const Tensor& x_in, FloatType type, std::optional<int64_t> axis,
            const GridView& grid, int64_t qmin, int64_t qmax, Tensor out)
     : grad(same_layout(grad_in, out) ? grad_in : copy_in_layout(grad_in, out)), x(x_in) {
@@ -64,7 +57,8 @@ void fake_quant_backward_out(const Tensor& grad, const Tensor& x, const Tensor& 
   axis = check_axis(op, x, axis);
   check_grid_ends(op, qmin, qmax);
   const GridView grid = check_grid(op, x, scale, zero_point, axis, qmin, qmax);
-  check_out(op, x, out, x.scalar_type());
+  check_out(op, x, out, x.scalar_type(),
+            {{"grad", grad, true}, {"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   const Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
   qk::fake_quant_backward(pass.args, torch_threads());
 }
@@ -99,7 +93,8 @@ void lsq_out(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optio
   const FloatType type = check_float_type("lsq", "x", x);
   axis = check_axis("lsq", x, axis);
   const GridView grid = check_learned_grid("lsq", x, scale, zero_point, axis, qmin, qmax);
-  check_out("lsq", x, out, x.scalar_type());
+  check_out("lsq", x, out, x.scalar_type(),
+            {{"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   const GridLayout layout = plan_grid(out, &x, axis, grid);
   qk::fake_quant({.x = x.const_data_ptr(),
                   .y = out.mutable_data_ptr(),
@@ -233,7 +228,8 @@ std::tuple<Tensor, Tensor> lsq_backward_out(const Tensor& grad, const Tensor& x,
   STD_TORCH_CHECK(std::isfinite(grad_factor), op, ": grad_factor must be finite, got ",
                   grad_factor);
   const GridView grid = check_learned_grid(op, x, scale, zero_point, axis, qmin, qmax);
-  check_out(op, x, out, x.scalar_type());
+  check_out(op, x, out, x.scalar_type(),
+            {{"grad", grad, true}, {"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   const Pass pass(grad, x, type, axis, grid, qmin, qmax, out);
   Tensor workspace = empty_on_cpu({lsq_workspace(pass.args.grid)}, ScalarType::Double);
   Tensor grad_scale = empty_on_cpu(sizes_of(scale), ScalarType::Float);

@@ -22,6 +22,4 @@ struct Pass {
        const GridView& grid, int64_t qmin, int64_t qmax, Tensor out);
 };
 
-bool same_layout(const Tensor& a, const Tensor& b);
-
 }  // namespace qk::seam

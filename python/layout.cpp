@@ -35,6 +35,31 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   return strides;
 }
 
+// The bytes from the first element of a tensor that is not empty to its last.
+struct ByteSpan {
+  const char *begin, *end;
+
+  explicit ByteSpan(const Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
+  }
+  bool meets(const ByteSpan& other) const { return begin < other.end && other.begin < end; }
+};
+
+void check_memory(const char* op, const Tensor& out, const Read& read) {
+  const auto& [name, t, in_place] = read;
+  if (out.numel() == 0 || t.numel() == 0) return;
+  const ByteSpan written(out), kept(t);
+  if (!written.meets(kept)) return;
+  const bool same = written.begin == kept.begin && written.end == kept.end &&
+                    sizes_of(out) == sizes_of(t) && same_layout(out, t);
+  STD_TORCH_CHECK(in_place && same, op, ": out must ",
+                  in_place ? "be one with " : "share no memory with ", name,
+                  in_place ? " or share no memory with it" : "", ", got ",
+                  same ? "its memory" : "a part of its memory");
+}
+
 // Past the dispatcher, which would cost more than a small operation.
 Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& sizes,
                 const std::vector<int64_t>& strides, ScalarType dtype) {
@@ -140,6 +165,13 @@ bool is_dense(const Tensor& t) {
   return true;
 }
 
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
 Tensor copy_in_layout(const Tensor& t, const Tensor& like) {
   Tensor copy = empty_like(like, t.scalar_type());
   torch::stable::copy_(copy, t);
@@ -189,6 +221,11 @@ float check_scale(const char* op, const char* name, double scale) {
   return value;
 }
 
+void check_add_scale(const char* op, const char* name, float scale) {
+  STD_TORCH_CHECK(is_add_scale(scale), op, ": 255 * ", name, " must be finite in float32, got ",
+                  name, " ", scale);
+}
+
 void check_zero_point(const char* op, const char* name, ScalarType dtype, int64_t zero_point) {
   const int64_t lowest = dtype == ScalarType::Char ? -128 : 0;
   STD_TORCH_CHECK(zero_point >= lowest && zero_point <= lowest + 255, op, ": ", name,
@@ -212,7 +249,8 @@ void check_clamped_grid(const char* op, const char* name, ScalarType dtype, int6
   check_zero_point(op, name, dtype, zero_point);
 }
 
-void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype) {
+void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype,
+               std::initializer_list<Read> reads) {
   check_device(op, "out", out, x);
   STD_TORCH_CHECK(out.scalar_type() == dtype, op, ": out must be ", dtype_text(dtype), ", got ",
                   dtype_text(out.scalar_type()));
@@ -221,6 +259,7 @@ void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dt
   STD_TORCH_CHECK(is_dense(out), op,
                   ": out must be dense (no gaps, no repeated elements), got shape ",
                   shape_text(out), " with other strides");
+  for (const Read& read : reads) check_memory(op, out, read);
   if (!is_dense(x)) return;
   for (int64_t d = 0; d < x.dim(); ++d) {
     STD_TORCH_CHECK(x.numel() == 0 || x.size(d) == 1 || x.stride(d) == out.stride(d), op,
@@ -236,11 +275,12 @@ int plan_walk(const Tensor& out, std::initializer_list<Tensor*> operands, bool b
     int64_t size, stride[kOperands];
     bool is_axis;
   };
+  const bool empty = out.numel() == 0;
   std::vector<Dim> dims;
   const auto gather = [&] {
     dims.clear();
     for (int64_t d = 0; d < out.dim(); ++d) {
-      if (out.size(d) == 1 && d != axis) continue;
+      if ((out.size(d) == 1 || empty) && d != axis) continue;
       Dim dim{out.size(d), {out.stride(d)}, d == axis};
       int k = 1;
       for (const Tensor* t : operands) {
@@ -249,6 +289,8 @@ int plan_walk(const Tensor& out, std::initializer_list<Tensor*> operands, bool b
       }
       dims.push_back(dim);
     }
+    // One dimension of size 0 stands for all that an empty tensor has beside the axis.
+    if (empty && (axis < 0 || out.size(axis) != 0)) dims.push_back({0, {}, false});
     // Outermost first. A dimension of one element (the axis alone can be) goes outermost.
     std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
       if ((a.size == 1) != (b.size == 1)) return a.size == 1;
@@ -282,6 +324,8 @@ int plan_walk(const Tensor& out, std::initializer_list<Tensor*> operands, bool b
     copied = true;
   }
   if (copied) gather();
+  STD_TORCH_CHECK(dims.size() <= kMaxStridedDims, "qkernels: a walk of more than ", kMaxStridedDims,
+                  " dimensions over a tensor of shape ", shape_text(out));
   layout->dims = static_cast<int>(dims.size());
   int axis_dim = -1;
   for (int d = 0; d < layout->dims; ++d) {

@@ -31,6 +31,8 @@ std::vector<int64_t> sizes_of(const Tensor& t);
 std::vector<int64_t> strides_of(const Tensor& t);
 // True if t's elements fill one block of memory, each once, in some order of the dimensions.
 bool is_dense(const Tensor& t);
+// Whether the elements of two tensors of one shape lie in the same order.
+bool same_layout(const Tensor& a, const Tensor& b);
 // A copy of t (broadcast if it must be) in the shape and layout of `like`.
 Tensor copy_in_layout(const Tensor& t, const Tensor& like);
 
@@ -51,6 +53,8 @@ FloatType check_float_type(const char* op, const char* name, const Tensor& t);
 bool check_code_type(const char* op, const char* name, ScalarType type);
 // A scale given as a number: positive, finite and normal in float32.
 float check_scale(const char* op, const char* name, double scale);
+// The scale of an operand of an addition.
+void check_add_scale(const char* op, const char* name, float scale);
 // A zero point inside the range of the dtype.
 void check_zero_point(const char* op, const char* name, ScalarType dtype, int64_t zero_point);
 // The codes of a grid: qmin < qmax, inside the dtype.
@@ -59,8 +63,17 @@ void check_code_range(const char* op, ScalarType dtype, int64_t qmin, int64_t qm
 // to a range without the zero point.
 void check_clamped_grid(const char* op, const char* name, ScalarType dtype, int64_t zero_point,
                         int64_t qmin, int64_t qmax);
-// out: the shape of x, `dtype`, on x's device, dense, and in x's layout if x is dense.
-void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype);
+// A tensor that an op reads while it writes to `out`.
+struct Read {
+  const char* name;
+  const Tensor& tensor;
+  bool in_place = false;  // out may be this tensor, element for element
+};
+// out: the shape of x, `dtype`, on x's device, dense, and in x's layout if x is dense. It shares no
+// memory with what is read, unless in place; the bytes between the elements of a tensor count as
+// its own.
+void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dtype,
+               std::initializer_list<Read> reads);
 
 // The walk of an elementwise kernel over `out` and its operands (same shape or broadcast to it).
 // An operand that the kernel cannot read in out's order is replaced by a copy, in place.

@@ -69,9 +69,12 @@ ObserverCall check_observer(const char* op, const Tensor& x, const Observer& obs
     counts = state_data<int64_t>(op, "non_finite", *observer.non_finite, x, ScalarType::Long, 2);
   }
   if (out != nullptr) {
-    check_out(op, x, *out, x.scalar_type());
-    STD_TORCH_CHECK(x.numel() == 0 || x.const_data_ptr() != out->const_data_ptr(), op,
-                    ": out must not be x");
+    check_out(op, x, *out, x.scalar_type(),
+              {{"x", x},
+               {"low", observer.low},
+               {"high", observer.high},
+               {"scale", observer.scale},
+               {"zero_point", observer.zero_point}});
   }
   const ObserverRule rule{.rule = {.qmin = static_cast<int32_t>(observer.qmin),
                                    .qmax = static_cast<int32_t>(observer.qmax),

@@ -47,6 +47,14 @@ BinaryCall check_binary(const char* op, BinaryOp kind, const Tensor& a, const Te
                         .out_zero_point = static_cast<int32_t>(n.zero_point),
                         .qmin = static_cast<int32_t>(n.qmin),
                         .qmax = static_cast<int32_t>(n.qmax)};
+  if (kind == BinaryOp::kAdd) {
+    check_add_scale(op, "a_scale", grid.a_scale);
+    check_add_scale(op, "b_scale", grid.b_scale);
+  } else {
+    STD_TORCH_CHECK(is_finite(mul_multiplier(grid.a_scale, grid.b_scale, grid.out_scale)), op,
+                    ": a_scale * b_scale / scale must be finite in float32, got ", grid.a_scale,
+                    " * ", grid.b_scale, " / ", grid.out_scale);
+  }
   BinaryCall call{a, b, empty_broadcast(op, a, b, n.dtype), {}};
   StridedLayout<3> layout;
   plan_walk<3>(call.out, {&call.a, &call.b}, true, -1, &layout);
@@ -81,6 +89,9 @@ CatCall check_cat(const std::vector<Tensor>& tensors, const Tensor& tables, int6
       STD_TORCH_CHECK(d == axis || t.size(d) == first.size(d), "cat: every tensor must have shape ",
                       shape_text(first), " outside of dimension ", axis, ", got ", shape_text(t));
     }
+    STD_TORCH_CHECK(t.size(axis) <= INT64_MAX - sizes[axis],
+                    "cat: tensors must have together at most 2^63 - 1 elements in dimension ", axis,
+                    ", got ", shape_text(t), " after ", sizes[axis]);
     sizes[axis] += t.size(axis);
     channels_last = channels_last && (t.numel() == 0 || is_channels_last(t));
   }

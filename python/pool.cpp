@@ -3,14 +3,14 @@
 namespace qk::seam {
 namespace {
 
-// Checked: a list of one integer a spatial dimension, each at least `lowest`.
+// Checked: a list of one integer a spatial dimension, each from `lowest` to 2^31 - 1.
 std::vector<int64_t> check_list(const char* op, const char* name, const std::vector<int64_t>& list,
                                 int64_t spatial, int64_t lowest) {
   STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == spatial, op, ": ", name, " must have ",
                   spatial, " elements (one a spatial dimension), got ", list.size());
   for (int64_t v : list) {
-    STD_TORCH_CHECK(v >= lowest && v <= INT32_MAX, op, ": ", name, " must be at least ", lowest,
-                    ", got ", v);
+    STD_TORCH_CHECK(v >= lowest && v <= INT32_MAX, op, ": ", name, " must be in [", lowest, ", ",
+                    INT32_MAX, "], got ", v);
   }
   return list;
 }
@@ -91,6 +91,10 @@ PoolCall<AvgPoolArgs> check_mean(const char* op, const Tensor& q, const PoolGeom
   check_zero_point(op, "q_zero_point", q.scalar_type(), numbers.q_zero_point);
   check_clamped_grid(op, "zero_point", numbers.dtype, numbers.zero_point, numbers.qmin,
                      numbers.qmax);
+  const float q_scale = check_scale(op, "q_scale", numbers.q_scale);
+  const float scale = check_scale(op, "scale", numbers.scale);
+  STD_TORCH_CHECK(is_finite(q_scale / scale), op,
+                  ": q_scale / scale must be finite in float32, got ", q_scale, " / ", scale);
   PoolCall<AvgPoolArgs> call{
       as_channels_last(q), empty_channels_last(q, output_sizes(q, g), numbers.dtype), {}};
   call.args = {.q = static_cast<const uint8_t*>(call.input.const_data_ptr()),
@@ -100,8 +104,7 @@ PoolCall<AvgPoolArgs> check_mean(const char* op, const Tensor& q, const PoolGeom
                .geometry = g,
                .count_include_pad = count_include_pad,
                .divisor = divisor,
-               .scale_ratio = check_scale(op, "q_scale", numbers.q_scale) /
-                              check_scale(op, "scale", numbers.scale),
+               .scale_ratio = q_scale / scale,
                .q_zero_point = static_cast<int32_t>(numbers.q_zero_point),
                .out_zero_point = static_cast<int32_t>(numbers.zero_point),
                .qmin = static_cast<int32_t>(numbers.qmin),
@@ -129,7 +132,8 @@ PoolCall<AvgPoolArgs> check_avg_pool(const Tensor& q, const PoolLists& lists,
                                      const MeanNumbers& numbers) {
   STD_TORCH_CHECK(
       !divisor_override.has_value() || (*divisor_override > 0 && *divisor_override <= INT32_MAX),
-      "avg_pool: divisor_override must be positive, got ", divisor_override.value_or(0));
+      "avg_pool: divisor_override must be in [1, ", INT32_MAX, "], got ",
+      divisor_override.value_or(0));
   const std::vector<int64_t> dilation(lists.kernel_size.size(), 1);
   const PoolGeometry g = check_windows("avg_pool", q, lists, dilation);
   return check_mean("avg_pool", q, g, count_include_pad, divisor_override.value_or(0), numbers);

@@ -11,7 +11,8 @@ GridCall<QuantizeArgs> check_quantize(const Tensor& x, const Tensor& scale,
   axis = check_axis("quantize", x, axis);
   GridCall<QuantizeArgs> call{
       x, axis, check_grid("quantize", x, scale, zero_point, axis, qmin, qmax), {}};
-  check_out("quantize", x, out, out.scalar_type());
+  check_out("quantize", x, out, out.scalar_type(),
+            {{"x", x}, {"scale", scale}, {"zero_point", zero_point}});
   const GridLayout layout = plan_grid(out, &call.x, axis, call.grid);
   call.args = {.x = call.x.const_data_ptr(),
                .x_type = type,
@@ -41,7 +42,8 @@ GridCall<DequantizeArgs> check_dequantize(const Tensor& q, const Tensor& scale,
                     "dequantize: zero_point must be 0 for int32, got ", call.grid.zero_point[c],
                     " at channel ", c);
   }
-  check_out("dequantize", q, out, out.scalar_type());
+  check_out("dequantize", q, out, out.scalar_type(),
+            {{"q", q, true}, {"scale", scale}, {"zero_point", zero_point}});
   const GridLayout layout = plan_grid(out, &call.x, axis, call.grid);
   call.args = {.q = call.x.const_data_ptr(),
                .q_type = dtype == ScalarType::Int    ? CodeType::kInt32

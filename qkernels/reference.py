@@ -240,7 +240,7 @@ def observe_histogram(
     first, bins = not bool(low <= high), histogram.numel()
     new_low, new_high = (batch_low, batch_high) if first else (low.minimum(batch_low), high.maximum(batch_high))
     ends = {"min": new_low.item(), "max": new_high.item()}
-    x = x.float()
+    x = x.float().reshape(-1)
     counts = torch.histc(x[(x >= new_low) & (x <= new_high)], bins, **ends)
     if first:
         moved = torch.zeros(bins)
@@ -401,7 +401,8 @@ def max_pool(
 ) -> Tensor:
     pool = _MAX_POOLS[q.dim() - 2]
     args = [list(v) for v in (kernel_size, stride or kernel_size, padding, dilation)]
-    return pool(q.float(), *args, ceil_mode=ceil_mode).to(q.dtype)
+    # A window of padding alone is -inf.
+    return pool(q.float(), *args, ceil_mode=ceil_mode).clamp(min=torch.iinfo(q.dtype).min).to(q.dtype)
 
 
 def _window_sums(x: Tensor, kernel, stride, padding, ceil_mode) -> Tensor:

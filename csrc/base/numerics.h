@@ -41,6 +41,8 @@ QK_HD float round_nearest_even(float x) {
 #endif
 }
 
+QK_HD bool is_finite(float v) { return v - v == 0.0f; }
+
 // Clamps to [lo, hi]; NaN -> lo. Same as maxps(v, lo) then minps(., hi): x86 returns the second
 // operand for NaN.
 QK_HD float clamp_nan_to_lo(float v, float lo, float hi) {
@@ -184,13 +186,22 @@ QK_HD int32_t add_codes(int32_t qa, float a_scale, float a_offset, int32_t qb, f
 // The `a_offset` of add_codes: -zp * scale.
 QK_HD float add_offset(float scale, int32_t zp) { return static_cast<float>(-zp) * scale; }
 
-// The product of two codes; multiplier = (a_scale * b_scale) / scale.
+// Whether add_codes takes the scale of an operand: no difference of two codes leaves the float32
+// range, so that no sum is that of two infinities.
+QK_HD bool is_add_scale(float scale) { return is_finite(255.0f * scale); }
+
+// The `multiplier` of mul_codes, which must be finite: zero times infinity is no code.
+QK_HD float mul_multiplier(float a_scale, float b_scale, float scale) {
+  return (a_scale * b_scale) / scale;
+}
+
+// The product of two codes.
 QK_HD int32_t mul_codes(int32_t qa, int32_t za, int32_t qb, int32_t zb, float multiplier,
                         int32_t zp, int32_t qmin, int32_t qmax) {
   return quantize(static_cast<float>((qa - za) * (qb - zb)), multiplier, zp, qmin, qmax);
 }
 
-// The mean of a window: centered_sum = sum(q - zp_in), scale_ratio = s_in / s_out.
+// The mean of a window: centered_sum = sum(q - zp_in), scale_ratio = s_in / s_out, finite.
 QK_HD int32_t mean_code(int32_t centered_sum, float scale_ratio, int32_t divisor, int32_t zp,
                         int32_t qmin, int32_t qmax) {
   return quantize(static_cast<float>(centered_sum), scale_ratio / static_cast<float>(divisor), zp,

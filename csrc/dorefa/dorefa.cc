@@ -11,7 +11,6 @@ namespace {
 constexpr int64_t kTask = 8192;
 
 float magnitude(float v) { return v < 0 ? -v : v; }
-bool is_finite(float v) { return v - v == 0.0f; }
 
 struct Address {
   FloatType type;

@@ -53,8 +53,6 @@ struct RowGrid {
   RowGrid(const RowGrid&) = delete;
 };
 
-bool is_finite(float v) { return v - v == 0.0f; }
-
 RowFlag choose_grid(const ForeachItem& item, int64_t row, const void* x, const GridRule& rule) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   float low = kInf, high = -kInf;

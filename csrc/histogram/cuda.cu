@@ -123,12 +123,12 @@ int64_t histogram_cuda_workspace(int64_t bins) {
 }
 
 cudaError_t observe_histogram_cuda(const HistogramCudaArgs& args, cudaStream_t stream) {
-  if (args.n == 0) return cudaSuccess;
   cudaError_t error =
       cudaMemsetAsync(args.workspace, 0, sizeof(Count) * static_cast<size_t>(args.bins), stream);
-  if (error != cudaSuccess) return error;
-  error = with_float_type(args.type,
-                          [&](auto zero) { return launch_count<decltype(zero)>(args, stream); });
+  if (error == cudaSuccess && args.n > 0) {  // the range grows without values too
+    error = with_float_type(args.type,
+                            [&](auto zero) { return launch_count<decltype(zero)>(args, stream); });
+  }
   if (error != cudaSuccess) return error;
   const int64_t blocks = (args.bins + kHistogramThreads - 1) / kHistogramThreads;
   error = cuda::launch(histogram_move_kernel, static_cast<unsigned>(blocks), kHistogramThreads, 0,

@@ -33,22 +33,22 @@ __global__ void __launch_bounds__(kObserveThreads, 4)
     cuda::store_16(static_cast<uint4*>(args.workspace) + blockIdx.x, packed(found));
 }
 
-// Block (x, y): kObserveThreads columns of kColumnRows rows. Workspace: [y][channel].
+// Block b: kObserveThreads columns, one of `pieces` of a row, of kColumnRows rows. Workspace:
+// [b / pieces][channel].
 template <typename T>
 __global__ void __launch_bounds__(kObserveThreads, 4)
-    extremes_column_kernel(const __grid_constant__ MinMaxCudaArgs args) {
-  const int64_t c = int64_t{blockIdx.x} * kObserveThreads + threadIdx.x,
-                channels = args.grid.channels;
+    extremes_column_kernel(const __grid_constant__ MinMaxCudaArgs args, uint32_t pieces) {
+  const int64_t c = int64_t{blockIdx.x % pieces} * kObserveThreads + threadIdx.x,
+                channels = args.grid.channels, chunk = blockIdx.x / pieces;
   if (c >= channels) return;
-  const int64_t rows = args.grid.size / channels, first = int64_t{blockIdx.y} * kColumnRows;
+  const int64_t rows = args.grid.size / channels, first = chunk * kColumnRows;
   const int64_t last = first + kColumnRows < rows ? first + kColumnRows : rows;
   cuda::Extremes found;
 #pragma unroll 4
   for (int64_t row = first; row < last; ++row) {
     found.add(to_float(static_cast<const T*>(args.x)[row * channels + c]));
   }
-  cuda::store_16(static_cast<uint4*>(args.workspace) + int64_t{blockIdx.y} * channels + c,
-                 packed(found));
+  cuda::store_16(static_cast<uint4*>(args.workspace) + chunk * channels + c, packed(found));
 }
 
 // Block c joins what was left for channel c: `below` neighbours, again and again.
@@ -118,11 +118,11 @@ template <typename T>
 cudaError_t launch_extremes(const MinMaxCudaArgs& args, const Left& left, cudaStream_t stream) {
   const DenseGrid& grid = args.grid;
   if (grid.channel_is_innermost()) {
-    const int64_t blocks = (grid.channels + kObserveThreads - 1) / kObserveThreads;
-    if (left.count > 65535) return cudaErrorInvalidConfiguration;
-    return cuda::launch(extremes_column_kernel<T>,
-                        dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(left.count)),
-                        kObserveThreads, 0, stream, args);
+    const int64_t pieces = (grid.channels + kObserveThreads - 1) / kObserveThreads;
+    const int64_t blocks = pieces * left.count;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    return cuda::launch(extremes_column_kernel<T>, static_cast<unsigned>(blocks), kObserveThreads,
+                        0, stream, args, static_cast<uint32_t>(pieces));
   }
   const int64_t blocks = left.count * grid.channels;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

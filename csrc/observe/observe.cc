@@ -22,10 +22,8 @@ bool channel_is_innermost(const GridLayout& grid) {
   return grid.channel_dim == grid.strided.dims - 1;
 }
 
-bool is_finite(float v) { return v - v == 0.0f; }
-
 void widen(float low, float high, float* to_low, float* to_high) {
-  if (!(low >= *to_low)) *to_low = low;  // NaN moves in and stays
+  if (low < *to_low || low != low) *to_low = low;  // NaN moves in; nothing is below it, so it stays
   if (high > *to_high) *to_high = high;
 }
 

@@ -3,6 +3,8 @@
 #include <bit>
 #include <cmath>
 
+#include "csrc/base/numerics.h"
+
 namespace qk::plan {
 namespace {
 
@@ -95,6 +97,16 @@ class StepReader {
   }
   bool expect_same_dtype() {
     return input(0).dtype == output().dtype || complain("changes the dtype");
+  }
+
+  // What the formula of the step asks of them. As of weights, nothing is damaged if they do not
+  // fit.
+  bool expect_scales(bool fit) {
+    if (error_.ok() && !fit) {
+      complain("has scales whose formula leaves the float32 range");
+      error_.kind = ErrorKind::kUnsupported;
+    }
+    return error_.ok();
   }
 
   Operand operand(DType dtype) {
@@ -275,6 +287,9 @@ class StepReader {
       if (!expect_codes(input(1))) return false;
       s.residual = operand(input(1).dtype);
       s.sum = grid(out);
+      if (!expect_scales(is_add_scale(s.output.scale) && is_add_scale(s.residual.scale))) {
+        return false;
+      }
     }
     const bool fits = step_.kind == StepKind::kLinear ? read_linear_shape(weight, &s)
                                                       : read_conv_shape(weight, &s);
@@ -350,8 +365,11 @@ class StepReader {
     s.a = operand(input(0).dtype);
     s.b = operand(input(1).dtype);
     s.output = grid(output().dtype);
+    const bool fit = step_.kind == StepKind::kAdd
+                         ? is_add_scale(s.a.scale) && is_add_scale(s.b.scale)
+                         : is_finite(mul_multiplier(s.a.scale, s.b.scale, s.output.scale));
     step_.attributes = s;
-    return expect_rank(output(), rank);
+    return expect_scales(fit) && expect_rank(output(), rank);
   }
 
   bool read_cat() {
@@ -406,6 +424,7 @@ class StepReader {
     } else {
       s.input = operand(input(0).dtype);
       s.output = grid(output().dtype);
+      if (!expect_scales(is_finite(s.input.scale / s.output.scale))) return false;
     }
     step_.attributes = s;
     return error_.ok();

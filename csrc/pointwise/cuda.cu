@@ -81,8 +81,8 @@ struct Binary {
     const auto b = load_codes<kCount>(args.b + offset[2], args.layout.stride[2][last] == 0);
     const float a_offset = add_offset(g.a_scale, g.a_zero_point);
     const float b_offset = add_offset(g.b_scale, g.b_zero_point);
-    const float factor =
-        kOp == BinaryOp::kAdd ? 1.0f / g.out_scale : (g.a_scale * g.b_scale) / g.out_scale;
+    const float factor = kOp == BinaryOp::kAdd ? 1.0f / g.out_scale
+                                               : mul_multiplier(g.a_scale, g.b_scale, g.out_scale);
     cuda::Vector<uint8_t, kCount> out;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {

@@ -68,16 +68,19 @@ void binary(const BinaryArgs& args, const Parallel& parallel) {
   const int last = args.layout.dims - 1;
   const bool a_repeats = args.layout.inner() > 1 && args.layout.stride[1][last] == 0;
   const bool b_repeats = args.layout.inner() > 1 && args.layout.stride[2][last] == 0;
+  const bool one_code = a_repeats && b_repeats;
   const int64_t work_ns = args.layout.rows() * args.layout.inner() / 8;
   for_each_run(args.layout, parallel, kRunBytes, work_ns,
                [&](const StridedCursor<3>& cursor, int64_t first, int64_t n) {
+                 uint8_t* out = args.out + cursor.offset[0] + first;
                  kernel({.a = args.a + cursor.offset[1] + (a_repeats ? 0 : first),
                          .b = args.b + cursor.offset[2] + (b_repeats ? 0 : first),
-                         .out = args.out + cursor.offset[0] + first,
-                         .n = n,
-                         .a_repeats = a_repeats,
-                         .b_repeats = b_repeats,
+                         .out = out,
+                         .n = one_code ? 1 : n,
+                         .a_repeats = a_repeats && !one_code,
+                         .b_repeats = b_repeats && !one_code,
                          .grid = &args.grid});
+                 if (one_code) std::memset(out, out[0], static_cast<size_t>(n));
                });
 }
 

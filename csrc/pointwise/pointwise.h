@@ -73,7 +73,7 @@ struct LookupRows {
   int64_t rows, n, q_stride, out_stride;
 };
 
-// One contiguous run; an operand of one element is repeated.
+// One contiguous run; an operand of one element is repeated, at most one of the two.
 struct BinaryRun {
   const uint8_t* a;
   const uint8_t* b;

@@ -26,7 +26,7 @@ void add_scalar(const BinaryRun& run) {
 
 void mul_scalar(const BinaryRun& run) {
   const BinaryGrid& g = *run.grid;
-  const float multiplier = (g.a_scale * g.b_scale) / g.out_scale;
+  const float multiplier = mul_multiplier(g.a_scale, g.b_scale, g.out_scale);
   for (int64_t i = 0; i < run.n; ++i) {
     const int32_t qa = byte_value(run.a[run.a_repeats ? 0 : i], g.a_signed);
     const int32_t qb = byte_value(run.b[run.b_repeats ? 0 : i], g.b_signed);

@@ -63,14 +63,15 @@ struct MulFormula {
   __attribute__((always_inline)) explicit MulFormula(const BinaryGrid& g)
       : a_zero(_mm256_set1_ps(static_cast<float>(g.a_zero_point))),
         b_zero(_mm256_set1_ps(static_cast<float>(g.b_zero_point))),
-        multiplier(_mm256_set1_ps((g.a_scale * g.b_scale) / g.out_scale)) {}
+        multiplier(_mm256_set1_ps(mul_multiplier(g.a_scale, g.b_scale, g.out_scale))) {}
   __attribute__((always_inline)) __m256i operator()(__m256 a, __m256 b) const {
     const __m256 product = _mm256_mul_ps(_mm256_sub_ps(a, a_zero), _mm256_sub_ps(b, b_zero));
     return round_to_int(_mm256_mul_ps(product, multiplier));
   }
   QK_INLINE int32_t one(const BinaryGrid& g, int32_t a, int32_t b) {
-    return mul_codes(a, g.a_zero_point, b, g.b_zero_point, (g.a_scale * g.b_scale) / g.out_scale,
-                     g.out_zero_point, g.qmin, g.qmax);
+    return mul_codes(a, g.a_zero_point, b, g.b_zero_point,
+                     mul_multiplier(g.a_scale, g.b_scale, g.out_scale), g.out_zero_point, g.qmin,
+                     g.qmax);
   }
 };
 

@@ -143,7 +143,7 @@ QK_INLINE void mul_run(const BinaryRun& run) {
   const BinaryGrid& g = *run.grid;
   const CenteredOperand<kARepeats> a(run.a, g.a_signed, g.a_zero_point);
   const CenteredOperand<kBRepeats> b(run.b, g.b_signed, g.b_zero_point);
-  const __m512 multiplier = _mm512_set1_ps((g.a_scale * g.b_scale) / g.out_scale);
+  const __m512 multiplier = _mm512_set1_ps(mul_multiplier(g.a_scale, g.b_scale, g.out_scale));
   const __m512i zp = _mm512_set1_epi16(static_cast<short>(g.out_zero_point));
   const CodeRange range = code_range(g.qmin, g.qmax);
   const auto codes = [&](int64_t i, __mmask64 m) __attribute__((always_inline)) {

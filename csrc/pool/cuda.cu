@@ -1,5 +1,7 @@
 #include "csrc/pool/cuda.h"
 
+#include <type_traits>
+
 #include "csrc/base/cuda_elementwise.cuh"
 
 namespace qk {
@@ -11,15 +13,16 @@ struct Window {
   int32_t taps[3], padded = 1;
   int64_t step[3];  // bytes between taps
 
-  QK_DEVICE Window(const PoolGeometry& g, const uint8_t* q, uint32_t first) {
-    const auto channels = static_cast<uint32_t>(g.channels);
-    uint32_t point = first / channels;
+  template <typename Index>
+  QK_DEVICE Window(const PoolGeometry& g, const uint8_t* q, Index first) {
+    const auto channels = static_cast<Index>(g.channels);
+    Index point = first / channels;
     base = q + first % channels;
     int64_t bytes = g.channels;
 #pragma unroll
     for (int d = 2; d >= 0; --d) {
-      const auto out = static_cast<uint32_t>(g.out[d]);
-      const PoolSpan span = window_span(g, d, static_cast<int32_t>(point % out));
+      const auto out = static_cast<Index>(g.out[d]);
+      const PoolSpan span = window_span(g, d, static_cast<std::make_signed_t<Index>>(point % out));
       point /= out;
       taps[d] = static_cast<int32_t>(span.taps);
       padded *= static_cast<int32_t>(span.padded);
@@ -54,8 +57,8 @@ struct MaxPool {
     return args.geometry.channels % kPerThread == 0 && cuda::is_aligned(args.q, kPerThread) &&
            cuda::is_aligned(args.out, kPerThread);
   }
-  template <int kCount>
-  QK_DEVICE void run(uint32_t first) const {
+  template <int kCount, typename Index>
+  QK_DEVICE void run(Index first) const {
     cuda::Vector<uint8_t, kCount> best;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) best.v[i] = args.is_signed ? 0x80 : 0;
@@ -80,8 +83,8 @@ struct AvgPool {
     return args.geometry.channels % kPerThread == 0 && cuda::is_aligned(args.q, kPerThread) &&
            cuda::is_aligned(args.out, kPerThread);
   }
-  template <int kCount>
-  QK_DEVICE void run(uint32_t first) const {
+  template <int kCount, typename Index>
+  QK_DEVICE void run(Index first) const {
     const Window window(args.geometry, args.q, first);
     int32_t sum[kCount];
 #pragma unroll
@@ -101,16 +104,23 @@ struct AvgPool {
   }
 };
 
+// Whether 32 bits hold the places in an image of the output, and what window_span computes.
+bool is_narrow(const PoolGeometry& g) {
+  for (int d = 0; d < 3; ++d) {
+    const int64_t reach = g.adaptive ? 1 : g.kernel[d] * g.dilation[d] + g.stride[d];
+    const int64_t most = g.adaptive ? g.in[d] * (g.out[d] + 2) : g.in[d] + g.padding[d] + reach;
+    if (most > INT32_MAX) return false;
+  }
+  return g.out[0] * g.out[1] * g.out[2] * g.channels <= INT32_MAX;
+}
+
 // One launch for as many images as 32-bit indices reach.
 template <class Op, class Args>
 cudaError_t launch_pool(Args args, cudaStream_t stream) {
   PoolGeometry& g = args.geometry;
   const int64_t image = g.out[0] * g.out[1] * g.out[2] * g.channels, batch = g.batch;
-  if (image > INT32_MAX) return cudaErrorInvalidConfiguration;
-  for (int d = 0; d < 3; ++d) {  // window_span in 32 bits
-    const int64_t reach = g.adaptive ? 1 : g.kernel[d] * g.dilation[d] + g.stride[d];
-    const int64_t most = g.adaptive ? g.in[d] * (g.out[d] + 2) : g.in[d] + g.padding[d] + reach;
-    if (most > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (!is_narrow(g)) {
+    return cuda::launch_elementwise_by<uint64_t>(Op{args}, batch * image, stream);
   }
   const int64_t most = image > 0 ? INT32_MAX / image : 1;
   for (int64_t first = 0; first < batch; first += most) {

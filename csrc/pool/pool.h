@@ -1,6 +1,6 @@
 // Pooling of 8-bit codes over windows of the spatial dimensions.
 //
-//   max_pool  out = max of the codes in the window; padding never wins
+//   max_pool  out = max of the codes in the window; padding never wins (alone: the lowest code)
 //   avg_pool  out = clamp(RNE(float(sum(q - z)) * ((s/so)/float(divisor))) + zo, qmin, qmax), the
 //             sum over the part of the window inside the input; divisor: the window's elements
 //             (with or without padding), or a given number

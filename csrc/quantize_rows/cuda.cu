@@ -64,10 +64,18 @@ cudaError_t launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stre
 }  // namespace
 
 cudaError_t quantize_rows_cuda(const QuantizeRowsArgs& args, cudaStream_t stream) {
-  if (args.rows == 0) return cudaSuccess;
-  if (args.rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return with_float_type(
-      args.type, [&](auto zero) { return launch_quantize_rows<decltype(zero)>(args, stream); });
+  QuantizeRowsArgs part = args;
+  for (int64_t first = 0; first < args.rows; first += part.rows) {
+    part.rows = args.rows - first < INT32_MAX ? args.rows - first : INT32_MAX;
+    part.x = static_cast<const char*>(args.x) + first * args.row_stride * float_bytes(args.type);
+    part.q = static_cast<uint8_t*>(args.q) + first * args.depth;
+    part.scale = args.scale + first;
+    part.zero_point = args.zero_point + first;
+    const cudaError_t error = with_float_type(
+        args.type, [&](auto zero) { return launch_quantize_rows<decltype(zero)>(part, stream); });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace qk

@@ -13,7 +13,6 @@
 
 namespace qk {
 
-// At most 2^31 - 1 rows.
 cudaError_t quantize_rows_cuda(const QuantizeRowsArgs& args, cudaStream_t stream);
 
 }  // namespace qk

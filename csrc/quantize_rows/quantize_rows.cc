@@ -8,8 +8,6 @@
 namespace qk {
 namespace {
 
-bool is_finite(float v) { return v - v == 0.0f; }
-
 DynamicGrid grid_of(const QuantizeRowsArgs& args, const void* x, MinMaxKernel kernel) {
   float low = std::numeric_limits<float>::infinity(), high = -low;
   if (args.depth == 0) low = high = 0.0f;

@@ -9,9 +9,9 @@ namespace qk::seam {
 
 DenseGrid dense_grid(const Tensor& out, std::optional<int64_t> axis, const GridView& grid) {
   DenseGrid dense{grid.scale, grid.zero_point, out.numel(), 1, 1};
-  if (!axis.has_value() || out.size(*axis) <= 1 || out.numel() == 0) return dense;
+  if (!axis.has_value() || out.size(*axis) == 1) return dense;
   dense.channels = out.size(*axis);
-  dense.inner = out.stride(*axis);
+  if (dense.size > 0) dense.inner = out.stride(*axis);
   return dense;
 }
 

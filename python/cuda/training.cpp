@@ -26,7 +26,8 @@ void fake_quant_backward_out(const Tensor& grad, const Tensor& x, const Tensor& 
   axis = check_axis(op, x, axis);
   check_grid_ends(op, qmin, qmax);
   const GridView grid = check_grid(op, x, scale, zero_point, axis, qmin, qmax);
-  check_out(op, x, out, x.scalar_type());
+  check_out(op, x, out, x.scalar_type(),
+            {{"grad", grad, true}, {"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   const Tensor g = in_layout_of(out, grad), input = in_layout_of(out, x);
   check_launch(op, fake_quant_backward_cuda({.grad = g.const_data_ptr(),
                                              .x = input.const_data_ptr(),
@@ -65,7 +66,8 @@ void lsq_out(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
   const FloatType type = check_float_type("lsq", "x", x);
   axis = check_axis("lsq", x, axis);
   const GridView grid = learned_grid("lsq", x, scale, zero_point, axis, qmin, qmax);
-  check_out("lsq", x, out, x.scalar_type());
+  check_out("lsq", x, out, x.scalar_type(),
+            {{"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   const Tensor input = in_layout_of(out, x);
   check_launch("lsq", fake_quant_cuda({.x = input.const_data_ptr(),
                                        .y = out.mutable_data_ptr(),
@@ -120,7 +122,8 @@ std::tuple<Tensor, Tensor> lsq_backward_out(const Tensor& grad, const Tensor& x,
   STD_TORCH_CHECK(std::isfinite(grad_factor), op, ": grad_factor must be finite, got ",
                   grad_factor);
   const GridView grid = learned_grid(op, x, scale, zero_point, axis, qmin, qmax);
-  check_out(op, x, out, x.scalar_type());
+  check_out(op, x, out, x.scalar_type(),
+            {{"grad", grad, true}, {"x", x, true}, {"scale", scale}, {"zero_point", zero_point}});
   return grid_gradients(op, grad, x, scale, grid, axis, qmin, qmax, false, grad_factor, out);
 }
 
@@ -251,8 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
   Tensor low = empty(x, {channels}, ScalarType::Float);
   Tensor high = empty(x, {channels}, ScalarType::Float);
   Tensor non_finite = empty(x, {2}, ScalarType::Long);
-  DenseGrid grid = dense_grid(x, axis, {});
-  grid.channels = channels;
+  const DenseGrid grid = dense_grid(x, axis, {});
   Tensor workspace = empty(x, {minmax_cuda_workspace(grid)}, ScalarType::Byte);
   check_launch(op, minmax_cuda({.x = x.const_data_ptr(),
                                 .type = type,

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkernels.ops.eager import once_differentiable, refuse_transforms
+
 _ops = torch.ops.qkernels
 
 
@@ -140,6 +142,7 @@ def batch_norm_fake_quant(
     Returns:
         The rounded tensor and its codes.
     """
+    refuse_transforms("batch_norm_fake_quant", *(t for t in (x, weight, bias, scale, zero_point) if t is not None))
     numbers = scale.item(), min(max(round(zero_point.item()), qmin), qmax), qmin, qmax, floor, ceiling
     return _BatchNormFakeQuant.apply(x, weight, bias, scale, zero_point, statistics, numbers, code_dtype, grad_factor)
 
@@ -157,7 +160,7 @@ class _BatchNormFakeQuant(torch.autograd.Function):
         return y, codes
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("batch_norm_fake_quant")
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 9

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.ops.eager import refuse_transforms
+
 _ops = torch.ops.qkernels
 
 
@@ -21,6 +23,7 @@ def binary_sign(x: Tensor, is_weight: bool = False) -> Tensor:
     Raises:
         RuntimeError: `x` has another dtype.
     """
+    refuse_transforms("binary_sign", x)
     return _ops.binary_sign.default(x, is_weight)
 
 
@@ -34,6 +37,7 @@ def binary_sign_backward(grad: Tensor, x: Tensor, is_weight: bool = False) -> Te
     Raises:
         RuntimeError: an argument has the wrong dtype or shape; the message names it.
     """
+    refuse_transforms("binary_sign_backward", grad, x)
     return _ops.binary_sign_backward.default(grad, x, is_weight)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.eager import is_eager, needs_grad, refuse_transforms
 from qkernels.ops.groups import by_group
 
 _ops = torch.ops.qkernels
@@ -47,10 +47,10 @@ def fake_quant(
     if group_size is not None:
         return by_group(fake_quant, "fake_quant", x, scale, zero_point, axis, group_size, qmin, qmax, keep)
     if keep == "mask" and needs_grad(x):
-        if is_eager(x):
+        if is_eager("fake_quant", x):
             return _FakeQuantMask.apply(x, scale, zero_point, axis, qmin, qmax, None)[0]
         return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)[0]
-    if not is_eager(x):
+    if not is_eager("fake_quant", x):
         return _ops.fake_quant.default(x, scale, zero_point, axis, qmin, qmax)
     if needs_grad(x):
         return _FakeQuant.apply(x, scale, zero_point, axis, qmin, qmax)
@@ -66,7 +66,7 @@ def fake_quant_out(
     qmax: int,
     out: Tensor,
 ) -> Tensor:
-    """`fake_quant` into `out` (dense; dtype, shape and layout of `x`); returns `out`."""
+    """`fake_quant` into `out` (dense; dtype, shape and layout of `x`; `x` itself or apart from it); returns `out`."""
     _ops.fake_quant_out.default(x, scale, zero_point, axis, qmin, qmax, out)
     return out
 
@@ -88,7 +88,7 @@ def fake_quant_backward(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    if is_eager(x) and not needs_grad(grad):
+    if is_eager("fake_quant_backward", grad, x) and not needs_grad(grad):
         return fake_quant_backward_out(grad, x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
     return _ops.fake_quant_backward.default(grad, x, scale, zero_point, axis, qmin, qmax)
 
@@ -120,7 +120,7 @@ def fake_quant_codes(
     Returns:
         The rounded tensor, with its straight-through gradient, and its codes.
     """
-    if not is_eager(x):
+    if not is_eager("fake_quant_codes", x):
         y, _, _, codes = _ops.fake_quant_mask.default(x, scale, zero_point, None, qmin, qmax, code_dtype)
         return y, codes
     return _FakeQuantMask.apply(x, scale, zero_point, None, qmin, qmax, code_dtype)
@@ -148,6 +148,7 @@ def fake_quant_mask(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    refuse_transforms("fake_quant_mask", x)
     return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
 
 
@@ -161,6 +162,7 @@ def fake_quant_mask_backward(grad: Tensor, mask: Tensor, axis: int | None) -> Te
     Raises:
         RuntimeError: an argument has the wrong dtype, size or layout; the message names it.
     """
+    refuse_transforms("fake_quant_mask_backward", grad)
     return _ops.fake_quant_mask_backward.default(grad, mask, axis)
 
 
@@ -234,11 +236,27 @@ class _FakeQuantMask(torch.autograd.Function):
         return y, codes
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if grad is not None and ctx.mask is not None:
-            grad = _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), ctx.mask, ctx.axis)
+            grad = (_MaskBackward.apply if needs_grad(grad) else _masked)(grad, ctx.mask, ctx.axis, ctx.like)
         return grad, None, None, None, None, None, None
+
+
+class _MaskBackward(torch.autograd.Function):
+    """Linear in the gradient, so its own derivative."""
+
+    @staticmethod
+    def forward(ctx, grad, *kept):
+        ctx.kept = kept
+        return _masked(grad, *kept)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _MaskBackward.apply(grad, *ctx.kept), None, None, None
+
+
+def _masked(grad: Tensor, mask: Tensor, axis: int | None, like: tuple[int, ...]) -> Tensor:
+    return _ops.fake_quant_mask_backward.default(_in_layout(grad, like), mask, axis)
 
 
 def _in_layout(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -280,9 +298,6 @@ def _keep_mask(ctx, inputs, output):
 
 torch.library.register_autograd(
     "qkernels::fake_quant_mask",
-    lambda ctx, grad, *others: (
-        _ops.fake_quant_mask_backward.default(_in_layout(grad, ctx.like), *ctx.saved_tensors, ctx.axis),
-        *[None] * 6,
-    ),
+    lambda ctx, grad, *others: (_masked(grad, *ctx.saved_tensors, ctx.axis, ctx.like), *[None] * 6),
     setup_context=_keep_mask,
 )

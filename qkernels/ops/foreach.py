@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.eager import is_eager, needs_grad, refuse_transforms
 
 _ops = torch.ops.qkernels
 
@@ -36,7 +36,7 @@ def foreach_fake_quant(
     xs, scales, zero_points, axes = list(xs), list(scales), list(zero_points), _axes(xs, axes)
     if not xs:  # the dispatcher finds no device in an empty list
         return []
-    if is_eager(*xs) and needs_grad(*xs):
+    if is_eager("foreach_fake_quant", *xs) and needs_grad(*xs):
         return list(_ForeachFakeQuant.apply(len(xs), axes, qmin, qmax, *xs, *scales, *zero_points))
     return _ops.foreach_fake_quant.default(xs, scales, zero_points, axes, qmin, qmax)
 
@@ -60,6 +60,7 @@ def foreach_fake_quant_backward(
         RuntimeError: an argument has the wrong dtype, size, layout or range; the message names it.
     """
     lists = list(grads), list(xs), list(scales), list(zero_points)
+    refuse_transforms("foreach_fake_quant_backward", *lists[0])
     return _ops.foreach_fake_quant_backward.default(*lists, _axes(xs, axes), qmin, qmax)
 
 
@@ -92,7 +93,7 @@ def foreach_observe_fake_quant(
     if not xs:
         return [], [], [], []
     grid = qmin, qmax, symmetric, min_scale, code_dtype
-    if not (is_eager(*xs) and needs_grad(*xs)):
+    if not (is_eager("foreach_observe_fake_quant", *xs) and needs_grad(*xs)):
         return _ops.foreach_observe_fake_quant.default(xs, axes, *grid)[:4]
     n = len(xs)
     flat = _ForeachObserveFakeQuant.apply(n, axes, *grid, *xs)

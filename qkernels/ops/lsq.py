@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
 from qkernels.ops.groups import by_group
 
 _ops = torch.ops.qkernels
@@ -42,7 +42,7 @@ def lsq(
     """
     if group_size is not None:
         return by_group(lsq, "lsq", x, scale, zero_point, axis, group_size, qmin, qmax, grad_factor)
-    if not is_eager(x, scale, zero_point):
+    if not is_eager("lsq", x, scale, zero_point):
         return _ops.lsq.default(x, scale, zero_point, axis, qmin, qmax, grad_factor)
     if needs_grad(x, scale, zero_point):
         return _Lsq.apply(x, scale, zero_point, axis, qmin, qmax, grad_factor)
@@ -83,6 +83,7 @@ def lsq_backward(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    refuse_transforms("lsq_backward", grad, x, scale, zero_point)
     return _ops.lsq_backward.default(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor)
 
 
@@ -131,7 +132,7 @@ class _Lsq(torch.autograd.Function):
         return lsq_out(x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("lsq")
     def backward(ctx, grad):
         return *_ops.lsq_backward.default(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None
 

@@ -109,7 +109,7 @@ def observe_fake_quant(
     if not quantizing:
         observe(x.detach(), *state, *grid)
         return x
-    if not is_eager(x):
+    if not is_eager("observe_fake_quant", x):
         observe(x.detach(), *state, *grid)
         return fake_quant(x, scale.clone(), zero_point.clone(), axis, qmin, qmax)
     if needs_grad(x):
@@ -135,7 +135,7 @@ def observe_fake_quant_out(
     source: str,
     out: Tensor,
 ) -> Tensor:
-    """`observe_fake_quant` into `out` (dense; dtype, shape and layout of `x`, not `x` itself), without a gradient.
+    """`observe_fake_quant` into `out` (dense; dtype, shape and layout of `x`, apart from `x`), without a gradient.
 
     Returns:
         A bool tensor of no dimension: whether a value of `x` was clipped.

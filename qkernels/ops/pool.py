@@ -20,7 +20,7 @@ def max_pool(
 ) -> Tensor:
     """The largest code of each window: `torch.nn.functional.max_pool{1,2,3}d` on integers. The grid stays the same.
 
-    Padding never wins, whatever the zero point is.
+    Padding never wins, whatever the zero point is; a window of nothing else gives the lowest code of the dtype.
 
     Args:
         q: uint8 or int8 [N, C, *spatial] with 1, 2 or 3 spatial dimensions. An input that is not channels_last is

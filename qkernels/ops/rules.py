@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
 from qkernels.ops.fake_quant import fake_quant_out
 
 _ops = torch.ops.qkernels
@@ -25,7 +25,7 @@ def pact(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: i
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    if not is_eager(x, scale):
+    if not is_eager("pact", x, scale):
         return _ops.pact.default(x, scale, zero_point, axis, qmin, qmax)
     if needs_grad(x, scale):
         return _Pact.apply(x, scale, zero_point, axis, qmin, qmax)
@@ -44,6 +44,7 @@ def pact_backward(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    refuse_transforms("pact_backward", grad, x, scale)
     return _ops.pact_backward.default(grad, x, scale, zero_point, axis, qmin, qmax)
 
 
@@ -64,6 +65,7 @@ def dorefa_weight(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range, or `x` is not finite; the message names it.
     """
+    refuse_transforms("dorefa_weight", x)
     return _ops.dorefa_weight.default(x, scale, zero_point, qmin, qmax)
 
 
@@ -77,6 +79,7 @@ def dorefa_weight_backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: T
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    refuse_transforms("dorefa_weight_backward", grad, x)
     return _ops.dorefa_weight_backward.default(grad, x, scale, zero_point, qmin, qmax)
 
 
@@ -98,11 +101,13 @@ def dorefa_gradient(grad: Tensor, seed: Tensor, bits: int) -> Tensor:
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
+    refuse_transforms("dorefa_gradient", grad)
     return _ops.dorefa_gradient.default(grad, seed, bits)
 
 
 def round_gradient(x: Tensor, bits: int, seed: Tensor | None = None) -> Tensor:
     """The identity whose gradient goes through `dorefa_gradient`; without a seed, one from torch's generator."""
+    refuse_transforms("round_gradient", x)
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,))
     return _RoundGradient.apply(x, seed, bits)
@@ -130,7 +135,7 @@ class _Pact(torch.autograd.Function):
         return fake_quant_out(x, scale, zero_point, *grid, torch.empty_like(x))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("pact")
     def backward(ctx, grad):
         return *_ops.pact_backward.default(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None
 

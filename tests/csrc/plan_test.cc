@@ -337,6 +337,37 @@ void what_does_not_fit_is_named() {
   }
 }
 
+void scales_that_leave_the_float32_range_are_refused() {
+  const auto load_of = [](StepKind kind, const PlanFile::Cells& cells) {
+    NetworkWriter n(1);
+    PlanFile& f = n.file;
+    const int q = n.quantize(f.input(DType::kF32, {-1, 3, 4, 4}), 4);
+    const bool pair = kind != StepKind::kAvgPool;
+    f.output(
+        pair ? f.step(kind, {q, q}, DType::kU8, 4, cells)
+             : f.step(kind, {q}, DType::kU8, 4,
+                      NetworkWriter::join(PlanFile::Cells{2, 2, 2, 2, 2, 0, 0, 0, 1, 0}, cells)));
+    const std::vector<uint8_t> file = f.bytes();
+    std::unique_ptr<Plan> plan;
+    return Plan::load(file.data(), static_cast<int64_t>(file.size()), &plan);
+  };
+  const auto operand = NetworkWriter::operand;
+  const auto grid = NetworkWriter::grid;
+  const auto join = [](const auto&... lists) { return NetworkWriter::join(lists...); };
+  const char* words = "scales whose formula leaves the float32 range";
+  CHECK(load_of(StepKind::kAdd, join(operand(1e36f), operand(1.0f), grid(1.0f))).ok());
+  for (const float a : {1.0f, 3e37f}) {
+    expect(load_of(StepKind::kAdd, join(operand(a), operand(4e37f - a), grid(1.0f))),
+           ErrorKind::kUnsupported, words);
+  }
+  CHECK(load_of(StepKind::kMul, join(operand(1e10f), operand(1e10f), grid(1.0f))).ok());
+  expect(load_of(StepKind::kMul, join(operand(1e30f), operand(1e30f), grid(1.0f))),
+         ErrorKind::kUnsupported, words);
+  CHECK(load_of(StepKind::kAvgPool, join(operand(1e10f), grid(1e-10f))).ok());
+  expect(load_of(StepKind::kAvgPool, join(operand(1e38f), grid(1e-37f))), ErrorKind::kUnsupported,
+         words);
+}
+
 void steps_are_described_and_timed() {
   const std::unique_ptr<Plan> plan = load(network_file());
   const std::vector<InputLayout> layouts{contiguous_input({1, 3, 16, 16})};
@@ -409,6 +440,7 @@ int main(int argc, char** argv) {
   a_forked_child_runs_the_plan();
   shapes_come_and_go();
   what_does_not_fit_is_named();
+  scales_that_leave_the_float32_range_are_refused();
   steps_are_described_and_timed();
   living_buffers_never_overlap();
 }

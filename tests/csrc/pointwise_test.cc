@@ -145,6 +145,57 @@ void binary_equals_scalar(Rng& rng) {
   }
 }
 
+// Rows of which either operand, both or none is one code; an unreadable page lies behind that code.
+void binary_repeats_either_operand_or_both(Rng& rng) {
+  for (int turn = 0; turn < 120; ++turn) {
+    const int64_t rows = rng.integer(1, 4), n = rng.integer(1, 150);
+    const bool a_repeats = rng.chance(0.5), b_repeats = rng.chance(0.5);
+    const BinaryOp op = rng.chance(0.5) ? BinaryOp::kAdd : BinaryOp::kMul;
+    CONTEXT("op=", op, " rows=", rows, " n=", n, " repeats=", a_repeats, b_repeats);
+    const Touches side = kSides[turn % 2];
+    const int64_t a_row = a_repeats ? 1 : n, b_row = b_repeats ? 1 : n;
+    Guarded<uint8_t> a(rows * a_row, side), b(rows * b_row, side), out(rows * n, side);
+    Guarded<uint8_t> expected(rows * n);
+    rng.fill(a);
+    rng.fill(b);
+    BinaryArgs args{};
+    args.op = op;
+    args.a = a.data();
+    args.b = b.data();
+    args.out = out.data();
+    args.grid = {.a_signed = rng.chance(0.5),
+                 .b_signed = rng.chance(0.5),
+                 .out_signed = false,
+                 .a_scale = 0.25f,
+                 .b_scale = 0.5f,
+                 .out_scale = 0.75f,
+                 .a_zero_point = 10,
+                 .b_zero_point = 20,
+                 .out_zero_point = 30,
+                 .qmin = 0,
+                 .qmax = 255};
+    const int64_t row_elements[3] = {n, a_row, b_row};
+    args.layout.dims = 2;
+    args.layout.size[0] = rows;
+    args.layout.size[1] = n;
+    for (int k = 0; k < 3; ++k) {
+      args.layout.stride[k][0] = row_elements[k];
+      args.layout.stride[k][1] = row_elements[k] == n ? 1 : 0;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      select_binary_kernel(op, kCpuScalar)({.a = a.data() + row * a_row,
+                                            .b = b.data() + row * b_row,
+                                            .out = expected.data() + row * n,
+                                            .n = n,
+                                            .a_repeats = a_repeats,
+                                            .b_repeats = b_repeats,
+                                            .grid = &args.grid});
+    }
+    binary(args, kSerial);
+    CHECK(same_bytes(out.data(), expected.data(), rows * n));
+  }
+}
+
 void pools_equal_scalar(Rng& rng) {
   for (int64_t channels = 1; channels <= 330; channels += channels < 70 ? 1 : 13) {
     const int64_t taps[3] = {rng.integer(0, 2), rng.integer(1, 4), rng.integer(1, 5)};
@@ -306,6 +357,7 @@ int main() {
     Rng rng;
     grid_kernels_equal_scalar(rng);
     binary_equals_scalar(rng);
+    binary_repeats_either_operand_or_both(rng);
     pools_equal_scalar(rng);
     pool_drivers_stay_inside(rng);
     pools_of_slices_are_those_of_dense_tensors(rng);

@@ -75,6 +75,41 @@ void extremes_equal_scalar(FloatType type, int64_t n, Touches touches, Rng& rng)
   }
 }
 
+// Where a tensor is observed in several parts, a NaN in any of them is found: in the parts of a
+// long run, of an outer channel, and in the rows that are folded or dealt out where channels are
+// innermost.
+void a_nan_in_any_part_is_found() {
+  struct Case {
+    int64_t outer, channels, inner;
+  };
+  for (const Case& c : {Case{1, 1, 40000}, Case{3, 2, 20000}, Case{17, 3, 1}, Case{300, 400, 1}}) {
+    GridLayout grid;
+    StridedLayout<2>& walk = grid.strided;
+    const bool innermost = c.inner == 1;
+    walk.dims = innermost ? 2 : 3;
+    const int64_t sizes[3] = {c.outer, c.channels, c.inner};
+    const int64_t strides[3] = {c.channels * c.inner, c.inner, 1};
+    for (int d = 0; d < walk.dims; ++d) {
+      walk.size[d] = sizes[d];
+      walk.stride[0][d] = walk.stride[1][d] = strides[d];
+    }
+    grid.channel_dim = 1;
+    const int64_t size = c.outer * c.channels * c.inner;
+    std::vector<float> x(static_cast<size_t>(size), 0.5f), low(static_cast<size_t>(c.channels)),
+        high(low), workspace(static_cast<size_t>(minmax_workspace(grid)));
+    const MinMaxArgs args{x.data(),    FloatType::kFloat32, grid, c.channels, low.data(),
+                          high.data(), workspace.data()};
+    CHECK(minmax(args, threads(2)));
+    for (const int64_t at : {int64_t{0}, int64_t{5}, size / 3, size / 2, size - 1}) {
+      CONTEXT("NaN at ", at, " of ", c.outer, "x", c.channels, "x", c.inner);
+      x[static_cast<size_t>(at)] = std::nanf("");
+      CHECK(!minmax(args, threads(2)));
+      CHECK_EQ(finite_minmax(args).nans, 1);
+      x[static_cast<size_t>(at)] = 0.5f;
+    }
+  }
+}
+
 void mask_equals_scalar(FloatType type, int64_t n, Touches touches, Rng& rng) {
   CONTEXT("mask n=", n, " type=", type);
   const bool per_element = rng.chance(0.5);
@@ -269,6 +304,7 @@ void many_weights(bool chosen, Touches touches, Rng& rng) {
 int main() {
   for_each_isa([](Isa) {
     Rng rng;
+    a_nan_in_any_part_is_found();
     for (Touches touches : {Touches::kEnd, Touches::kStart}) {
       for (FloatType type : {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16}) {
         for (int64_t n = 0; n <= 140; ++n) {

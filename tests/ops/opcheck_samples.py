@@ -50,6 +50,7 @@ SAMPLES["lsq"] = [
     lambda: (torch.randn(0, 4), *learned_grid(4), -1, -7, 8, 1.0),
 ]
 SAMPLES["lsq_backward"] = [
+    lambda: (torch.randn(0, 4), torch.randn(0, 4), *(t.detach() for t in learned_grid(4)), 1, -7, 8, 0.1),
     lambda: (torch.randn(3, 5), torch.randn(3, 5), *(t.detach() for t in learned_grid()), None, -7, 8, 0.1),
 ]
 SAMPLES["lsq_backward_out"] = [
@@ -239,6 +240,8 @@ SAMPLES["observe_histogram"] = [
              torch.tensor([3.0]), torch.arange(100.0)),
     lambda: (torch.randn(40), torch.tensor([float("inf")]), torch.tensor([float("-inf")]), torch.tensor([-1.0]),
              torch.tensor([3.0]), torch.arange(100.0)),
+    lambda: (torch.randn(0), torch.tensor([-4.0]), torch.tensor([4.0]), torch.tensor([-1.0]),
+             torch.tensor([3.0]), torch.arange(100.0)),
 ]  # fmt: skip
 
 # ---- foreach ----
@@ -288,6 +291,7 @@ SAMPLES["pact"] = [
 ]
 SAMPLES["pact_backward"] = [
     lambda: (torch.randn(2, 4, 3), torch.randn(2, 4, 3), *grid(4), 1, -7, 8),
+    lambda: (torch.randn(2, 4, 0), torch.randn(2, 4, 0), *grid(4), 1, -7, 8),
 ]
 SAMPLES["dorefa_weight"] = [
     lambda: (torch.randn(3, 5, requires_grad=True), *grid(), -7, 7),

@@ -188,7 +188,25 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa):
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("op", BINARY)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
+def test_two_operands_may_repeat_one_code_along_a_row(isa, op, dtypes):
+    kernel, oracle = BINARY[op]
+    grid = (0.5, middle(dtypes[0], 10), 0.25, middle(dtypes[1], 20), 1.0, 30, 0, 255, torch.uint8)
+    for n in (1, 2, 16, 65, 20_000):
+        pairs = [
+            (codes(4, 1, dtype=dtypes[0], seed=1).expand(4, n), codes(4, 1, dtype=dtypes[1], seed=2).expand(4, n)),
+            (
+                codes(5, 3, 1, 1, dtype=dtypes[0]),
+                codes(5, 16, dtype=dtypes[1]).as_strided((5, 1, 1, n), (16, 16, 16, 0)),
+            ),
+        ]
+        for a, b in pairs:
+            assert torch.equal(kernel(a, b, *grid), oracle(a, b, *grid))
+
+
 A = codes(2, 3)
+HUGE = torch.zeros(1, dtype=torch.uint8).expand(2**62)
 OUT = (0.04, 3, 0, 255, torch.uint8)
 BAD_CALLS = {
     "float operand": (lambda: ops.add(A.float(), A, 0.1, 0, 0.1, 0, *OUT), "add: a must be uint8 or int8, got Float"),
@@ -197,6 +215,22 @@ BAD_CALLS = {
     "scale": (lambda: ops.add(A, A, 0.0, 0, 0.1, 0, *OUT), "add: a_scale must be positive, finite and normal"),
     "tiny scale": (lambda: ops.mul(A, A, 0.1, 0, 1e-40, 0, *OUT), "mul: b_scale must be positive, finite and normal"),
     "huge scale": (lambda: ops.mul(A, A, 0.1, 0, 0.1, 0, 1e39, 3, 0, 255, torch.uint8), "mul: scale must be positive"),
+    "product of scales": (
+        lambda: ops.mul(A, A, 1e30, 0, 1e30, 0, 1.0, 7, 0, 255, torch.uint8),
+        r"mul: a_scale \* b_scale / scale must be finite in float32, got 1e\+30 \* 1e\+30 / 1",
+    ),
+    "quotient of scales": (
+        lambda: ops.mul(A, A, 1e20, 0, 1.0, 0, 1e-20, 7, 0, 255, torch.uint8),
+        r"mul: a_scale \* b_scale / scale must be finite in float32",
+    ),
+    "reach of a": (
+        lambda: ops.add(A, A, 3e37, 200, 1.0, 200, 1.0, 7, 0, 255, torch.uint8),
+        r"add: 255 \* a_scale must be finite in float32, got a_scale 3e\+37",
+    ),
+    "reach of b": (
+        lambda: ops.add(A, A, 1.0, 200, 3e37, 200, 1.0, 7, 0, 255, torch.uint8),
+        r"add: 255 \* b_scale must be finite in float32",
+    ),
     "operand zero point": (lambda: ops.add(A, A, 0.1, -1, 0.1, 0, *OUT), r"a_zero_point must be in \[0, 255\]"),
     "zero point": (
         lambda: ops.add(A, A, 0.1, 0, 0.1, 0, 0.1, 256, 0, 8, torch.uint8),
@@ -212,6 +246,10 @@ BAD_CALLS = {
     "cat shapes": (lambda: ops.cat([A, codes(2, 4)], codes(2, 256), 0), "outside of dimension 0"),
     "cat dims": (lambda: ops.cat([A, codes(2)], codes(2, 256), 0), "every tensor must have 2 dimensions"),
     "cat axis": (lambda: ops.cat([A, A], codes(2, 256), 2), "cat: axis must be in"),
+    "cat sizes": (
+        lambda: ops.cat([HUGE] * 3, codes(3, 256), 0),
+        r"cat: tensors must have together at most 2\^63 - 1 elements in dimension 0",
+    ),
     "cat floats": (lambda: ops.cat([A, A.float()], codes(2, 256), 0), "every tensor must be uint8 or int8"),
 }
 

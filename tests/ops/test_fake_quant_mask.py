@@ -167,3 +167,20 @@ def test_codes_come_with_the_straight_through_gradient(isa):
         ops.fake_quant_mask(x, *grid(), None, *ends, torch.int32)
     with pytest.raises(RuntimeError, match="fake_quant_mask: qmin"):
         ops.fake_quant_mask(x, *grid(), None, *ends, torch.uint8)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_second_derivatives_are_those_of_the_kept_input(axis):
+    x = tensors(64, 33)[0]
+    args = *grid(1 if axis is None else x.shape[axis]), axis, -100, 90
+    seconds = []
+    for keep in ("input", "mask"):
+        leaf = x.clone().requires_grad_()
+        loss = (
+            ops.fake_quant(leaf.t(), *args[:2], None if axis is None else 1 - axis, *args[3:], keep=keep) ** 2
+        ).sum()
+        first = torch.autograd.grad(loss + (leaf**3).sum(), leaf, create_graph=True)[0]
+        seconds.append(torch.autograd.grad((first**2).sum(), leaf)[0])
+    assert torch.equal(*seconds)
+    passes = ops.fake_quant_backward(torch.ones_like(x), x, *args)
+    assert bool((passes == 0).any())

@@ -296,6 +296,10 @@ BAD_ARGUMENTS = [
     ),
     ({"epilogue": Epilogue(residual=ResidualAdd(0.0, 0, 1.0, 0, 0, 255))}, "the residual's scale must be positive"),
     ({"epilogue": Epilogue(residual=ResidualAdd(1.0, 0, 1.0, 300, 0, 255))}, "the residual's out_zero_point must be"),
+    (
+        {"epilogue": Epilogue(residual=ResidualAdd(3e37, 0, 1.0, 0, 0, 255))},
+        r"255 \* the residual's scale must be finite in float32",
+    ),
 ]
 
 

@@ -269,10 +269,38 @@ def test_bad_input_is_refused_by_name(change, message):
         ops.observe_fake_quant(**(GOOD | change))
 
 
-def test_out_must_not_be_x():
-    x = torch.ones(3, 4)
-    with pytest.raises(RuntimeError, match="observe_fake_quant: out must not be x"):
-        ops.observe_fake_quant_out(**(GOOD | {"x": x}), out=x)
+NAN_PLACES = {
+    "runs of a long row": ((40_000,), None),
+    "rows of a channel": ((5, 3, 9_000), 1),
+    "folded rows": ((17, 3), 1),
+    "rows of many channels": ((400, 600), -1),
+}
+
+
+@pytest.mark.parametrize("place", NAN_PLACES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_is_found_wherever_it_lies(isa, place, dtype):
+    shape, axis = NAN_PLACES[place]
+    for where in (0, 5, 1 / 3, 1 / 2, -1):
+        x = data(*shape, dtype=dtype)
+        at = int(where * x.numel()) if isinstance(where, float) else where
+        x.view(-1)[at] = float("nan")
+        low, high, counts = ops.observe_minmax(x, axis)
+        expected = reference.observe_minmax(x, axis)
+        assert torch.equal(low, expected[0])
+        assert torch.equal(high, expected[1])
+        assert counts.tolist() == [1, 0]
+        spec = QSpec.activation()
+        with pytest.raises(RuntimeError, match="must be finite, got 1 NaN and 0 infinite values"):
+            ops.observe(x, *State(spec).args())
+
+
+def test_an_empty_tensor_of_many_dimensions_has_no_extremes():
+    low, high, counts = ops.observe_minmax(torch.empty([0] * 16), None)
+    assert (low.tolist(), high.tolist(), counts.tolist()) == ([INF], [-INF], [0, 0])
+    low, high, _ = ops.observe_minmax(torch.empty([0] * 9 + [3] + [0] * 5 + [2**40]), 9)
+    assert (low.tolist(), high.tolist()) == ([INF] * 3, [-INF] * 3)
+    assert ops.fake_quant(torch.empty([0] * 12), torch.ones(1), torch.zeros(1).int(), None, 0, 9).shape == (0,) * 12
 
 
 @pytest.mark.parametrize("limits", [(0.0, None), (0.0, 6.0), (-1.0, 1.0), (5.0, 7.0)])
@@ -326,3 +354,20 @@ def test_histograms_refuse_wrong_state():
     }.items():
         with pytest.raises(RuntimeError, match=f"observe_histogram: {words}"):
             ops.observe_histogram(x, low, high, *state)
+
+
+def test_the_range_of_a_histogram_grows_without_values():
+    ours, expected = histogram_state(8), histogram_state(8)
+    for x, low, high in ((torch.randn(50).clamp(-1, 1), -1.0, 1.0), (torch.empty(0), -3.0, 2.0)):
+        for state, observe in ((ours, ops.observe_histogram), (expected, reference.observe_histogram)):
+            observe(x, torch.tensor([low]), torch.tensor([high]), *state)
+    assert (ours[0].item(), ours[1].item()) == (-3.0, 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_a_histogram_of_a_single_value():
+    ours, expected, x = histogram_state(8), histogram_state(8), torch.tensor(0.3)
+    for state, observe in ((ours, ops.observe_histogram), (expected, reference.observe_histogram)):
+        observe(x, torch.tensor([-1.0]), torch.tensor([1.0]), *state)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert ours[2].sum() == 1

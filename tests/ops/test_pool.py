@@ -157,22 +157,45 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa):
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_window_of_padding_alone_has_the_lowest_code(isa, dtype):
+    q = codes(1, 5, 1, 1, dtype=dtype) // 2 + 1
+    out = ops.max_pool(q, [2, 2], [1, 1], [1, 1], [2, 2])  # the taps lie around the only pixel
+    assert torch.equal(out, torch.full_like(out, torch.iinfo(dtype).min))
+    assert torch.equal(out, reference.max_pool(q, [2, 2], [1, 1], [1, 1], [2, 2]))
+
+
 Q = codes(1, 3, 5, 5)
 MEAN = (0.1, 3, 0.1, 3, 0, 255, torch.uint8)
 BAD_CALLS = {
     "float": (lambda: ops.max_pool(Q.float(), [2, 2], [], [0, 0], [1, 1]), "max_pool: q must be uint8 or int8"),
     "dimensions": (lambda: ops.max_pool(Q[0, 0], [2], [], [0], [1]), "must have 3, 4 or 5 dimensions"),
     "kernel length": (lambda: ops.max_pool(Q, [2], [], [0, 0], [1, 1]), "kernel_size must have 2 elements"),
-    "kernel": (lambda: ops.max_pool(Q, [0, 2], [], [0, 0], [1, 1]), "kernel_size must be at least 1, got 0"),
-    "stride": (lambda: ops.max_pool(Q, [2, 2], [0, 1], [0, 0], [1, 1]), "stride must be at least 1, got 0"),
-    "dilation": (lambda: ops.max_pool(Q, [2, 2], [], [0, 0], [0, 1]), "dilation must be at least 1, got 0"),
-    "negative padding": (lambda: ops.max_pool(Q, [2, 2], [], [-1, 0], [1, 1]), "padding must be at least 0, got -1"),
+    "kernel": (lambda: ops.max_pool(Q, [0, 2], [], [0, 0], [1, 1]), r"kernel_size must be in \[1, 2147483647\], got 0"),
+    "stride": (lambda: ops.max_pool(Q, [2, 2], [0, 1], [0, 0], [1, 1]), r"stride must be in \[1, 2147483647\], got 0"),
+    "dilation": (lambda: ops.max_pool(Q, [2, 2], [], [0, 0], [0, 1]), r"dilation must be in \[1, 2147483647\], got 0"),
+    "huge stride": (
+        lambda: ops.max_pool(Q, [2, 2], [2**31, 1], [0, 0], [1, 1]),
+        r"max_pool: stride must be in \[1, 2147483647\], got 2147483648",
+    ),
+    "negative padding": (
+        lambda: ops.max_pool(Q, [2, 2], [], [-1, 0], [1, 1]),
+        r"padding must be in \[0, 2147483647\], got -1",
+    ),
     "padding": (lambda: ops.max_pool(Q, [2, 2], [], [2, 0], [1, 1]), "at most half of the window's extent 2, got 2"),
     "window": (lambda: ops.max_pool(Q, [6, 2], [], [0, 0], [1, 1]), "at most the padded input 5, got 6"),
     "empty": (lambda: ops.max_pool(Q[..., :0], [1, 1], [], [0, 0], [1, 1]), "must not be empty outside of the batch"),
     "divisor": (
         lambda: ops.avg_pool(Q, [2, 2], [], [0, 0], False, True, 0, *MEAN),
-        "divisor_override must be positive, got 0",
+        r"divisor_override must be in \[1, 2147483647\], got 0",
+    ),
+    "quotient of scales": (
+        lambda: ops.avg_pool(Q, [2, 2], [], [0, 0], False, True, None, 1e38, 0, 1e-37, 10, 0, 255, torch.uint8),
+        r"avg_pool: q_scale / scale must be finite in float32, got 1e\+38 / 1e-37",
+    ),
+    "adaptive quotient of scales": (
+        lambda: ops.adaptive_avg_pool(Q, [2, 2], 1e38, 0, 1e-37, 10, 0, 255, torch.uint8),
+        "adaptive_avg_pool: q_scale / scale must be finite in float32",
     ),
     "scale": (
         lambda: ops.adaptive_avg_pool(Q, [1, 1], 0.0, *MEAN[1:]),
@@ -182,7 +205,10 @@ BAD_CALLS = {
         lambda: ops.adaptive_avg_pool(Q, [1, 1], 0.1, 300, *MEAN[2:]),
         r"q_zero_point must be in \[0, 255\]",
     ),
-    "output size": (lambda: ops.adaptive_avg_pool(Q, [1, 0], *MEAN), "output_size must be at least 1, got 0"),
+    "output size": (
+        lambda: ops.adaptive_avg_pool(Q, [1, 0], *MEAN),
+        r"output_size must be in \[1, 2147483647\], got 0",
+    ),
     "huge window": (
         lambda: ops.avg_pool(codes(1, 1, 8, 8), [2**20, 2**20], [], [0, 0], False, True, None, *MEAN),
         "avg_pool: ",

@@ -83,6 +83,25 @@ void counts_and_ranges_that_overflow_lose_nothing() {
   CHECK_EQ(total, 10.0f);
 }
 
+void a_range_grows_without_values() {
+  State cpu(8), gpu(8);
+  for (const HistogramRange& range : {HistogramRange{-1.0f, 1.0f}, HistogramRange{-3.0f, 2.0f}}) {
+    std::vector<uint8_t> space(static_cast<size_t>(histogram_workspace(0, 8)));
+    Guarded<uint8_t> workspace(histogram_cuda_workspace(8));
+    observe_histogram({nullptr, FloatType::kFloat32, 0, range.low, range.high, &cpu.low, &cpu.high,
+                       cpu.histogram.data(), 8, space.data()},
+                      kSerial);
+    CHECK_EQ(
+        observe_histogram_cuda({nullptr, FloatType::kFloat32, 0, &range.low, &range.high, &gpu.low,
+                                &gpu.high, gpu.histogram.data(), 8, workspace.data()},
+                               nullptr),
+        cudaSuccess);
+    CHECK_EQ(gpu.low, range.low);
+    CHECK(same_bytes(&gpu.low, &cpu.low, 1) && same_bytes(&gpu.high, &cpu.high, 1));
+    CHECK(same_bytes(gpu.histogram.data(), cpu.histogram.data(), 8));
+  }
+}
+
 struct Run {
   Guarded<float> x;
   HistogramRange range{-1.0f, 1.0f};
@@ -134,6 +153,7 @@ int main() {
   }
   batches_give_the_bits_of_the_cpu<float>(FloatType::kFloat32, kSharedBins + 1, 3000, 0, rng);
   counts_and_ranges_that_overflow_lose_nothing();
+  a_range_grows_without_values();
   broken_kernels_are_noticed();
   values_are_read_16_bytes_at_a_time();
 }

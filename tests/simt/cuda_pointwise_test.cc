@@ -161,6 +161,33 @@ void pools_give_the_bits_of_the_cpu() {
   }
 }
 
+// Where 32 bits do not hold what the windows are computed from.
+void a_stride_beyond_32_bits_gives_the_bits_of_the_cpu() {
+  Rng rng(4);
+  PoolGeometry g{.batch = 2,
+                 .channels = 18,
+                 .in = {1, 5, 4},
+                 .out = {1, 2, 1},
+                 .adaptive = false,
+                 .kernel = {1, 3, 2},
+                 .stride = {1, 2, INT32_MAX},
+                 .padding = {0, 0, 0},
+                 .dilation = {1, 1, 1}};
+  Guarded<uint8_t> q(2 * 5 * 4 * 18, Touches::kStart), out(2 * 2 * 18, Touches::kStart);
+  Guarded<uint8_t> expected(out.size());
+  rng.fill(q);
+  MaxPoolArgs largest{q.data(), expected.data(), true, g};
+  max_pool(largest, kSerial);
+  largest.out = out.data();
+  CHECK_EQ(max_pool_cuda(largest, nullptr), cudaSuccess);
+  CHECK(same_bytes(out.data(), expected.data(), out.size()));
+  AvgPoolArgs mean{q.data(), expected.data(), false, false, g, true, 0, 0.7f, 9, 5, 0, 255};
+  avg_pool(mean, kSerial);
+  mean.out = out.data();
+  CHECK_EQ(avg_pool_cuda(mean, nullptr), cudaSuccess);
+  CHECK(same_bytes(out.data(), expected.data(), out.size()));
+}
+
 // A tensor that is shorter than its layout says: the guard page behind it is hit.
 void a_dropped_bound_is_noticed() {
   Guarded<uint8_t> q(100), out(100);
@@ -182,5 +209,6 @@ int main() {
   }
   cat_gives_the_bits_of_the_cpu();
   pools_give_the_bits_of_the_cpu();
+  a_stride_beyond_32_bits_gives_the_bits_of_the_cpu();
   a_dropped_bound_is_noticed();
 }

@@ -161,6 +161,30 @@ void observers_give_the_bits_of_the_cpu(const Shape& shape, FloatType type, bool
   }
 }
 
+// More chunks of rows than the second dimension of a grid has blocks.
+void millions_of_rows_are_observed() {
+  const int64_t rows = 65536 * kColumnRows;
+  std::vector<BFloat16> x(static_cast<size_t>(2 * rows));
+  from_float(-3.0f, &x.front());
+  from_float(5.0f, &x.back());
+  const DenseGrid grid{nullptr, nullptr, 2 * rows, 2, 1};
+  std::vector<uint8_t> workspace(static_cast<size_t>(minmax_cuda_workspace(grid)));
+  float low[2], high[2];
+  int64_t non_finite[2];
+  CHECK_EQ(minmax_cuda({.x = x.data(),
+                        .type = FloatType::kBFloat16,
+                        .grid = grid,
+                        .low = low,
+                        .high = high,
+                        .non_finite = non_finite,
+                        .workspace = workspace.data()},
+                       nullptr),
+           cudaSuccess);
+  CHECK_EQ(low[0], -3.0f);
+  CHECK_EQ(high[1], 5.0f);
+  CHECK_EQ(low[1], 0.0f);
+}
+
 template <typename T>
 void lists_give_the_bits_of_the_cpu(FloatType type) {
   Rng rng(4);
@@ -331,6 +355,7 @@ int main() {
       observers_give_the_bits_of_the_cpu<BFloat16>(shape, FloatType::kBFloat16, averages, averages);
     }
   }
+  millions_of_rows_are_observed();
   lists_give_the_bits_of_the_cpu<float>(FloatType::kFloat32);
   lists_give_the_bits_of_the_cpu<Float16>(FloatType::kFloat16);
   a_row_that_is_not_finite_becomes_nan();

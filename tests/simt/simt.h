@@ -92,7 +92,10 @@ void launch(Dim3 grid, Dim3 block_size, size_t shared_bytes, const F& body) {
   state.random = seed;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const unsigned threads = block_size.x * block_size.y * block_size.z;
-  if (blocks == 0 || threads == 0 || threads > 1024) fault("launch of an impossible grid");
+  if (blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
+      threads > 1024) {
+    fault("launch of an impossible grid");
+  }
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
   for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
