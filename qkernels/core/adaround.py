@@ -33,6 +33,7 @@ from qkernels.core.corrections import AdaRound
 from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import Clamp
+from qkernels.core.observers import as_first_rank
 from qkernels.core.prepare import PreparedModel, prepared_layers
 from qkernels.core.samples import Call, Samples
 
@@ -54,6 +55,7 @@ def learn_rounding(prepared: nn.Module, layers: Sequence[Prepared], samples: Sam
         codes = problem.solve(generator)
         if problem.error(codes) < problem.error(problem.nearest()):
             layer.weight_correction.copy_(problem.weight_of(codes) - layer.rows(layer.weight))
+        as_first_rank(layer.weight_correction)  # each has other samples
 
 
 @torch.no_grad()
@@ -85,8 +87,9 @@ class _Problem:
         grid = layer.quantizers["weight"].qparams()
         rows = layer.rows(layer.weight)
         along_rows = [-1] + [1] * (rows.dim() - 1)
-        self.scale = grid.scale.reshape(along_rows)
-        self.zero_point = grid.zero_point.to(torch.float32).reshape(along_rows)
+        with torch.inference_mode(False):  # a gradient goes by them
+            self.scale = grid.scale.clone().reshape(along_rows)
+            self.zero_point = grid.zero_point.to(torch.float32, copy=True).reshape(along_rows)
         self.position = rows / self.scale + self.zero_point
         self.below = torch.floor(self.position)
 
@@ -107,7 +110,7 @@ class _Problem:
         """The learned codes."""
         options, count = self.options, len(self.inputs)
         channel = 1 if not isinstance(self.layer, nn.Linear) else -1
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             v = start_of(self.position - self.below).requires_grad_()
             optimizer = torch.optim.Adam([v], lr=options.learning_rate)
             for step in range(options.steps):

@@ -5,7 +5,8 @@ user holds, with its Parameters, and computes with what was attached; `as_prepar
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops
+from qkernels.core.containers import become
 from qkernels.core.layers import PREPARED, Prepared
+from qkernels.core.norm import Norm
 from qkernels.core.operations import BATCH_NORMS, output_channels
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import InvalidArgument, InvalidState, Unsupported
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
 
 WEIGHT, BIAS, OUTPUT = "weight", "bias", "output"
 PARAMETERS = (WEIGHT, BIAS)
@@ -48,23 +51,73 @@ class Site:
 
 
 class Originals:
-    """What the modules of a model were before `attach`."""
+    """What the modules of a model were before `attach`.
+
+    The tables of hooks stay those of the original: a handle that the user has works on, before, while and after.
+    """
 
     def __init__(self):
-        self.was: list[tuple[nn.Module, type, dict[str, Any]]] = []
+        self.was: list[tuple[nn.Module, type, dict[str, Any], dict[str, Any]]] = []
 
     def replace(self, module: nn.Module, new: nn.Module) -> None:
         """Turns the object `module` into `new`, for everybody who holds it."""
-        self.was.append((module, module.__class__, module.__dict__))
-        module.__class__, module.__dict__ = new.__class__, new.__dict__
+        self.was.append((module, module.__class__, module.__dict__, dict(new.__dict__)))
+        become(module, new)
 
     def restore(self) -> None:
-        """Takes everything off again. Parameters and running statistics keep what training made of them."""
-        for module, cls, state in reversed(self.was):
-            training = module.training
+        """Takes everything off again. Parameters, statistics and attributes keep what has been made of them since."""
+        for module, cls, state, attached in reversed(self.was):
+            now = module.__dict__
+            _strip_hooks(module)
+            for table in ("_parameters", "_buffers"):
+                state[table].update({name: t for name, t in now[table].items() if name in state[table]})
+            state.update({name: v for name, v in now.items() if name not in attached or v is not attached[name]})
             module.__class__, module.__dict__ = cls, state
-            module.train(training)
         self.was.clear()
+
+
+class _Absorbed:
+    """Where a batch normalization was that is a part of the layer before it now: its tensors, and nothing to do.
+
+    Who looks for batch normalizations finds it, and what is frozen by `eval()` is that part of the layer.
+    """
+
+    absorbed: tuple[Norm]  # in a tuple, as it is a submodule of the layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.absorbed[0].training = mode
+        return super().train(mode)
+
+
+class AbsorbedBatchNorm1d(_Absorbed, nn.BatchNorm1d):
+    pass
+
+
+class AbsorbedBatchNorm2d(_Absorbed, nn.BatchNorm2d):
+    pass
+
+
+class AbsorbedBatchNorm3d(_Absorbed, nn.BatchNorm3d):
+    pass
+
+
+ABSORBED = dict(zip(BATCH_NORMS, (AbsorbedBatchNorm1d, AbsorbedBatchNorm2d, AbsorbedBatchNorm3d), strict=True))
+
+
+def _absorbed(norm: nn.Module, into: Norm) -> nn.Module:
+    made = _twin(norm, ABSORBED[type(norm)])
+    made.absorbed, made._parameters, made._buffers = (into,), into._parameters, into._buffers
+    return made
+
+
+def _twin(module: nn.Module, cls: type) -> nn.Module:
+    """A module of `cls` with everything that `module` has; `copy.copy` refuses those with parametrizations."""
+    made = cls.__new__(cls)
+    made.__dict__.update(module.__dict__)
+    return made
 
 
 def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) -> Originals:
@@ -78,36 +131,62 @@ def attach(model: nn.Module, sites: Mapping[str, Site], trained: bool = True) ->
     Raises:
         InvalidArgument: a weight recipe for a module whose weight is not computed with, or a norm that does not fit.
     """
-    originals = Originals()
     for path, site in sites.items():
-        module = model.get_submodule(path)
-        layered = site.weight is not None and type(module) in PREPARED
-        made = _with_weight(model, path, module, site, trained) if layered else copy.copy(module)
-        if not layered:
-            made._modules, made._forward_hooks = dict(module._modules), module._forward_hooks.copy()
-            made._forward_pre_hooks = module._forward_pre_hooks.copy()
-            made._forward_hooks_always_called = module._forward_hooks_always_called.copy()
-            made.quantizers = nn.ModuleDict()
-        originals.replace(module, made)
-        if site.norm is not None:
-            originals.replace(model.get_submodule(site.norm), nn.Identity().train(module.training))
-        device = next((p.device for p in model.parameters()), None)
-        for key, recipe in [*((f"input{i}", r) for i, r in site.inputs.items()), (OUTPUT, site.output)]:
-            if recipe is not None:
-                module.quantizers[key] = Quantizer(recipe, f"{path}.{key}", None, trained).to(device)
-        if not layered:
-            _attach_parameters(module, path, site, trained)
-        if site.inputs:
-            module.register_forward_pre_hook(_round_inputs)
-        if site.output is not None:
-            module.register_forward_hook(_round_output)
-        if trained and site.gradient_bits is not None:
-            module.gradient_bits = site.gradient_bits
-            module.register_forward_hook(_round_gradient)
-        for quantizer in module.quantizers.values():
-            quantizer.state = State.TRAIN if trained else State.OFF
-            quantizer.delay = site.start_step if trained else 0
+        _check(model.get_submodule(path), path, site)
+    originals = Originals()
+    try:
+        for path, site in sites.items():
+            _attach(model, path, site, trained, originals)
+    except BaseException:
+        originals.restore()
+        raise
     return originals
+
+
+def _check(module: nn.Module, path: str, site: Site) -> None:
+    if isinstance(module._modules.get("quantizers"), nn.ModuleDict):
+        raise InvalidState(
+            f"{path}: has quantizers already; one quantizer at a time rounds a module, take them off first"
+        )
+    for name, recipe in ((WEIGHT, site.weight), (BIAS, site.bias)):
+        value = getattr(module, name, None)
+        if recipe is None or not isinstance(value, Tensor):
+            continue
+        if module._parameters.get(name) is None:
+            remedy = "prune.remove, remove_weight_norm, remove_spectral_norm or remove_parametrizations"
+            raise Unsupported(f"{path}.{name}: is computed and no Parameter; make it one first by {remedy}")
+        if value.dtype == torch.float64:
+            raise InvalidType(f"{path}.{name}: must be float32, got {value.dtype}; quantize model.float()")
+
+
+def _attach(model: nn.Module, path: str, site: Site, trained: bool, originals: Originals) -> None:
+    module = model.get_submodule(path)
+    layered = site.weight is not None and type(module) in PREPARED
+    made = _with_weight(model, path, module, site, trained) if layered else _twin(module, type(module))
+    if not layered:
+        made._modules = {**module._modules, "quantizers": nn.ModuleDict()}
+    if trained and site.gradient_bits is not None:
+        made.gradient_bits = site.gradient_bits
+    originals.replace(module, made)
+    if site.norm is not None:
+        norm = model.get_submodule(site.norm)
+        originals.replace(norm, _absorbed(norm, module.norm))
+    device = next((p.device for p in model.parameters()), None)
+    for key, recipe in [*((f"input{i}", r) for i, r in site.inputs.items()), (OUTPUT, site.output)]:
+        if recipe is not None:
+            module.quantizers[key] = Quantizer(recipe, f"{path}.{key}", None, trained).to(device)
+    module.register_forward_pre_hook(_by_position, with_kwargs=True)
+    if not layered:
+        _attach_parameters(module, path, site, trained)
+    if site.inputs:
+        module.register_forward_pre_hook(_round_inputs)
+    if site.output is not None:
+        module.register_forward_hook(_round_output)
+    if "gradient_bits" in vars(made):
+        module.register_forward_hook(_round_gradient)
+    for quantizer in module.quantizers.values():
+        quantizer.state = State.TRAIN if trained else State.OFF
+        quantizer.delay = site.start_step if trained else 0
 
 
 def _with_weight(model: nn.Module, path: str, module: nn.Module, site: Site, trained: bool) -> nn.Module:
@@ -126,7 +205,6 @@ def _with_weight(model: nn.Module, path: str, module: nn.Module, site: Site, tra
                 f"{path}: the bias is that of the folded layer, but {site.norm} is not folded in training"
             )
         layer.round_bias(site.bias, path)
-    layer._forward_hooks, layer._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
     return layer.train(module.training)
 
 
@@ -145,6 +223,18 @@ def _attach_parameters(module: nn.Module, path: str, site: Site, trained: bool) 
         module.register_forward_hook(_restore_parameters, always_call=True)
 
 
+def _by_position(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Arguments by position, the only ones that Quantizers know.
+
+    Every attached module has this hook: where hooks are torch calls the layer, and does not compute with its weight in
+    a fast path of the block around it.
+    """
+    if not kwargs:
+        return None
+    called = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    return called.args[1:], called.kwargs
+
+
 def _round_parameters(module: nn.Module, args: tuple) -> None:
     for name in PARAMETERS:
         if name in module.quantizers:
@@ -161,7 +251,9 @@ def _round_inputs(module: nn.Module, args: tuple) -> tuple:
     return tuple(quantizers[f"input{i}"](x) if f"input{i}" in quantizers else x for i, x in enumerate(args))
 
 
-def _round_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _round_output(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    if isinstance(output, tuple):  # a maximum comes with its indices
+        return module.quantizers[OUTPUT](output[0]), *output[1:]
     return module.quantizers[OUTPUT](output)
 
 
@@ -169,12 +261,13 @@ def _round_gradient(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return ops.round_gradient(output, module.gradient_bits) if module.training else output
 
 
-_HOOKS = (_round_inputs, _round_output, _round_gradient, _round_parameters, _restore_parameters)
+_HOOKS = (_by_position, _round_inputs, _round_output, _round_gradient, _round_parameters, _restore_parameters)
 
 
-def attached(model: nn.Module) -> Iterator[tuple[str, str, Quantizer]]:
-    """(path of the module, "weight", "output" or "input0", ..., Quantizer) of everything attached."""
-    for path, module in model.named_modules():
+def attached(model: nn.Module, paths: Iterable[str] | None = None) -> Iterator[tuple[str, str, Quantizer]]:
+    """(path, "weight", "output" or "input0", ..., Quantizer) of everything attached, or of that at `paths`."""
+    places = model.named_modules() if paths is None else ((path, model.get_submodule(path)) for path in paths)
+    for path, module in places:
         quantizers = module._modules.get("quantizers")
         if isinstance(quantizers, nn.ModuleDict):
             for key, quantizer in quantizers.items():
@@ -196,6 +289,8 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
         raise InvalidState(f"convert: {', '.join(blind)} saw no data; train or calibrate the model first")
     places = Places({}, {}, {}, keep_grids=True)
     for path, key, quantizer in found:
+        if key == OUTPUT and getattr(work.get_submodule(path), "return_indices", False):
+            raise Unsupported(f"convert: {path}: there are no integers for a maximum that comes with its indices")
         if key == OUTPUT:
             places.outputs[path] = quantizer
         elif key not in PARAMETERS:
@@ -209,15 +304,22 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
                 layer._parameters[key] = nn.Parameter(quantizer(layer._parameters[key]))
     for path in {path for path, _, _ in found}:
         _strip(work.get_submodule(path))
+    for module in [module for module in work.modules() if isinstance(module, _Absorbed)]:
+        become(module, nn.Identity().eval())
     with torch.no_grad():
         return prepare_placed(work, args, kwargs, places)
 
 
-def _strip(module: nn.Module) -> None:
+def _strip_hooks(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _strip(module: nn.Module) -> None:
+    _strip_hooks(module)
     if isinstance(module, Prepared):
         for key in [key for key in module.quantizers if key not in PARAMETERS]:
             del module.quantizers[key]

@@ -2,11 +2,13 @@
 
 Rounding a weight moves the mean of a channel's output, most where few products are summed: depthwise convolutions lose
 the most, and networks made of them (MobileNet, EfficientNet) gain the most. The layers are corrected in the order of
-execution, each on the corrected outputs of those before it, in one forward.
+execution, each on the corrected outputs of those before it. The calls of the calibration run side by side for that, as
+they came: nobody can tell from outside along which dimension a model could take them together.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,34 +16,50 @@ from torch import Tensor, nn
 
 from qkernels.core.corrections import BiasCorrection
 from qkernels.core.layers import Prepared
+from qkernels.core.lockstep import Meeting
+from qkernels.core.observers import sum_over_ranks
 from qkernels.core.prepare import quantizers
 from qkernels.core.quantizer import State
-from qkernels.core.samples import Samples, merged
+from qkernels.core.samples import Samples
 
 
 @torch.no_grad()
 def correct_bias(prepared: nn.Module, layers: Sequence[Prepared], samples: Samples, options: BiasCorrection) -> None:
     """Gives every one of `layers` the correction that its channels have the means of the float model with."""
-    args, kwargs = merged(samples.first(options.samples))
+    calls = samples.first(options.samples)
     expected: dict[nn.Module, Tensor] = {}
 
-    def note(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        expected.setdefault(layer, _channel_means(layer, output))
+    for args, kwargs in calls:
+        seen: set[nn.Module] = set()
 
+        def note(layer: nn.Module, inputs: Any, output: Tensor, seen: set[nn.Module] = seen) -> None:
+            if layer not in seen:  # as below, the first call of a layer that a model calls again
+                seen.add(layer)
+                sums = _channel_sums(layer, output)
+                expected[layer] = expected[layer] + sums if layer in expected else sums
+
+        with without_rounding(prepared), hooked(layers, note):
+            prepared(*args, **kwargs)
+
+    def settle(layer: Prepared, sums: list[Tensor]) -> Tensor:
+        both = torch.stack([expected[layer], torch.stack(sums).sum(0)])
+        sum_over_ranks(both)
+        means = both[:, :-1] / both[:, -1:].clamp(min=1)
+        layer.bias_correction.copy_(means[0] - means[1])
+        return layer.bias_correction
+
+    meeting = Meeting(settle)
     corrected: set[nn.Module] = set()
 
     def correct(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if layer in corrected:  # a second call already runs with the new bias
+        if layer in corrected or layer not in expected:  # a second call already runs with the new bias
             return None
+        shift = meeting.ask(layer, _channel_sums(layer, output))
         corrected.add(layer)
-        shift = expected[layer] - _channel_means(layer, output)
-        layer.bias_correction.copy_(shift)
         return output + shift.reshape(_along_channels(layer, output))
 
-    with without_rounding(prepared), hooked(layers, note):
-        prepared(*args, **kwargs)
     with hooked(layers, correct):
-        prepared(*args, **kwargs)
+        meeting.run([partial(prepared, *args, **kwargs) for args, kwargs in calls])
 
 
 def _channel_dim(layer: nn.Module, output: Tensor) -> int:
@@ -53,9 +71,10 @@ def _along_channels(layer: nn.Module, output: Tensor) -> list[int]:
     return [-1 if d == channel else 1 for d in range(output.dim())]
 
 
-def _channel_means(layer: nn.Module, output: Tensor) -> Tensor:
-    channel = _channel_dim(layer, output)
-    return output.movedim(channel, 0).flatten(1).double().mean(1).to(output.dtype)
+def _channel_sums(layer: nn.Module, output: Tensor) -> Tensor:
+    """The sum of each channel, and how many numbers it is of, in float64."""
+    channels = output.movedim(_channel_dim(layer, output), 0).unsqueeze(-1).flatten(1).double()
+    return torch.cat([channels.sum(1), channels.new_tensor([channels.shape[1]])])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def _check(correction: "Correction", name: str, low: float, high: float) -> None
 class BiasCorrection:
     """Shifts the biases so that no channel of a layer is off on average; see `qkernels.core.bias`.
 
-    samples: how many samples of the calibration data the means are taken over.
+    samples: how many samples of the calibration data the means are taken over, at least; calls are taken whole.
     """
 
     name: ClassVar[str] = "bias"
@@ -34,7 +34,8 @@ class BiasCorrection:
 class AdaRound:
     """Learns for each weight whether to round up or down; see `qkernels.core.adaround`.
 
-    samples: how many samples of the calibration data a layer's output is reconstructed on.
+    samples: how many samples of the calibration data a layer's output is reconstructed on, at least; calls are taken
+        whole.
     steps, batch, learning_rate: of Adam, for each layer.
     regularization: weight of the term that drives roundings to 0 or 1.
     warm_start: the share of steps before that term sets in.
@@ -67,6 +68,8 @@ def corrections(wanted: "str | Correction | Iterable[str | Correction]") -> tupl
     """Corrections from names and values, in their order."""
     if isinstance(wanted, (str, BiasCorrection, AdaRound)):
         wanted = (wanted,)
+    if not isinstance(wanted, Iterable):
+        raise InvalidType(f"corrections: takes names or values of {sorted(CORRECTIONS)}, got {wanted!r}")
     found = []
     for one in wanted:
         if isinstance(one, str):

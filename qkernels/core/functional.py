@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qkernels.core import operations as o
+from qkernels.core.graph import read_written, seen_later
 
 
 class Functional(nn.Module):
@@ -88,6 +89,8 @@ FUNCTIONALS: dict[Any, type[Functional]] = {
     **{torch.where: Where, F.pad: Pad, torch._C._nn.pad: Pad},
     **{F.interpolate: Interpolate, F.grid_sample: GridSample},
 }
+OPERANDS = ("condition", "input", "other", "exponent", "mat2")
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, torch.relu_)
 _ACTIVATIONS = "ReLU ReLU6 Sigmoid Tanh Softmax GELU SiLU Hardswish Hardsigmoid Hardtanh ELU SELU CELU Softplus Mish"
 _NAMES = {name.lower(): getattr(nn, name) for name in (_ACTIVATIONS + " Softsign Dropout").split()}
 _NAMES |= {"log_softmax": nn.LogSoftmax, "leaky_relu": nn.LeakyReLU, "relu_": nn.ReLU}
@@ -111,7 +114,25 @@ def calls_to_modules(traced: fx.GraphModule, note: Callable[[str, str], None]) -
     traced.recompile()
 
 
+def _is_in_place(node: fx.Node) -> bool:
+    return node.target in IN_PLACE or (node.op == "call_method" and node.target.endswith("_"))
+
+
+def _keeps_writing(node: fx.Node) -> bool:
+    """Whether a call must go on writing in place; if not, whoever reads the overwritten tensor later reads the call."""
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node):
+        return True
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    if written.op == "get_attr" or seen_later(node, order) is not None:
+        return True
+    read_written(node, order)
+    return False
+
+
 def _to_module(prepared: fx.GraphModule, node: fx.Node, note: Callable[[str, str], None]) -> None:
+    if _is_in_place(node) and (node.target in MODULES or node.target in FUNCTIONALS) and _keeps_writing(node):
+        return
     if node.target in MODULES:
         cls, kwargs = MODULES[node.target], dict(node.kwargs)
         if "input" in kwargs and not node.args:
@@ -126,6 +147,7 @@ def _to_module(prepared: fx.GraphModule, node: fx.Node, note: Callable[[str, str
         module, args, kwargs = cls(**positional, **kwargs), node.args[:1], {}
     elif node.target in FUNCTIONALS:
         module, args, kwargs = FUNCTIONALS[node.target](), node.args, dict(node.kwargs)
+        args += tuple(kwargs.pop(name) for name in OPERANDS if name in kwargs)  # quantizers are told by position
         if isinstance(module, Concat):
             tensors = args[0] if args else kwargs.pop("tensors")
             kwargs = {"dim": args[1] if len(args) > 1 else kwargs.get("dim", 0)}

@@ -164,10 +164,8 @@ def ones(norm: nn.Module, dims: int) -> nn.Module:
 
 
 def norms_behind(model: nn.Module, example_inputs: Any) -> dict[str, str]:
-    """The path of the batch normalization that alone reads a convolution, by the path of the convolution."""
-    training = model.training
-    traced = trace(model.eval(), *arguments(example_inputs))
-    model.train(training)
+    """The path of the batch normalization that alone reads a convolution, by its path; the model is in eval mode."""
+    traced = trace(model, *arguments(example_inputs))
     modules, found = modules_of(traced), {}
     for node in traced.graph.nodes:
         if node.op == "call_module" and type(modules[node.target]) in BATCH_NORMS:

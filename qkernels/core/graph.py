@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qkernels.core.operations import BATCH_NORMS, CONVS, METHODS, Value, operation
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, InvalidType
 
 
 class Untraceable(Exception):
@@ -23,6 +23,10 @@ class Untraceable(Exception):
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict]:
     """`example_inputs` as (args, kwargs): a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if example_inputs is None:
+        raise InvalidType(
+            "inputs must be a tensor, a tuple or list of arguments or a dict of keyword arguments, got None"
+        )
     example_inputs = _detached(example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -212,7 +216,7 @@ def simplify(traced: fx.GraphModule, keep_dropout: bool = False) -> None:
 
     With `keep_dropout`, for training, dropouts stay, as modules.
     """
-    _positional_inputs(traced)
+    positional_inputs(traced)
     _plain_max_pools(traced)
     _reshapes_for_views(traced)
     _drop_in_place(traced)
@@ -223,7 +227,7 @@ def simplify(traced: fx.GraphModule, keep_dropout: bool = False) -> None:
     traced.recompile()
 
 
-def _positional_inputs(traced: fx.GraphModule) -> None:
+def positional_inputs(traced: fx.GraphModule) -> None:
     """`layer(input=x)` becomes `layer(x)`."""
     for node in traced.graph.nodes:
         if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
@@ -265,10 +269,10 @@ def _drop_in_place(traced: fx.GraphModule) -> None:
         elif node.op == "call_module" and node.target in in_place_modules:
             in_place, modules[node.target].inplace = True, False
         if in_place and node.args and isinstance(node.args[0], fx.Node):
-            _refuse_read_later(node, order)
-            for user in list(node.args[0].users):
-                if user is not node and order[user] > order[node]:
-                    user.replace_input_with(node.args[0], node)
+            source = seen_later(node, order)
+            if source is not None:
+                raise Untraceable(f"{node.name} writes in place to a view of {source.name}, which is read later")
+            read_written(node, order)
 
 
 # `reshape` and `flatten` are views of most tensors.
@@ -300,15 +304,25 @@ _VIEWS = frozenset(
 )
 
 
-def _refuse_read_later(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Raises if what the node writes in place to is a view of something that is read later."""
+def _is_view(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and getattr(node.target, "__name__", node.target) in _VIEWS
+
+
+def seen_later(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
+    """What shares the memory that the node writes in place to, as its view or source, and is read later."""
     source = node.args[0]
-    while source.op in ("call_function", "call_method") and getattr(source.target, "__name__", source.target) in _VIEWS:
-        if not isinstance(source.args[0], fx.Node):
-            return
+    others = [user for user in source.users if order[user] < order[node] and _is_view(user) and user.args[0] is source]
+    while _is_view(source) and isinstance(source.args[0], fx.Node):
         source = source.args[0]
-        if any(order[user] > order[node] for user in source.users):
-            raise Untraceable(f"{node.name} writes in place to a view of {source.name}, which is read later")
+        others.append(source)
+    return next((other for other in others if any(order[user] > order[node] for user in other.users)), None)
+
+
+def read_written(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Whoever reads later what the node writes in place to, reads the node."""
+    for user in list(node.args[0].users):
+        if user is not node and order[user] > order[node]:
+            user.replace_input_with(node.args[0], node)
 
 
 def _drop_identities(traced: fx.GraphModule, keep_dropout: bool) -> None:

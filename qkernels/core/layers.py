@@ -104,12 +104,12 @@ class Prepared:
 
     # -- forward
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that it has in torch's layers
         if self.norm is not None:
-            return self.normalized(x)
+            return self.normalized(input)
         if not self._is_rounded():
-            return self.run(x, self.rows(self.weight), self.rounded_bias(self.bias))
-        return self.run(x, self._corrected_rows(), self.rounded_bias(self.corrected_bias()))
+            return self.run(input, self.rows(self.weight), self.rounded_bias(self.bias))
+        return self.run(input, self._corrected_rows(), self.rounded_bias(self.corrected_bias()))
 
     def round_bias(self, recipe: TensorRecipe, path: str) -> None:
         """From now on the bias goes onto a grid of its own."""
@@ -226,6 +226,11 @@ class Prepared:
         quantizer = self.quantizers["weight"]
         quantizer.observer.reset()
         quantizer.watch(self.observed_weight())
+
+    def choose_weight_grid(self) -> None:
+        """The first grid of a weight that is trained."""
+        self.observe_weight()
+        self.quantizers["weight"].choose(self.observed_weight().detach())
 
     def weight_qparams(self) -> QParams:
         """The grid of the weight, its axis in the layout of `weight`."""

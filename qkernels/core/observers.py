@@ -175,10 +175,22 @@ def merge_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return -both[: low.numel()], both[low.numel() :]
 
 
+def sum_over_ranks(values: Tensor) -> None:
+    """Replaces the values of each rank by their sum, if there are others."""
+    if is_distributed():
+        distributed.all_reduce(values)
+
+
 def mean_over_ranks(values: Tensor) -> None:
     """Replaces the values of each rank by their mean."""
     distributed.all_reduce(values)
     values /= distributed.get_world_size()
+
+
+def as_first_rank(values: Tensor) -> None:
+    """Replaces the values of each rank by those of the first, if there are others."""
+    if is_distributed():
+        distributed.broadcast(values, 0)
 
 
 def describe_non_finite(x: Tensor) -> str:
@@ -230,9 +242,11 @@ class Histogram(Observer):
             raise InvalidArgument(f"{type(self).__name__}: only per tensor; use minmax or mse for per-channel grids")
         if bins < 2:
             raise InvalidArgument(f"{type(self).__name__}: bins must be at least 2, got {bins}")
+        if codes is not None and codes < 2:
+            raise InvalidArgument(f"{type(self).__name__}: codes must be at least 2, or None, got {codes}")
         super().__init__(spec, channels)
         self.bins = bins
-        self.codes = codes or spec.qmax - spec.qmin + 1
+        self.codes = spec.qmax - spec.qmin + 1 if codes is None else codes
         self.register_buffer("histogram", torch.zeros(bins))
 
     def reset(self) -> None:

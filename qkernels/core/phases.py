@@ -17,9 +17,20 @@ from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.report import PrepareReport
 from qkernels.core.samples import Samples
-from qkernels.errors import CalibrationError, InvalidArgument
+from qkernels.errors import CalibrationError, InvalidArgument, InvalidType
 
 CORRECT = {BiasCorrection: correct_bias, AdaRound: learn_rounding}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is in eval mode; at the end, however it comes, each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -37,24 +48,29 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
     ...     for _ in range(10):
     ...         _ = prepared(torch.randn(8, 4))
     """
+    if not isinstance(getattr(prepared, "report", None), PrepareReport):
+        raise InvalidArgument(f"calibrating: the model must come from `prepare`, got a {type(prepared).__name__}")
+    with evaluating(prepared), _watching(prepared):  # batch norms of a model in training keep their statistics
+        yield prepared
+
+
+@contextmanager
+def _watching(prepared: nn.Module) -> Iterator[None]:
+    """`calibrating` but for the modes."""
     watched = [q for q in quantizers(prepared) if q.state not in (State.FROZEN, State.FROZEN_OFF)]
     layers = [layer for layer in prepared_layers(prepared) if layer.quantizers["weight"] in set(watched)]
     weights = {layer.quantizers["weight"] for layer in layers}
-    if not isinstance(getattr(prepared, "report", None), PrepareReport):
-        raise InvalidArgument("calibrating: the model must come from `prepare`")
     wanted = prepared.recipe.corrections if layers else ()
     samples = Samples(max((correction.samples for correction in wanted), default=0))
     before = [_snapshot(q) for q in watched]
     corrections = {correction: correction.clone() for layer in layers for correction in layer.corrections().values()}
-    modes = [(module, module.training) for module in prepared.modules()]
     hook = prepared.register_forward_pre_hook(samples, with_kwargs=True)
     try:
-        prepared.eval()  # batch norms of a model in training keep their statistics
         for quantizer in watched:
             quantizer.observer.reset()
             quantizer.state = State.OFF if quantizer in weights else State.OBSERVE
         with torch.no_grad():
-            yield prepared
+            yield
             for layer in layers:
                 layer.observe_weight()
         hook.remove()
@@ -82,25 +98,20 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
         raise
     finally:
         hook.remove()
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
 def simulating(prepared: nn.Module) -> Iterator[None]:
     """Inside, a calibrated model is in eval mode and every Quantizer rounds to its grid, whatever its state."""
     states = {quantizer: quantizer.state for quantizer in quantizers(prepared)}
-    modes = [(module, module.training) for module in prepared.modules()]
     try:
-        prepared.eval()
         for quantizer in states:
             quantizer.state = State.FROZEN
-        yield
+        with evaluating(prepared):
+            yield
     finally:
         for quantizer, state in states.items():
             quantizer.state = state
-        for module, training in modes:
-            module.training = training
 
 
 def observe(prepared: nn.Module) -> None:
@@ -142,6 +153,8 @@ def calibrate(
         InvalidArgument: a batch does not fit the model's forward.
     """
     run = forward or run_batch
+    if not isinstance(batches, Iterable):
+        raise InvalidType(f"calibrate: batches must be an iterable of inputs, got {batches!r}")
     with calibrating(prepared):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
             run(prepared, batch)

@@ -95,6 +95,7 @@ def prepare_placed(model: nn.Module, args: tuple, kwargs: dict, places: Places) 
 
 def _placed_graph(model: nn.Module, args: tuple, kwargs: dict, places: Places, prefix: str) -> PreparedModel:
     traced = g.trace(model, args, kwargs)
+    g.positional_inputs(traced)
     _insert(traced, places)
     if places.torchs_grids:
         _insert_torchs_grids(traced)

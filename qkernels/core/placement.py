@@ -318,7 +318,7 @@ class Placement:
             elif self._only_simulated(node):
                 layer = self.modules[node.target]
                 wrapped = PREPARED[type(layer)].of(layer, self.rule(node).weight, node.target, norm, self.trained)
-                g.replace_module(self.traced, node.target, wrapped)
+                g.replace_module(self.traced, node.target, wrapped.with_corrections(self.corrections))
             elif norm is not None:
                 g.replace_module(self.traced, node.target, nn.Sequential(self.modules[node.target], norm))
             elif self.trained and node.op == "call_module" and can_round(self.modules[node.target], self.rule(node)):

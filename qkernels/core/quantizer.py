@@ -14,7 +14,7 @@ from qkernels import ops
 from qkernels.core.blocks import counts, from_rows, to_rows
 from qkernels.core.norm import Norm
 from qkernels.core.observers import is_distributed, make_observer, mean_over_ranks
-from qkernels.core.qspec import QParams, grid_values
+from qkernels.core.qspec import QParams, choose_qparams, grid_values
 from qkernels.core.recipe import TensorRecipe
 from qkernels.core.rules import make_rule
 from qkernels.core.rules.lsq import LearnedStep
@@ -73,6 +73,7 @@ class Quantizer(nn.Module):
         self.trained = trained
         self.state = State.OFF
         self.delay = 0  # training steps that TRAIN still only watches
+        self.counts = True  # whether each batch is a step; otherwise somebody else takes steps off the delay
         self.gives_codes = False  # whether a layer that runs on integers reads the output
         self._ready: tuple[weakref.ref, Tensor] | None = None  # the last output and its codes, until they are asked for
         self._done: weakref.ref | None = None  # what `normalized` gave, until it arrives
@@ -170,8 +171,9 @@ class Quantizer(nn.Module):
 
     def on_grid(self, x: Tensor, clamp: Limits = None) -> Tensor:
         """`x`, limited to `clamp`, rounded to the grid of now."""
-        if self.rule is None and x.dtype != torch.float32:
-            raise InvalidType(f"the quantizer of {self.source} takes float32, got {x.dtype}")
+        if x.dtype != torch.float32 and (self.rule is None or x.dtype not in (torch.float16, torch.bfloat16)):
+            known = "float32" if self.rule is None else "float32, bfloat16 and float16"
+            raise InvalidType(f"the quantizer of {self.source or 'a tensor'} takes {known}, got {x.dtype}")
         if not self._chosen:
             if x.numel() == 0 or self.delay > 0:
                 return limited(x, clamp)
@@ -182,8 +184,13 @@ class Quantizer(nn.Module):
                 f"the quantizer of {self.source} has no grid yet: run a training batch, or batches inside `calibrating`"
             )
         if self.rule is not None and not self._fused:
-            return self.rule(limited(x, clamp), *self.rule.grid(self.scale, self.zero_point))
+            return self.rule(limited(x, clamp), *self._ruled_grid())
         return self._round(x, self.scale, self.zero_point, clamp)
+
+    def _ruled_grid(self) -> tuple[Tensor, Tensor]:
+        """The grid of the rule, which learns nothing while it is frozen."""
+        scale, zero_point = self.rule.grid(self.scale, self.zero_point)
+        return (scale.detach(), zero_point.detach()) if self.state is State.FROZEN else (scale, zero_point)
 
     def _round(self, x: Tensor, scale: Tensor, zero_point: Tensor, clamp: Limits) -> Tensor:
         """Straight through. On codes a clamp is a narrower range; its ends let the gradient pass half a step longer."""
@@ -227,7 +234,7 @@ class Quantizer(nn.Module):
         statistics, spec = norm.statistics(x), self.spec
         floor, ceiling, factor = None, None, None
         if isinstance(self.rule, LearnedStep):
-            scale, zero_point = self.rule.grid(self.scale, self.zero_point)
+            scale, zero_point = self._ruled_grid()
             qmin, qmax, factor = spec.qmin, spec.qmax, self.rule.grad_factor(x.numel())
             if clamp is not None:
                 floor, ceiling = clamp
@@ -250,7 +257,7 @@ class Quantizer(nn.Module):
 
     def _wait(self, x: Tensor) -> Tensor:
         """A training step before rounding begins."""
-        self.delay -= 1
+        self.delay -= self.counts
         if not self.forgets:
             self.observer.observe(x, merged=not self.is_weight)
         return x
@@ -412,17 +419,40 @@ class Quantizer(nn.Module):
         self._take_over()
 
     def take_range(self, low: Tensor, high: Tensor) -> None:
-        """Takes the grid for the range from `low` to `high`, as if the observer had seen it."""
+        """Takes the grid for the range from `low` to `high`, and lets the observer go on from there."""
         if not self._sized:
             self._make(low.numel())
             self._sized = True
-        self.observer.low.copy_(low.reshape(-1))
-        self.observer.high.copy_(high.reshape(-1))
-        self.choose()
+        low, high = low.reshape(-1), high.reshape(-1)
+        self.observer.low.copy_(low)
+        self.observer.high.copy_(high)
+        self.set_qparams(choose_qparams(self.spec, low, high))
 
-    def choose(self) -> None:
-        """Takes the grid that the observer proposes."""
+    @torch.no_grad()
+    def take_ends(self, low: Tensor, high: Tensor) -> None:
+        """Takes the trained ends `low` and `high` as they are, of a rule with ends; the grid follows from them."""
+        self.rule.low.copy_(low.reshape(-1))
+        self.rule.high.copy_(high.reshape(-1))
+        self.zero_point.fill_(self.spec.middle if self.spec.symmetric else 0)
+        self._chosen = True
+        scale, zero_point = self.grid()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def change_kind(self, recipe: TensorRecipe) -> None:
+        """Another kind of grid, for as many channels; the rule keeps its Parameters, and with them the range."""
+        self.recipe, old = recipe, self.observer
+        size = old.low.numel()
+        self.observer = make_observer(recipe.observer, recipe.spec, size, **dict(recipe.options)).to(old.low.device)
+        self.observer.source, self.rule.spec = old.source, recipe.spec
+        if self.has_grid():
+            self.take_ends(self.rule.low, self.rule.high)
+
+    def choose(self, x: Tensor | None = None) -> None:
+        """Takes the grid that the observer proposes, or what the rule makes of it for `x`, the tensor that it saw."""
         self.set_qparams(self.observer.qparams())
+        if x is not None and self.rule is not None:
+            self.rule.start(x if self.spec.block is None else self._rows(x), self.scale, self.zero_point)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([int(self.state), self.delay])

@@ -78,6 +78,9 @@ class TensorRecipe:
         return cls(spec, config["observer"], options, rule, rule_options, non_finite, dynamic)
 
 
+_INLINE_FLAGS = {re.ASCII: "a", re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s", re.VERBOSE: "x"}
+
+
 @dataclass(frozen=True)
 class Match:
     """Which modules or calls a rule is for.
@@ -102,7 +105,8 @@ class Match:
         if isinstance(what, str):
             return cls("name", what)
         if isinstance(what, re.Pattern):
-            return cls("regex", what.pattern)
+            flags = "".join(letter for flag, letter in _INLINE_FLAGS.items() if what.flags & flag)
+            return cls("regex", f"(?{flags}){what.pattern}" if flags else what.pattern)
         if isinstance(what, type) and issubclass(what, nn.Module):
             return cls("type", type_name(what))
         if callable(what) and not isinstance(what, (type, nn.Module)):

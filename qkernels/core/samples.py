@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -10,10 +9,10 @@ Call = tuple[tuple, dict]
 
 
 class Samples:
-    """Copies of the first calls of a model, up to `wanted` samples. A sample is an index of dimension 0.
+    """Copies of the first calls of a model, whole, as many as it takes for `wanted` samples.
 
-    Only calls are kept whose arguments look like those of the first one, but for the number of samples: such calls
-    can be put together into one.
+    A sample is an index of dimension 0 of the first tensor. Only calls are kept whose arguments look like those of the
+    first one, but for the number of samples.
     """
 
     def __init__(self, wanted: int):
@@ -37,29 +36,13 @@ class Samples:
         self.count += size
 
     def first(self, count: int) -> list[Call]:
-        """As many calls as it takes for `count` samples, and no sample more."""
-        found, missing = [], count
-        for call in self.calls:
-            if missing <= 0:
-                break
-            leaves, structure = tree_flatten(call)
-            size = _batch_size(leaves)
-            if size > missing:
-                leaves = [leaf[:missing] if _is_batch(leaf, size) else leaf for leaf in leaves]
-            found.append(tree_unflatten(leaves, structure))
-            missing -= size
-        return found
-
-
-def merged(calls: list[Call]) -> Call:
-    """One call with the samples of all."""
-    flat = [tree_flatten(call) for call in calls]
-    size, structure = _batch_size(flat[0][0]), flat[0][1]
-    leaves = [
-        torch.cat([leaves[i] for leaves, _ in flat]) if _is_batch(leaf, size) else leaf
-        for i, leaf in enumerate(flat[0][0])
-    ]
-    return tree_unflatten(leaves, structure)
+        """As many calls as it takes for `count` samples."""
+        found = 0
+        for i, call in enumerate(self.calls):
+            if found >= count:
+                return self.calls[:i]
+            found += _batch_size(tree_flatten(call)[0])
+        return self.calls
 
 
 def _batch_size(leaves: list) -> int:

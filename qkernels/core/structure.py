@@ -33,13 +33,13 @@ def _words(text: str) -> list[str]:
 _MORE = {
     "torch": (
         torch,
-        "_assert bmm clone cos div einsum eq erf floor_divide full_like ge gt le log lt matmul max maximum min minimum "
-        "ne ones_like outer pow select sin softmax stack sub sum swapaxes where zeros_like",
+        "_assert bmm clamp_max clamp_min clone cos div einsum eq erf floor_divide full_like ge gt le log lt matmul max "
+        "maximum min minimum ne ones_like outer pow rsub select sin softmax stack sub sum swapaxes where zeros_like",
     ),
     "torch.nn.functional": (
         F,
         "adaptive_max_pool2d dropout glu layer_norm log_softmax normalize pad prelu scaled_dot_product_attention "
-        "softmax unfold",
+        "softmax threshold unfold",
     ),
     "operator": (operator, "eq floordiv ge getitem gt le lt matmul mod ne neg pow sub truediv"),
     "builtins": (builtins, "getattr int float len"),

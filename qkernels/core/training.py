@@ -1,6 +1,7 @@
 """`prepare_qat` and the phases of training: what is watched, rounded and frozen, and when."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +15,10 @@ from qkernels.core.norm import Norm
 from qkernels.core.phases import run_batch
 from qkernels.core.plain import is_pruned
 from qkernels.core.prepare import PreparedModel, check_float, prepare_model, prepared_layers, quantizers
-from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.quantizer import ROUNDING, Quantizer, State
 from qkernels.core.recipe import Recipe, make_recipe
 from qkernels.core.rules import RULES
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, InvalidState
 
 FORWARDS = ("int8", "float")
 
@@ -54,6 +55,8 @@ def prepare_qat(
     >>> converted = qkernels.convert(model)
     """
     check_float(model, "prepare_qat")
+    if torch.is_inference_mode_enabled():
+        raise InvalidState("prepare_qat: call it outside of torch.inference_mode(), whose tensors cannot be trained")
     if forward not in FORWARDS:
         raise InvalidArgument(f"prepare_qat: forward must be one of {list(FORWARDS)}, got {forward!r}")
     if is_pruned(model):
@@ -74,12 +77,32 @@ def prepare_qat(
             if isinstance(part, PreparedModel):
                 link(part)
     for layer in prepared_layers(prepared):
-        layer.observe_weight()
-        layer.quantizers["weight"].choose()
+        layer.choose_weight_grid()
+    _warn_of_unsettled_norms(prepared)
     for quantizer in quantizers(prepared):
         quantizer.state = State.TRAIN
         quantizer.delay = start_step
     return prepared.train()
+
+
+def _warn_of_unsettled_norms(prepared: nn.Module) -> None:
+    """A learned grid of a folded weight is chosen now, and goes by the running statistics that the fold takes."""
+    found = [
+        layer.quantizers["weight"].source
+        for layer in prepared_layers(prepared)
+        if layer.norm is not None
+        and layer.norm.num_batches_tracked is not None
+        and layer.norm.num_batches_tracked == 0
+        and not layer.quantizers["weight"].rule.observes
+        and not layer.grid_is_on_weight()
+    ]
+    if found:
+        warnings.warn(
+            f"prepare_qat: the batch norms behind {', '.join(found[:3])} have seen no batch yet, and the learned grids "
+            "of these weights would not follow their statistics: train in float first, or take weight_granularity="
+            "'per_channel'",
+            stacklevel=3,
+        )
 
 
 def _training_recipe(name: str, rule: str | None, options: dict[str, Any]) -> Recipe:
@@ -129,8 +152,13 @@ def disable_fake_quant(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Grids stay as they are, also through calibration."""
-    _move(model, dict.fromkeys((State.TRAIN, State.FAKE_QUANT), State.FROZEN))
+    """Grids stay as they are, learned ones and those that are not in use too, also through calibration.
+
+    A Quantizer that has no grid yet is left alone.
+    """
+    for quantizer in quantizers(model):
+        if quantizer.has_grid():
+            quantizer.state = State.FROZEN if quantizer.state in ROUNDING else State.FROZEN_OFF
 
 
 def freeze_bn(model: nn.Module) -> None:
@@ -198,21 +226,46 @@ def average_statistics(
 ) -> None:
     """Replaces the running statistics of the batch normalizations `found` by the mean over `batches`.
 
-    If that fails, everything is as before.
+    Until the end all batches pass under the old ones, which the grids of weights belong to. One that no batch reaches
+    keeps them. If something fails, everything is as before.
+
+    Raises:
+        InvalidArgument: there is no batch.
     """
+    found = [norm for norm in found if norm.running_mean is not None]
     before = [(norm, norm.training, norm.momentum) for norm in found]
     statistics = running_statistics(found)
+    sums: dict[nn.Module, list[torch.Tensor]] = {}
+    counts: Counter[nn.Module] = Counter()
+
+    def take(norm: nn.Module, inputs: Any, output: Any) -> None:
+        """Torch has put the statistics of the batch in the place of the running ones: here is where they are wanted."""
+        seen = [norm.running_mean.double(), norm.running_var.double()]
+        sums[norm] = [total + new for total, new in zip(sums[norm], seen, strict=True)] if norm in sums else seen
+        counts[norm] += 1
+        restore({buffer: statistics[buffer] for buffer in norm.buffers(recurse=False)})
+
+    hooks = [norm.register_forward_hook(take) for norm in found]
     try:
         for norm in found:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch then averages over all batches
+            norm.momentum = 1.0
             norm.train()
+        nothing = True
         for batch in batches:
             (forward or run_batch)(model, batch)
+            nothing = False
+        if nothing:
+            raise InvalidArgument("batch normalizations cannot be estimated from no batches")
+        for norm, (mean, var) in sums.items():
+            norm.running_mean.copy_(mean / counts[norm])
+            norm.running_var.copy_(var / counts[norm])
+            norm.num_batches_tracked.fill_(counts[norm])
     except BaseException:
         restore(statistics)
         raise
     finally:
+        for hook in hooks:
+            hook.remove()
         for norm, training, momentum in before:
             norm.training, norm.momentum = training, momentum
 

@@ -45,12 +45,18 @@ def check_words(words: Any, where: str) -> None:
 
 
 def with_names(modules: Mapping[str, nn.Module], names: Iterable[str], where: str) -> set[str]:
-    """The paths `names`, all of which must exist."""
+    """The paths `names`, all of which must exist; of a module that has several, the first."""
     check_words(names, where)
     for name in names:
         if name not in modules:
             raise InvalidArgument(f"{where}: the model has no module {name!r}{close_matches(name, modules)}")
-    return set(names)
+    return first_names(modules, names)
+
+
+def first_names(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> set[str]:
+    """The first path of each module that one of `paths` leads to."""
+    firsts = {module: path for path, module in reversed(modules.items())}
+    return {firsts[modules[path]] for path in paths}
 
 
 def with_types(modules: Mapping[str, nn.Module], names: Iterable[str], known: Iterable[type], where: str) -> set[str]:
@@ -65,4 +71,4 @@ def with_types(modules: Mapping[str, nn.Module], names: Iterable[str], known: It
         raise InvalidArgument(f"{where}: no module is a {name!r}{close_matches(name, there)}")
     if "default" in names:
         names |= {cls.__name__ for cls in WEIGHTED}
-    return {path for path, name in types.items() if name in names}
+    return first_names(modules, (path for path, name in types.items() if name in names))

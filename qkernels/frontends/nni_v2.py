@@ -16,9 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qkernels.core.attach import OUTPUT, WEIGHT, Site
-from qkernels.core.attached import Attached, Holder
+from qkernels.core.attached import Attached, Holder, check_trains, norms_to_fold
 from qkernels.core.files import write_atomically
-from qkernels.core.fusion import norms_behind
 from qkernels.core.grids import Grid
 from qkernels.core.qspec import MAX_BITS, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
@@ -36,12 +35,14 @@ KINDS_OF_GRIDS = ("quant_dtype", "quant_scheme")  # only where the quantizer lea
 _defaults = dict.fromkeys(TYPES, ("per_tensor_affine", "uint"))
 
 
-def set_quant_scheme_dtype(quant_type: str, new_scheme: str, new_dtype: str) -> None:
-    """Changes scheme and dtype of "weight", "input" or "output" for quantizers made from now on."""
+def set_quant_scheme_dtype(quant_type: str, new_scheme: str | None = None, new_dtype: str | None = None) -> None:
+    """Changes scheme or dtype (None: as it was) of "weight", "input" or "output" for quantizers made from now on."""
     check_one_of(quant_type, TYPES, "set_quant_scheme_dtype: quant_type")
-    check_one_of(new_scheme, SCHEMES, "set_quant_scheme_dtype: new_scheme")
-    check_one_of(new_dtype, DTYPES, "set_quant_scheme_dtype: new_dtype")
-    _defaults[quant_type] = new_scheme, new_dtype
+    old_scheme, old_dtype = _defaults[quant_type]
+    scheme, dtype = old_scheme if new_scheme is None else new_scheme, old_dtype if new_dtype is None else new_dtype
+    check_one_of(scheme, SCHEMES, "set_quant_scheme_dtype: new_scheme")
+    check_one_of(dtype, DTYPES, "set_quant_scheme_dtype: new_dtype")
+    _defaults[quant_type] = scheme, dtype
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _Entry:
 def _parse(model: nn.Module, config_list: Any, kinds: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, _Entry]:
     if not isinstance(config_list, (list, tuple)) or not config_list:
         raise InvalidArgument(f"config_list: must be a list of dicts, got {config_list!r}")
-    modules = {path: m for path, m in model.named_modules() if path}
+    modules = {path: m for path, m in model.named_modules(remove_duplicate=False) if path}
     found: dict[str, _Entry | None] = {}
     for i, entry in enumerate(config_list):
         where = f"config_list[{i}]"
@@ -152,11 +153,15 @@ class _Quantizer(Holder):
         self.optimizer = optimizer
         config_list = [self.default] if config_list is None else config_list
         self.entries = _parse(model, config_list, self.kinds, self.keys)
-        norms = norms_behind(model, dummy_input) if self.folds and dummy_input is not None else {}
+        if self.trained:
+            check_trains([optimizer], model)
+        norms = norms_to_fold(model, dummy_input) if self.folds and dummy_input is not None else {}
         sites = {
             path: self._site(model.get_submodule(path), entry, norms.get(path)) for path, entry in self.entries.items()
         }
         self.attached = Attached(model, sites, self.trained, dummy_input)
+        if self.trained:
+            self.attached.learn([optimizer])
 
     def _site(self, module: nn.Module, entry: _Entry, norm: str | None) -> Site:
         recipes = {kind: self._recipe(tensor, kind) for kind, tensor in entry.tensors.items()}
@@ -179,10 +184,8 @@ class _Quantizer(Holder):
         return QSpec.even(tensor.bits, tensor.dtype == "int", is_weight, **wanted)
 
     def compress(self) -> nn.Module:
-        """The model, ready to train; learned scales join the optimizer."""
-        if self.trained:
-            self.attached.learn(self.optimizer)
-        else:
+        """The model, ready to train; without training, on its grids."""
+        if not self.trained:
             self.attached.settle()
         return self.bound_model
 
@@ -289,7 +292,7 @@ class LsqQuantizer(_Folding):
     """Learned step sizes. Esser et al. 2020."""
 
     rule = "lsq"
-    rule_options = (("plain", True),)
+    rule_options = (("init", "mean"), ("plain", True))
 
     def _load(self, quantizer: Quantizer, low: torch.Tensor, high: torch.Tensor) -> None:
         spec = quantizer.spec
@@ -323,7 +326,7 @@ class BNNQuantizer(_Quantizer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.optimizer.register_step_post_hook(self.attached.limit_weights)
+        self.attached.after_step(self.optimizer, self.attached.limit_parameters)
 
     def _spec(self, tensor: _Tensor, kind: str) -> QSpec:
         return QSpec(torch.int8, -1, 1, symmetric=True)

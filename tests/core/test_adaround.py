@@ -49,6 +49,13 @@ def learned():
     return calibrated((QUICK, "bias"))[1]
 
 
+def test_inference_mode_around_it_changes_nothing(learned):
+    with torch.inference_mode():
+        again = calibrated((QUICK, "bias"))[1]
+    for name, value in learned.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
 def squared_error(model, prepared, x):
     with torch.no_grad():
         return float((model(x) - prepared(x)).square().sum())

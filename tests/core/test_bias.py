@@ -8,7 +8,9 @@ import qkernels
 from qkernels.core.corrections import BiasCorrection
 from qkernels.core.layers import Prepared
 from qkernels.core.prepare import quantizers
+from qkernels.core.qspec import QSpec
 from qkernels.core.quantizer import State
+from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
 from qkernels.errors import CalibrationError
 
 
@@ -76,10 +78,10 @@ def test_every_channel_has_the_float_mean_afterwards(batch):
     assert max(float((was[name] - mean).abs().max()) for name, mean in expected.items()) > 1e-2
 
 
-def test_only_as_many_samples_are_used_as_asked_for():
+def test_only_as_many_calls_are_used_as_have_the_samples_asked_for():
     x = inputs()
     prepared = calibrated(x, corrections=[BiasCorrection(samples=7)], batch=5)
-    expected, now = float_means(prepared, x[:7]), layer_means(prepared, x[:7])
+    expected, now = float_means(prepared, x[:10]), layer_means(prepared, x[:10])
     assert all(float((now[name] - mean).abs().max()) < 1e-4 for name, mean in expected.items())
 
 
@@ -152,3 +154,54 @@ def test_a_model_without_a_graph_is_corrected_too():
     expected, now = float_means(prepared, x), layer_means(prepared, x)
     assert all(float((now[name] - mean).abs().max()) < 1e-4 for name, mean in expected.items())
     assert qkernels.verify(prepared, qkernels.convert(prepared), [x]).total_mismatches == 0
+
+
+class Summing(nn.Module):
+    """Takes sequences with the time in dimension 0, as torch's recurrent modules do by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, mask=None):
+        x = x if mask is None else x * mask
+        return self.b(torch.relu(self.a(torch.cumsum(x, 0))))
+
+
+def test_sequences_are_not_put_together_along_their_time():
+    torch.manual_seed(0)
+    model, sequences = Summing().eval(), [torch.rand(8, 4, 8) for _ in range(8)]
+    plain, corrected = (
+        qkernels.calibrate(qkernels.prepare(model, sequences[0], recipe), sequences) for recipe in ("int8", "int8-bias")
+    )
+    with torch.no_grad():
+        off = [torch.cat([p(x) - model(x) for x in sequences]) for p in (plain, corrected)]
+    assert off[1].square().mean() < 1.1 * off[0].square().mean()
+    assert off[1].mean((0, 1)).abs().max() < 1e-5
+
+
+def test_arguments_that_only_look_like_batches_stay_as_they_are():
+    torch.manual_seed(0)
+    model, batches = Summing().eval(), [(torch.rand(8, 8, 8), torch.rand(8, 1, 1)) for _ in range(12)]
+    prepared = qkernels.calibrate(qkernels.prepare(model, batches[0], "int8-bias"), batches)
+    with torch.no_grad():
+        off = torch.cat([prepared(*batch) - model(*batch) for batch in batches[:8]])
+    assert off.mean((0, 1)).abs().max() < 1e-5
+
+
+def test_a_vector_is_a_sample_too():
+    torch.manual_seed(0)
+    vectors = [torch.randn(8) for _ in range(8)]
+    prepared = qkernels.prepare(nn.Linear(8, 8).eval(), vectors[0], "int8-bias")
+    assert not qkernels.calibrate(prepared, vectors)(vectors[0]).isnan().any()
+
+
+def test_a_layer_that_is_only_simulated_is_corrected_too():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(64, 16)
+    wide = Override(Match.of("2"), weight=TensorRecipe(QSpec.weight(12)))
+    prepared = qkernels.prepare(model, x, Recipe(overrides=(wide,), corrections="bias"))
+    qkernels.calibrate(prepared, [x])
+    expected, now = float_means(prepared, x), layer_means(prepared, x)
+    assert len(now) == 2
+    assert all(float((now[name] - mean).abs().max()) < 1e-5 for name, mean in expected.items())

@@ -61,3 +61,27 @@ def test_errors_name_the_module():
     q.state = State.FAKE_QUANT
     with pytest.raises(InvalidType, match=r"block\.conv.*bfloat16"):
         q(torch.ones(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse", "moving_average"])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_range_is_taken_whatever_the_observer_saw(observer, seen):
+    q = Quantizer(TensorRecipe(QSpec.weight(), observer), "block.conv.weight", 2, is_weight=True)
+    if seen:
+        q.watch(torch.randn(2, 10))
+    ends = torch.tensor([1.0, 3.0])
+    q.take_range(-ends, ends)
+    torch.testing.assert_close(q.scale, ends / ((q.spec.qmax - q.spec.qmin) / 2))
+
+
+def test_a_trained_range_lasts_through_another_kind_of_grid():
+    """Its Parameters too: an optimizer may have them."""
+    q = Quantizer(TensorRecipe(QSpec(), rule="range"), "block.relu", trained=True)
+    low, high = q.rule.low, q.rule.high
+    q.take_ends(torch.tensor(-1.0), torch.tensor(3.0))
+    assert q.numbers() == (pytest.approx(4 / 255), 64)
+    q.change_kind(TensorRecipe(QSpec.activation(4), "mse", rule="range"))
+    assert q.numbers() == (pytest.approx(4 / 15), 4)
+    q.change_kind(TensorRecipe(QSpec(symmetric=True), rule="range"))
+    assert q.numbers() == (pytest.approx(4 / 255), q.spec.middle)
+    assert (q.rule.low, q.rule.high, low.item(), high.item()) == (low, high, -1.0, 3.0)

@@ -94,6 +94,8 @@ def test_the_last_rule_that_fits_wins():
         ({"skip": [3]}, InvalidType, "3"),
         ({"corrections": "luck"}, InvalidArgument, "luck.*adaround"),
         ({"corrections": [3]}, InvalidType, "3"),
+        ({"corrections": 5}, InvalidType, "corrections: takes names or values"),
+        ({"observer": "histogram", "observer_options": {"codes": 0}}, InvalidArgument, "codes must be at least 2"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, message):
@@ -123,3 +125,9 @@ def test_unsigned_weights_and_per_channel_activations_are_refused():
     with pytest.raises(InvalidArgument, match="whole tensor"):
         Recipe(activation=TensorRecipe(QSpec(per_channel=True)))
     assert torch.uint8 == Recipe().activation.spec.dtype
+
+
+def test_flags_of_a_regex_count():
+    match = Match.of(re.compile("head.*", re.IGNORECASE))
+    assert [match(path, ()) for path in ("Head", "head2", "tail")] == [True, True, False]
+    assert not Match.of(re.compile("head.*"))("Head", ())

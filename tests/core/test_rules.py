@@ -53,7 +53,7 @@ def test_an_activation_lies_on_its_grid(rule, positive):
 
 
 def test_lsq_starts_as_in_the_paper_and_has_its_gradients():
-    q = quantizer("lsq", QSpec.weight(3, per_channel=False), is_weight=True)
+    q = quantizer("lsq", QSpec.weight(3, per_channel=False), is_weight=True, init="mean")
     x = values()
     y = q(x)
     scale = 2 * x.detach().abs().mean() / math.sqrt(3)
@@ -64,16 +64,47 @@ def test_lsq_starts_as_in_the_paper_and_has_its_gradients():
     inside = (v.round() >= -3) & (v.round() <= 3)
     by_scale = (grad * torch.where(inside, v.round() - v, v.clamp(-3, 3))).sum() / math.sqrt(3 * x.numel())
     torch.testing.assert_close(x.grad, grad * inside)
-    torch.testing.assert_close(parameter(q, "log_ratio").grad, (by_scale / scale).reshape(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parameter(q, "growth").grad, (by_scale / scale).reshape(1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_of_sgd_changes_the_scale_as_it_would_change_a_plain_parameter():
     q = quantizer("lsq", QSpec.weight(4, per_channel=False), is_weight=True)
     q(values()).square().sum().backward()
-    scale, ratio = q.qparams().scale, parameter(q, "log_ratio")
+    scale, ratio = q.qparams().scale, parameter(q, "growth")
     by_scale = ratio.grad * scale
     torch.optim.SGD([ratio], lr=1e-4).step()
     torch.testing.assert_close(q.qparams().scale - scale, -1e-4 * by_scale, rtol=1e-2, atol=1e-7)
+
+
+def test_a_large_step_upwards_is_that_of_a_plain_parameter():
+    q = quantizer("lsq", QSpec.weight(4, per_channel=False), is_weight=True)
+    q(values())
+    growth, first = parameter(q, "growth"), q.qparams().scale
+    growth.grad = -5.0 * torch.ones_like(growth) / first  # by scale: -5
+    torch.optim.SGD([growth], lr=20.0 * float(first)).step()
+    torch.testing.assert_close(q.qparams().scale, first + 100.0 * first)
+
+
+@pytest.mark.parametrize("init", ["mean", "mse", "range"])
+def test_a_weight_starts_where_it_is_told_to(init):
+    options = {"rule": "lsq", "rule_options": {"init": init}}
+    weight = TensorRecipe(QSpec.weight(4, False), "minmax", **options)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8))
+    recipe = Recipe(TensorRecipe(QSpec.activation(), "moving_average", **options), weight)
+    prepared = qkernels.prepare_qat(model, torch.randn(4, 64), recipe)
+    prepared(torch.randn(4, 64))
+    x, scale = model[0].weight.detach(), prepared.get_submodule("0").quantizers["weight"].qparams().scale
+    if init == "mean":
+        torch.testing.assert_close(scale, 2 * x.abs().mean().reshape(1) / math.sqrt(7))
+    elif init == "range":
+        torch.testing.assert_close(scale, x.abs().amax().reshape(1) / 7.5, rtol=0.1, atol=0)
+    else:
+        errors = [
+            (torch.fake_quantize_per_tensor_affine(x, float(s * scale), 0, -8, 7) - x).square().sum()
+            for s in (1.0, 0.8, 1.25)
+        ]
+        assert errors[0] < min(errors[1:])
 
 
 @pytest.mark.parametrize("rule", ["lsq", "lsq_plus", "pact"])
@@ -135,13 +166,13 @@ def test_pact_learns_its_level():
     x = values().detach().relu().requires_grad_()
     q(x)
     with torch.no_grad():
-        parameter(q, "log_ratio").fill_(-1.0)
+        parameter(q, "growth").fill_(-1.0)
     level = float(q.qparams().scale) * 15
     grad = torch.ones_like(x)
     q(x).backward(grad)
     clipped = x.detach() > level
     assert clipped.any()
-    torch.testing.assert_close(parameter(q, "log_ratio").grad, clipped.sum().float().reshape(1) / level)
+    torch.testing.assert_close(parameter(q, "growth").grad, clipped.sum().float().reshape(1) / level)
     assert torch.equal(x.grad == 0, clipped)
 
 

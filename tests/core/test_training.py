@@ -1,6 +1,7 @@
 """Training with quantization: what is simulated, what is frozen, and what convert makes of it."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -231,6 +232,67 @@ def test_reestimated_norms_have_the_statistics_of_the_batches():
         y = F.conv2d(x.flatten(0, 1), layer.quantizers["weight"].on_grid(layer.weight), padding=1)
     torch.testing.assert_close(layer.norm.running_mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert layer.norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("size", [30.0, 0.003])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_reestimated_norms_do_not_start_from_nothing(granularity, size):
+    """The grid of a weight that is folded before it is rounded belongs to the statistics that it was trained under."""
+    qat = qkernels.prepare_qat(conv_bn_relu(), images(), weight_granularity=granularity)
+    norm = qat.get_submodule("0").norm
+    norm.momentum = 0.5
+    for seed in range(40):
+        qat(size * images(seed))
+    expected = norm.running_var.clone()
+    qkernels.reestimate_bn(qat, [size * images(seed) for seed in range(50, 54)])
+    torch.testing.assert_close(norm.running_var, expected, rtol=0.3, atol=0)
+    assert norm.num_batches_tracked == 4
+
+
+def test_norms_are_not_reestimated_from_nothing():
+    qat = qkernels.prepare_qat(conv_bn_relu(), images())
+    train(qat, 2)
+    before = {name: tensor.clone() for name, tensor in qat.state_dict().items()}
+    with pytest.raises(InvalidArgument, match="from no batches"):
+        qkernels.reestimate_bn(qat, iter(()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in qat.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", ["lsq", "pact", "range", "ste"])
+def test_frozen_grids_stay_whatever_is_trained(rule):
+    qat = qkernels.prepare_qat(conv_bn_relu(), images(), rule=rule)
+    train(qat, 2)
+    qkernels.freeze(qat)
+    before = [q.qparams() for q in quantizers(qat)]
+    train(qat, 3)
+    for old, quantizer in zip(before, quantizers(qat), strict=True):
+        assert torch.equal(old.scale, quantizer.qparams().scale)
+        assert torch.equal(old.zero_point, quantizer.qparams().zero_point)
+
+
+def test_grids_that_are_not_in_use_are_frozen_too():
+    qat = qkernels.prepare_qat(conv_bn_relu(), images())
+    train(qat, 2)
+    qkernels.disable_fake_quant(qat)
+    qkernels.freeze(qat)
+    before = [q.qparams() for q in quantizers(qat)]
+    qat(5 * images())
+    qkernels.enable_fake_quant(qat)
+    assert all(torch.equal(old.scale, q.qparams().scale) for old, q in zip(before, quantizers(qat), strict=True))
+
+
+def test_learned_grids_before_norms_without_statistics_are_warned_of():
+    with pytest.warns(UserWarning, match="have seen no batch yet"):
+        qkernels.prepare_qat(conv_bn_relu(), images(), rule="lsq", weight_granularity="per_tensor")
+    for options in ({"rule": "lsq"}, {"weight_granularity": "per_tensor"}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            qkernels.prepare_qat(conv_bn_relu(), images(), **options)
+
+
+def test_inference_mode_is_no_place_to_begin_training():
+    with torch.inference_mode(), pytest.raises(InvalidState, match="inference_mode"):
+        qkernels.prepare_qat(conv_bn_relu(), images())
 
 
 def test_shared_layers_train_as_one():

@@ -343,7 +343,7 @@ def test_a_rounded_bias_is_what_the_integer_layer_adds(per_channel, tmp_path):
         assert torch.equal(int8.get_submodule("fc1").bias, bias(sim.model.fc1.bias))
         assert torch.allclose(int8(x), sim.model(x), atol=1e-4)
     sim.export(tmp_path, "net", dummy_input=x)
-    other = quantsim.QuantizationSimModel(prepared_model(Everything), dummy_input=x)
+    other = quantsim.QuantizationSimModel(prepared_model(Everything), dummy_input=x, config_file=config)
     other.load_encodings(tmp_path / "net_torch.encodings", partial=False)
     assert torch.equal(other.convert()(x), int8(x))
 
@@ -465,7 +465,7 @@ def test_weights_of_normalizations_and_embeddings_are_rounded():
 def test_names_that_only_an_onnx_graph_has_are_found_in_it(tmp_path):
     """As in the files that AIMET writes: inputs and outputs of the graph have names of their own."""
     sim, x = calibrated(Everything, default_param_bw=4), images(Everything, seed=2)
-    torch.onnx.export(sim.original_model().eval(), (x,), tmp_path / "net.onnx", dynamo=False)
+    torch.onnx.export(sim.get_original_model(sim.model, True).eval(), (x,), tmp_path / "net.onnx", dynamo=False)
     graph = onnx.load(tmp_path / "net.onnx").graph
     names = {"/c1/Conv_input_0": graph.input[0].name, "/fc2/Gemm_output_0": graph.output[0].name}
     content = sim.encodings("0.6.1")
@@ -823,10 +823,7 @@ def test_gradients_of_a_range_are_those_of_aimet(original, ends):
     x = torch.tensor([-0.7, 0.0, 0.3, 0.9, 1.2, 1.5])
     theirs, mine = QuantizeDequantize((), 8, symmetric=False), aimet.quantizers.QuantizeDequantize((1,), 8)
     theirs.set_range(*ends)
-    mine.take_range(torch.tensor(ends[:1]), torch.tensor(ends[1:]))
-    with torch.no_grad():
-        mine.min.fill_(ends[0])
-        mine.max.fill_(ends[1])
+    mine.set_range(*ends)
     for quantizer in (theirs, mine):
         quantizer(x).as_subclass(torch.Tensor).sum().backward()
     assert mine.min.grad.item() == pytest.approx(theirs.min.grad.item(), rel=1e-4)

@@ -354,7 +354,7 @@ def test_a_quantizer_may_be_given_by_its_codes(ends):
     from qkernels.frontends.aimet.quantization.affine import QuantizeDequantize
 
     quantizer = QuantizeDequantize((), qmin=ends[0], qmax=ends[1], symmetric=ends[0] < 0)
-    assert (quantizer.spec.qmin, quantizer.spec.qmax) == ends
+    assert (quantizer.qmin, quantizer.qmax) == ends
     assert quantizer.bitwidth == (8 if ends[1] > 15 else 4)
 
 

@@ -71,8 +71,13 @@ def in_nni():
     weight = {"quant_dtype": "int8", "quant_scheme": "symmetric", "granularity": "out_channel"}
     settings = {"quant_dtype": "uint8", "quant_scheme": "affine"}
     config_list = [
-        {"op_names": ["conv1"], **settings, "target_names": ["_input_"], "target_settings": {"weight": weight}},
-        {"op_names": ["conv2", "fc"], **settings, "target_names": [], "target_settings": {"weight": weight}},
+        {
+            "op_names": ["conv1"],
+            **settings,
+            "target_names": ["_input_", "weight"],
+            "target_settings": {"weight": weight},
+        },
+        {"op_names": ["conv2", "fc"], **settings, "target_names": ["weight"], "target_settings": {"weight": weight}},
         {"op_types": ["ReLU"], **settings, "target_names": ["_output_"]},
     ]
     model = network()

@@ -103,15 +103,32 @@ def test_a_calibration_config_has_the_form_of_the_original():
     assert run(nni, "qat out_channel").calibration["conv1"]["weight"]["scale"].shape == (4, 1, 1, 1)
 
 
-def test_a_calibration_config_goes_back_in():
-    done = run(nni, "qat affine")
-    fresh = run(nni, "qat affine")
-    fresh.quantizer.update_calibration_config(done.quantizer.get_calibration_config())
-    again = fresh.quantizer.get_calibration_config()
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qat affine", "qat symmetric", "qat out_channel", "qat bn fold", "qat bias", "qat per_channel inputs"),
+        *("lsq", "lsq out_channel", "lsq bias", "lsq plus", "lsq plus uint8", "dorefa", "dorefa outputs"),
+        *("dorefa bias", "bnn", "bnn bias", "bnn outputs", "ptq", "ptq out_channel"),
+    ],
+)
+def test_a_calibration_config_goes_back_in(name):
+    """Onto a model that saw no data: it describes itself in the same way, and computes the same."""
+    done = run(nni, name)
+    kind, config_list, options = CASES[name]
+    fresh = Net()
+    fresh.load_state_dict(done.quantizer.unwrap_model().state_dict())
+    quantizer = quantizer_of(fresh, config_list, kind, **options)
+    quantizer.update_calibration_config(done.calibration)
+    again = quantizer.get_calibration_config()
     for path, targets in done.calibration.items():
         for target, wanted in targets.items():
-            assert torch.equal(again[path][target]["scale"], wanted["scale"])
-            assert torch.equal(again[path][target]["zero_point"], wanted["zero_point"])
+            for key in ("scale", "zero_point"):  # how many blocks there are each way, the first tensor will say
+                assert torch.equal(again[path][target][key].flatten(), wanted[key].flatten())
+            for key, sign in (("tracked_max", 1), ("tracked_min", -1)):  # the ends of the grid, which reaches further
+                found, step = again[path][target][key].reshape(wanted[key].shape), wanted["scale"]
+                assert found.isfinite().all()
+                assert (sign * (found - wanted[key]) >= -step).all()
+    assert torch.equal(fresh.eval()(done.images[1]), done.logits)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +186,9 @@ def test_a_config_list_is_a_recipe():
     qkernels.convert(model)
 
 
-def quantizer_of(model, config_list, kind="QATQuantizer"):
+def quantizer_of(model, config_list, kind="QATQuantizer", **options):
     evaluator = nni.TorchEvaluator(lambda *_: None, torch.optim.SGD(model.parameters(), lr=0.1), lambda *_: None)
-    return getattr(nni, kind)(model, config_list, evaluator)
+    return getattr(nni, kind)(model, config_list, evaluator, **options)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def weight(**settings):
         ({"op_names": None, "op_types": ["default"], "exclude_op_names_re": ["conv"]}, ["fc"]),
         ({"op_names": None, "op_types": ["default"], "exclude_op_types": ["Linear"]}, ["conv1", "conv2"]),
         ({"op_names": None, "op_partial_names": ["nv2"]}, ["conv2"]),
+        ({"op_names": ["conv1"], "op_types": []}, ["conv1"]),
+        ({"op_names": [], "op_types": ["Linear"]}, ["fc"]),
     ],
 )
 def test_modules_are_selected_by_names_patterns_and_types_without_what_is_excluded(selection, paths):
@@ -74,6 +76,12 @@ def test_modules_are_selected_by_names_patterns_and_types_without_what_is_exclud
         ({"target_names": ["weight"], "apply_method": "qat_clamp_round"}, {"weight": INT8}),
         ({"target_names": ["weight", "_input_"], "target_settings": {"_input_": {"quant_dtype": "int4"}}},
          {"weight": INT8, "_input_0": INT4}),
+        ({"target_names": ["_input_", "_input_0"], "target_settings": {"_input_0": {"quant_dtype": "int4"}}},
+         {"_input_0": INT4}),
+        ({"target_names": ["_input_0"], "target_settings": {"_input_": {"quant_dtype": "int4"}}}, {"_input_0": INT4}),
+        ({"target_names": ["_input_"], "target_settings": {"_input_input": {"quant_dtype": "int4"}}},
+         {"_input_0": INT4}),
+        ({"target_names": []}, {"_input_0": INT8, "weight": INT8, "bias": INT8, "_output_0": INT8}),
     ],
 )  # fmt: skip
 def test_targets_get_the_settings_of_the_entry_and_their_own_over_them(change, found):
@@ -145,8 +153,13 @@ def test_keys_of_2_are_taken():
         ({"fuse_names": [("conv1", "relu1", "bn1")]}, InvalidArgument, "only a BatchNorm and ReLU"),
         ({"fuse_names": [("fc", "relu1")], "op_names": ["conv1"]}, InvalidArgument, "fc is fused .* has no settings"),
         ({"fuse_names": [("conv1", "relu1")], "op_names": ["conv1", "relu1"]}, InvalidArgument, "takes no settings"),
-        ({"target_names": ["_input_", "_input_0"], "target_settings": {"_input_0": {"quant_dtype": "int4"}}},
-         InvalidArgument, "_input_0 of conv1 has two settings"),
+        ({"target_settings": {"_input_0": {"quant_dtype": "int4"}, "_input_input": {"quant_dtype": "int2"}}},
+         InvalidArgument, "_input_0 of conv1 has two settings, '_input_0' and '_input_input'"),
+        ({"target_names": ["weight"], "target_settings": {"_input_": {"quant_dtype": "int4"}}}, InvalidArgument,
+         r"config_list\[0\]\.target_settings\._input_: is no target of conv1; there are \['weight'\]"),
+        ({"target_names": ["input_0"]}, InvalidArgument, "unknown target 'input_0'; did you mean '_input_0'"),
+        ({"target_names": ["input"]}, InvalidArgument, "unknown target 'input'; did you mean '_input_'"),
+        ({"target_names": ["_input_00"]}, InvalidArgument, "conv1 has no argument '00'; there are"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_or_two_things_is_refused_with_its_path(change, error, message):

@@ -115,7 +115,8 @@ def test_channels_of_activations_have_grids_of_their_own(tmp_path):
     torch.testing.assert_close(converted(x), model(x), rtol=0, atol=1e-5)
     exported = quantizer.export_model(tmp_path / "net.pth", tmp_path / "calibration.pth")
     assert exported["conv2"]["tracked_max_input"].shape == (1, 4, 1, 1)
-    other = nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(model.parameters(), lr=0.1))
+    fresh = Net()
+    other = nni_v2.QAT_Quantizer(fresh, config, torch.optim.SGD(fresh.parameters(), lr=0.1))
     other.load_calibration_config(exported)
     loaded = {key: q.qparams() for _, key, q in other.attached if key == "input0"}
     assert torch.allclose(loaded["input0"].scale, (exported["conv2"]["tracked_max_input"] / 255).flatten())
@@ -149,7 +150,8 @@ def test_the_last_entry_wins_and_exclude_takes_out():
         {"quant_types": ["weight"], "quant_bits": 4, "op_names": ["conv1"]},
         {"exclude": True, "op_names": ["conv2"]},
     ]
-    quantizer = nni_v2.QAT_Quantizer(Net(), config, torch.optim.SGD(Net().parameters(), lr=0.1))
+    model = Net()
+    quantizer = nni_v2.QAT_Quantizer(model, config, torch.optim.SGD(model.parameters(), lr=0.1))
     assert [(path, entry.tensors["weight"].bits) for path, entry in quantizer.entries.items()] == [("conv1", 4)]
 
 
@@ -212,9 +214,10 @@ def test_what_a_quantizer_of_2_does_not_leave_open_is_no_key(kind, change, error
 
 
 def test_an_optimizer_of_another_model_is_refused():
-    quantizer = nni_v2.QAT_Quantizer(Net(), EVERYTHING, torch.optim.SGD(Net().parameters(), lr=0.1))
+    model = Net()
     with pytest.raises(InvalidArgument, match="the optimizer has no Parameter of the model"):
-        quantizer.compress()
+        nni_v2.QAT_Quantizer(model, EVERYTHING, torch.optim.SGD(Net().parameters(), lr=0.1))
+    assert type(model.conv1) is nn.Conv2d
 
 
 # ---- the original ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import qkernels
+from qkernels.core.corrections import AdaRound
 from qkernels.core.prepare import quantizers
 
 
@@ -36,7 +37,10 @@ def train(rank: int, world: int, rule: str) -> nn.Module:
 
 
 def calibrate(rank: int, world: int, observer: str) -> nn.Module:
-    model = qkernels.prepare(network(), batch(0), observer=observer)
+    corrections = observer.split("-")[1:]
+    if corrections == ["adaround"]:
+        corrections = [AdaRound(samples=8, steps=20, batch=4, learning_rate=0.1)]
+    model = qkernels.prepare(network(), batch(0), observer=observer.split("-")[0], corrections=corrections)
     with qkernels.calibrating(model):
         for step in range(4):
             model(shard(batch(step), rank, world))

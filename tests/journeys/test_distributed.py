@@ -46,6 +46,16 @@ def test_ranks_on_shards_calibrate_like_one_process(tmp_path, observer):
     assert_alike(alone, both[0], 1e-3 if observer == "histogram" else 0)
 
 
+@pytest.mark.parametrize("correction", ["bias", "adaround"])
+def test_ranks_find_the_same_corrections(tmp_path, correction):
+    (alone,) = ranks(tmp_path, "calibrate", f"minmax-{correction}", 1)
+    both = ranks(tmp_path, "calibrate", f"minmax-{correction}", 2)
+    assert_alike(both[0], both[1], 0)
+    assert any(value.any() for name, value in both[0].items() if "correction" in name)
+    if correction == "bias":  # the means of all samples; the roundings are those of the first rank
+        assert_alike(alone, both[0], 1e-5)
+
+
 @pytest.mark.parametrize("rule", ["ste", "lsq"])
 def test_ranks_train_like_one_process(tmp_path, rule):
     (alone,), both = ranks(tmp_path, "train", rule, 1), ranks(tmp_path, "train", rule, 2)

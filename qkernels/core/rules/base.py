@@ -79,22 +79,23 @@ class Rule(nn.Module):
 
 
 class _Grown(torch.autograd.Function):
-    """`first * exp(log_ratio)`, whose gradient by log_ratio is the gradient of the result divided by the result.
+    """`first * (1 + growth)`, or `first * exp(growth)` below zero; the two meet there with the same slope.
 
-    So a step of SGD changes the result by as much as it would change a plain Parameter, the result stays positive
-    whatever the step, and optimizers that normalize gradients take steps relative to its size.
+    The gradient by growth is that of the result divided by its slope, so that a step of SGD changes the result by as
+    much as it would change a plain Parameter, upwards exactly so, while the result stays positive whatever the step.
+    Optimizers that normalize gradients take steps relative to the first result.
     """
 
     @staticmethod
-    def forward(ctx, log_ratio: Tensor, first: Tensor) -> Tensor:
-        result = (first * torch.exp(log_ratio)).clamp(MIN_SCALE, MAX_SCALE)
-        ctx.save_for_backward(result)
-        return result
+    def forward(ctx, growth: Tensor, first: Tensor) -> Tensor:
+        shrunk = torch.exp(growth.clamp(max=0.0))
+        ctx.save_for_backward(first * shrunk)
+        return (first * (shrunk + growth.clamp(min=0.0))).clamp(MIN_SCALE, MAX_SCALE)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (result,) = ctx.saved_tensors
-        return grad / result, None
+        (slope,) = ctx.saved_tensors
+        return grad / slope.clamp(min=MIN_SCALE), None
 
 
 class _Bounded(torch.autograd.Function):
@@ -114,6 +115,6 @@ def moved(difference: Tensor, first: Tensor) -> Tensor:
     return _Bounded.apply(difference, first)
 
 
-def grown(log_ratio: Tensor, first: Tensor) -> Tensor:
-    """A learned positive number: `first` at the beginning, when `log_ratio` is 0."""
-    return _Grown.apply(log_ratio, first)
+def grown(growth: Tensor, first: Tensor) -> Tensor:
+    """A learned positive number: `first` at the beginning, when `growth` is 0. See `_Grown`."""
+    return _Grown.apply(growth, first)

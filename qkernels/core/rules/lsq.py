@@ -16,13 +16,15 @@ INITS = ("mean", "mse", "range")
 
 @rule("lsq")
 class LearnedStep(Rule):
-    """The scale is `first * exp(log_ratio)`: positive whatever the optimizer does, with the steps of plain LSQ.
+    """The scale has grown from the first one (`rules.base.grown`): positive whatever the optimizer does, with the steps
+    of plain LSQ.
 
     Args:
         init: the first scale. "mean": 2 * mean|x| / sqrt(Qp), as in the paper; "mse": the scale with the least squared
             error; "range": the observer's; or a number, with the middle of a symmetric grid or the lowest code of
-            another one as zero point.
-        plain: the scale is `first + log_ratio` instead, and its gradient is divided by the size of the whole tensor
+            another one as zero point. None: "mse" for weights, where "mean" is ten times as coarse at 8 bits, and
+            "mean" for activations.
+        plain: the scale is `first + growth` instead, and its gradient is divided by the size of the whole tensor
             where it otherwise goes by that of a channel: the steps of plain LSQ.
     """
 
@@ -33,19 +35,20 @@ class LearnedStep(Rule):
         spec: QSpec,
         channels: int | None = None,
         is_weight: bool = False,
-        init: str | float = "mean",
+        init: str | float | None = None,
         plain: bool = False,
     ):
         super().__init__(spec, channels, is_weight)
+        init = init or ("mse" if is_weight else "mean")
         if init not in INITS and not (isinstance(init, float) and MIN_SCALE <= init <= MAX_SCALE):
             raise InvalidArgument(f"lsq: init must be one of {list(INITS)} or a positive number, got {init!r}")
         self.init, self.plain = init, plain
-        self.log_ratio = nn.Parameter(torch.zeros(self.size))
+        self.growth = nn.Parameter(torch.zeros(self.size))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
-        self.log_ratio.zero_()
-        if isinstance(self.init, float):
+        self.growth.zero_()
+        if isinstance(self.init, float) and x is not None:  # a grid that is given, and was chosen for nothing, stays
             scale.fill_(self.init)
             zero_point.fill_(self.spec.middle if self.spec.symmetric else self.spec.qmin)
             return
@@ -68,7 +71,7 @@ class LearnedStep(Rule):
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         learned = moved if self.plain else grown
-        return learned(self.log_ratio, scale), zero_point.to(torch.float32)
+        return learned(self.growth, scale), zero_point.to(torch.float32)
 
     def grad_factor(self, elements: int) -> float:
         """What the gradients of the grid of a tensor with so many elements are multiplied by."""

@@ -12,28 +12,28 @@ from qkernels.core.rules.base import Rule, grown, rule
 class LearnedClip(Rule):
     """Values above the learned level become the level, which gets the sum of their gradients.
 
-    The level is `first * exp(log_ratio)`, so it stays positive. Data that reaches below zero is clipped at minus the
-    level too.
+    The level has grown from the first one (`rules.base.grown`), so it stays positive. Data that reaches below zero is
+    clipped at minus the level too.
     """
 
     def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False):
         super().__init__(spec, channels, is_weight)
         self.observes = is_weight
-        self.log_ratio = None if is_weight else nn.Parameter(torch.zeros(self.size))
+        self.growth = None if is_weight else nn.Parameter(torch.zeros(self.size))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
-        if self.log_ratio is not None:
-            self.log_ratio.zero_()
+        if self.growth is not None:
+            self.growth.zero_()
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        if self.log_ratio is None:
+        if self.growth is None:
             return scale, zero_point
         steps = (self.spec.qmax - zero_point).clamp(min=1)
-        return (grown(self.log_ratio, scale * steps) / steps).clamp(min=MIN_SCALE), zero_point
+        return (grown(self.growth, scale * steps) / steps).clamp(min=MIN_SCALE), zero_point
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         grid = self.axis, self.spec.qmin, self.spec.qmax
-        if self.log_ratio is None:
+        if self.growth is None:
             return ops.fake_quant(x, scale, zero_point, *grid)
         return ops.pact(x, scale, zero_point, *grid)

@@ -11,9 +11,10 @@ from torch import nn
 
 from qkernels.core.adaround import FIRST_BETA, LAST_BETA, rounded_weights
 from qkernels.core.corrections import AdaRound
+from qkernels.core.operations import CONVS
 from qkernels.core.phases import run_batch
 from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.aimet.quantizers import compute_encodings
+from qkernels.frontends.aimet.quantizers import compute_encodings, is_quantized
 from qkernels.frontends.aimet.quantsim import QuantizationSimModel
 
 
@@ -32,6 +33,8 @@ class AdaroundParameters:
     ):
         if tuple(default_beta_range) != (FIRST_BETA, LAST_BETA):
             raise Unsupported(f"AdaroundParameters: default_beta_range is (20, 2), got {default_beta_range!r}")
+        if hasattr(data_loader, "__len__") and len(data_loader) < num_batches:
+            raise InvalidArgument(f"AdaroundParameters: num_batches is {num_batches}, but there are {len(data_loader)}")
         self.data_loader, self.num_batches, self.forward_fn = data_loader, num_batches, forward_fn or run_batch
         self.num_iterations, self.regularization = default_num_iterations, default_reg_param
         self.warm_start = default_warm_start
@@ -65,18 +68,22 @@ class Adaround:
                 for i in range(len(table)):
                     table[i] = None
         for module, bits in param_bw_override_list or ():
-            sim.model.get_submodule(_path(paths, module)).param_quantizers["weight"].bitwidth = bits
-        for module in ignore_quant_ops_list or ():
-            for name in (table := sim.model.get_submodule(_path(paths, module)).param_quantizers):
-                table[name] = None
-        with compute_encodings(sim.model):
-            pass  # weights get their grids at once
-        few = min(quantizer.bitwidth for _, quantizer in sim.named_quantizers()) < 8
-        steps = params.num_iterations or (15000 if few else 10000)
-        how = {"steps": steps, "regularization": params.regularization, "warm_start": params.warm_start}
-        batches, rounded = islice(params.data_loader, params.num_batches), copy.deepcopy(model)
-        weights = rounded_weights(sim.prepared(), batches, params.forward_fn, lambda count: AdaRound(count, **how))
-        rounded.load_state_dict(weights, strict=False)
+            layer = sim.model.get_submodule(_path(paths, module))
+            if not is_quantized(layer) or dict(layer.param_quantizers).get("weight") is None:
+                raise InvalidArgument(f"apply_adaround: param_bw_override_list: {module} has no weight with a grid")
+            layer.param_quantizers["weight"].bitwidth = bits
+        left_out = [sim.model.get_submodule(_path(paths, module)) for module in ignore_quant_ops_list or ()]
+        left_out += [module for module in sim.qmodules() if not isinstance(module, (*CONVS, nn.Linear))]
+        sim.exclude_layers_from_quantization(left_out)
+        rounded, found = copy.deepcopy(model), list(sim.quantizers())
+        if found:
+            with compute_encodings(sim.model):
+                pass  # weights get their grids at once
+            steps = params.num_iterations or (15000 if min(q.bitwidth for q in found) < 8 else 10000)
+            how = {"steps": steps, "regularization": params.regularization, "warm_start": params.warm_start}
+            batches = islice(params.data_loader, params.num_batches)
+            weights = rounded_weights(sim.prepared(), batches, params.forward_fn, lambda count: AdaRound(count, **how))
+            rounded.load_state_dict(weights, strict=False)
         table = sim.module_encodings()["param_encodings"]
         content = {"param_encodings": {name: rows for name, rows in table.items() if name.endswith(".weight")}}
         Path(path).mkdir(parents=True, exist_ok=True)

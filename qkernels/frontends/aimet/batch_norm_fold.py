@@ -8,6 +8,7 @@ from torch import fx, nn
 from qkernels.core.fusion import foldable, folded
 from qkernels.core.graph import Untraceable, arguments, replace_module, trace
 from qkernels.core.norm import scaled_range
+from qkernels.core.phases import evaluating
 from qkernels.errors import InvalidArgument, Unsupported
 
 
@@ -49,7 +50,7 @@ def fold_all_batch_norms_to_scale(sim: Any) -> list[tuple[nn.Module, nn.Module]]
         with torch.no_grad():
             layer.weight.copy_(made.weight)
         layer.bias = made.bias
-        quantizer.take_range(*scaled_range(norm, quantizer.min.detach(), quantizer.max.detach(), quantizer.symmetric))
+        quantizer.take_ends(*scaled_range(norm, quantizer.min.detach(), quantizer.max.detach(), quantizer.symmetric))
         layer.param_quantizers["bias"], layer.output_quantizers[0] = None, norm.output_quantizers[0]
         replace_module(sim.model, norm_path, nn.Identity().train(norm.training))
         pairs.append((layer, norm))
@@ -65,10 +66,8 @@ def graph_of(model: nn.Module, input_shapes: Any, dummy_input: Any, verb: str) -
         shapes = [input_shapes] if isinstance(input_shapes[0], int) else list(input_shapes)
         device = next((p.device for p in model.parameters()), None)
         dummy_input = tuple(torch.rand(tuple(shape), device=device) for shape in shapes)
-    training = model.training
     try:
-        return trace(model.eval(), *arguments(dummy_input))
+        with evaluating(model):
+            return trace(model, *arguments(dummy_input))
     except Untraceable as error:
         raise Unsupported(f"{verb}: the model has no graph ({error}); call prepare_model first") from None
-    finally:
-        model.train(training)

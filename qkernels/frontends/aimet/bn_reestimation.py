@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qkernels.core.phases import evaluating
 from qkernels.core.training import average_statistics, restore, running_statistics
 from qkernels.errors import InvalidArgument
 
@@ -31,11 +32,8 @@ def reestimate_bn_stats(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise InvalidArgument("reestimate_bn_stats: the model has no batch normalization with running statistics")
-    modes, handle = [(module, module.training) for module in model.modules()], Handle()
+    handle = Handle()
     handle.callback(restore, running_statistics(norms))
-    try:
-        average_statistics(model.eval(), norms, islice(dataloader, num_batches), forward_fn)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        average_statistics(model, norms, islice(dataloader, num_batches), forward_fn)
     return handle

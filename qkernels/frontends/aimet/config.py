@@ -33,9 +33,13 @@ DEFAULT: dict[str, Any] = {
 }
 FLAGS = ("is_quantized", "is_symmetric")
 OP_FLAGS = ("is_output_quantized", "is_input_quantized", "is_symmetric")
-OP_KEYS = (*OP_FLAGS, "params", "per_channel_quantization", "supported_kernels")
+LIMITS = "encoding_constraints"
+OP_KEYS = (*OP_FLAGS, "params", "per_channel_quantization", "supported_kernels", LIMITS)
 PARAMS = ("weight", "bias", "running_mean", "running_var")
 PADS = tuple(getattr(nn, f"{mode}Pad{d}d") for mode in ("Constant", "Reflection", "Replication") for d in (1, 2, 3))
+# What AIMET has modules for and this package has none.
+OTHERS = "Cast ChannelShuffle Cos Expand GRU GatherND LSTM MaxRoiPool MaxUnpool Mean NonMaxSuppression NonZero RNN"
+OTHERS += " RMSNormalization ReduceMax ReduceMin Reshape RoiAlign ScatterElements ScatterND Sin Slice Split Tile TopK"
 OP_TYPES: dict[str, tuple[type, ...]] = {
     "Conv": o.CONVS[:3],
     "ConvTranspose": o.CONVS[3:],
@@ -49,6 +53,7 @@ OP_TYPES: dict[str, tuple[type, ...]] = {
     "Div": (functions.Divide,),
     "Concat": (functions.Concat,),
     "ReduceMean": (functions.Mean,),
+    "Where": (functions.Where,),
     "Sigmoid": (nn.Sigmoid,),
     "Tanh": (nn.Tanh,),
     "Softmax": (nn.Softmax,),
@@ -74,7 +79,7 @@ OP_TYPES: dict[str, tuple[type, ...]] = {
     "Gather": (nn.Embedding,),
     "Flatten": (nn.Flatten,),
     "Dropout": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    "Cast": (),
+    **dict.fromkeys((*OTHERS.split(), "Transpose"), ()),
 }
 
 
@@ -95,6 +100,8 @@ class Tensors:
     per_channel: bool = False
     bias_quantized: bool = False
     bias_symmetric: bool = False
+    says_symmetric: bool = False  # for the type, which then holds for the producers of its inputs too
+    limits: tuple[float, float | None] | None = None  # the ends that the output's range keeps
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ def _parse(config: Mapping[str, Any]) -> Config:
     for name, values in config.get("op_type", {}).items():
         where = f"config.op_type.{name}"
         check_keys(values, OP_KEYS, where)
-        by_type[name] = _tensors(base, {**values, "ops": values}, where)
+        said = {"says_symmetric": "is_symmetric" in values, "limits": _limits(name, values.get(LIMITS), where)}
+        by_type[name] = replace(_tensors(base, {**values, "ops": values}, where), **said)
     groups = []
     for i, group in enumerate(config.get("supergroups", ())):
         check_keys(group, ["op_list"], f"config.supergroups[{i}]")
@@ -179,6 +187,19 @@ def _tensors(base: Tensors, values: Mapping[str, Any], where: str, ops_at: str =
         params_symmetric=_bool(params, "is_symmetric", base.params_symmetric, f"{where}.params"),
         per_channel=per_channel,
     )
+
+
+def _limits(name: str, values: Any, where: str) -> tuple[float, float | None] | None:
+    if values is None:
+        return None
+    where = f"{where}.{LIMITS}"
+    check_keys(values, ("min", "max"), where)
+    ends = values.get("min"), values.get("max")
+    if all(isinstance(end, (int, float)) for end in ends) and ends[0] < ends[1]:
+        return ends
+    if name == "Relu" and ends == (0, None):
+        return ends
+    raise Unsupported(f"{where}: needs numbers min < max, or for Relu min 0 alone, got {dict(values)!r}")
 
 
 def _named_params(base: Tensors, params: Mapping[str, Any], where: str) -> Tensors:

@@ -111,6 +111,8 @@ def read(
     if LIST in encodings:
         encodings = _in_tables(encodings[LIST])
     entries = [*_activations(encodings.get(TABLES[0], {}), paths, graph), *_parameters(encodings.get(TABLES[1], {}))]
+    if not entries:
+        raise InvalidArgument("encodings: there is no encoding")
     for where, path, key, rows in entries:
         if path in paths:
             found.setdefault(path, {})[key] = grid_of(rows, where)

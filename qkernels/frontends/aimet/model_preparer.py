@@ -50,4 +50,7 @@ def prepare_model(
     for path, module in list(prepared.named_modules()):
         if type(module) is nn.SiLU:
             prepared.set_submodule(path, SplitSiLU())
-    return prepared.train(model.training)
+    known = set(model.modules())  # which keep their modes
+    for module in prepared.modules():
+        module.training = module.training if module in known else model.training
+    return prepared

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum
 from functools import cache
@@ -18,20 +20,23 @@ from qkernels.core import operations as o
 from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT
 from qkernels.core.convert import convert
 from qkernels.core.functional import Concat, Functional
-from qkernels.core.fusion import chain_from, foldable
+from qkernels.core.fusion import foldable
 from qkernels.core.graph import Untraceable, arguments, modules_of, trace
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.layers import PREPARED
+from qkernels.core.neighbours import inside_chains, places_around, tensor_arguments
 from qkernels.core.onnx_names import places_in, scope_of
+from qkernels.core.phases import evaluating
 from qkernels.core.placed import Places, prepare_placed
 from qkernels.core.recipe import Match, Override, Recipe
-from qkernels.errors import InvalidArgument, Unsupported, close_matches
+from qkernels.errors import InvalidArgument, InvalidState, Unsupported, close_matches
 from qkernels.frontends.aimet import encodings as enc
 from qkernels.frontends.aimet import quantizers as qz
-from qkernels.frontends.aimet.config import OP_TYPES, Config, Tensors, op_type, read_config
+from qkernels.frontends.aimet.config import OP_TYPES, Tensors, op_type, read_config
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
 from qkernels.frontends.common import from_json
 
+logger = logging.getLogger("Quant")
 OBSERVERS = {
     "min_max": "minmax",
     "tf": "minmax",
@@ -88,32 +93,38 @@ class QuantizationSimModel:
         self._bits = (default_output_bw, default_param_bw)
         self._dummy = arguments(dummy_input)
         self.model = model if in_place else copy.deepcopy(model)
+        self._excluded: list[str] = []
         self._place()
 
     # -- where quantizers go
 
     def _place(self) -> None:
-        training = self.model.training
+        if any(map(is_quantized, self.model.modules())):
+            raise InvalidState("QuantizationSimModel: the model has quantizers already; give the float model")
         try:
-            traced = trace(self.model.eval(), *self._dummy)
+            with evaluating(self.model):
+                traced = trace(self.model, *self._dummy)
         except Untraceable as error:
             raise Unsupported(
                 f"QuantizationSimModel: the model has no graph ({error}); make it one with prepare_model, or name the "
                 "parts with control flow in modules_to_exclude"
             ) from None
-        finally:
-            self.model.train(training)
         modules, config = modules_of(traced), self._config
-        calls = [n for n in traced.graph.nodes if n.op == "call_module" and not is_quantized(modules[n.target])]
+        calls = [n for n in traced.graph.nodes if n.op == "call_module"]
+        if not calls:
+            raise Unsupported(
+                f"QuantizationSimModel: {type(self.model).__name__} calls no modules, which are what gets quantizers; "
+                "put a single layer into nn.Sequential, make functions modules with prepare_model"
+            )
         # A batch normalization that could be folded is part of its layer: the quantizer of the output stands behind it.
         self.foldable = foldable(traced)
         layers = {norm: layer for layer, norm in self.foldable}
-        inside = _inside_supergroups(traced, modules, config, layers)
+        inside = inside_chains(traced, config.supergroups, modules, op_type, layers, _is_never_fused)
         for node in calls:
             module = modules[node.target]
             if is_quantized(module) or type(module) is nn.Identity:
                 continue
-            tensors = [a for a in node.args if isinstance(a, fx.Node) and a.meta["value"].kind == "tensor"]
+            tensors = tensor_arguments(node)
             wanted, final = config.of(module), any(user.op == "output" for user in node.users)
             inputs = [self._reads_model_input(a) or wanted.is_input_quantized for a in tensors]
             output = (config.of(modules[layers[node.target]]) if node.target in layers else wanted).is_output_quantized
@@ -128,11 +139,34 @@ class QuantizationSimModel:
             if output and node.meta["value"].is_float:
                 module.output_quantizers[0] = self._quantizer((), wanted, node.target)
             self._place_parameters(node.target, module, wanted, node.target in layers)
+        self._relate(calls, modules)
 
+    def _relate(self, calls: list[fx.Node], modules: dict[str, nn.Module]) -> None:
+        """What operations say about the quantizers of their neighbours, or of all their calls."""
+        config = self._config
+        for node in calls:
+            wanted = config.of(modules[node.target])
+            for call, side, i in places_around(node) if wanted.says_symmetric else ():
+                quantizers = getattr(modules[call.target], f"{side}_quantizers", None)
+                if quantizers is not None and quantizers[i] is not None:
+                    quantizers[i].take_symmetry(wanted.is_symmetric, config.strict_symmetric)
+        for node in calls:
+            module = modules[node.target]
+            quantizer, limits = is_quantized(module) and module.output_quantizers[0], config.of(module).limits
+            if quantizer and limits:
+                quantizer.limit(*limits)
         for node in reversed(calls):
             module = modules[node.target]
             if isinstance(module, (Concat, nn.ReLU)) and is_quantized(module):
                 self._share_with_sources(node, module.output_quantizers[0], modules)
+        for module, count in Counter(modules[node.target] for node in calls).items():
+            if count > 1 and is_quantized(module) and not module.param_quantizers:
+                name = next(node.target for node in calls if modules[node.target] is module)
+                logger.warning("%s is called %d times and gets no quantizers; use prepare_model", name, count)
+                for table in (module.input_quantizers, module.output_quantizers):
+                    for i, quantizer in enumerate(list(table)):
+                        if quantizer is not None and quantizer.is_overwrite_allowed():
+                            table[i] = None
 
     def _place_parameters(self, path: str, module: nn.Module, wanted: Tensors, is_folded: bool) -> None:
         """Quantizers of weight and bias; channels of normalizations and embeddings share one grid."""
@@ -176,7 +210,7 @@ class QuantizationSimModel:
     def _kind(self, wanted: Tensors, is_weight: bool) -> dict[str, Any]:
         """The kind of grid, but for its axis."""
         symmetric, observer = wanted.params_symmetric if is_weight else wanted.is_symmetric, OBSERVERS[self._scheme]
-        kind = {"bitwidth": self._bits[is_weight], "symmetric": symmetric, "signed": is_weight}
+        kind = {"bitwidth": self._bits[is_weight], "symmetric": symmetric, "is_weight": is_weight}
         kind["strict"] = symmetric and self._config.strict_symmetric
         return kind | {"observer": "minmax" if is_weight and observer == "percentile" else observer}
 
@@ -204,16 +238,32 @@ class QuantizationSimModel:
     ) -> None:
         """Calibrates on what the callback runs: `callback(model)` or `callback(model, args)`."""
         args = () if forward_pass_callback_args is ... else (forward_pass_callback_args,)
-        training = self.model.training
-        with qz.compute_encodings(self.model.eval()):
+        with evaluating(self.model), qz.compute_encodings(self.model):
             forward_pass_callback(self.model, *args)
-        self.model.train(training)
 
     def named_qmodules(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, m) for name, m in self.model.named_modules() if is_quantized(m))
 
+    def qmodules(self) -> Iterator[nn.Module]:
+        return (module for _, module in self.named_qmodules())
+
     def named_quantizers(self) -> Iterator[tuple[str, QuantizeDequantize]]:
         return ((name, m) for name, m in self.model.named_modules() if isinstance(m, QuantizeDequantize))
+
+    def quantizers(self) -> Iterator[QuantizeDequantize]:
+        return (quantizer for _, quantizer in self.named_quantizers())
+
+    def quantizer_state_dict(self) -> dict[str, Any]:
+        """The part of `model.state_dict()` that quantizers hold."""
+        found = tuple(f"{name}." for name, _ in self.named_quantizers())
+        return {name: value for name, value in self.model.state_dict().items() if name.startswith(found)}
+
+    def exclude_layers_from_quantization(self, layers_to_exclude: Iterable[nn.Module]) -> None:
+        """Takes the quantizers off these modules of `model` and all modules inside them."""
+        for layer in layers_to_exclude:
+            for module in filter(is_quantized, list(layer.modules())):
+                self._excluded += [path for path, found in self.model.named_modules() if found is module]
+                qz.make_float(module)
 
     # -- integers
 
@@ -266,21 +316,21 @@ class QuantizationSimModel:
         version = encoding_version or os.environ.get("AIMET_ENCODING_VERSION", "1.0.0")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.original_model(), folder / f"{filename_prefix}.pth")
+        torch.save(self.get_original_model(self.model, qdq_weights=True), folder / f"{filename_prefix}.pth")
         stem = filename_prefix_encodings or filename_prefix
         for name, content in ((stem, self.encodings(version)), (f"{stem}_torch", self.module_encodings())):
             (folder / f"{name}.encodings").write_text(json.dumps(content, indent=4, sort_keys=True))
 
-    def original_model(self) -> nn.Module:
-        """The model without quantizers, its weights on their grids."""
-        work = copy.deepcopy(self.model)
-        for _, module in list(work.named_modules()):
-            if is_quantized(module):
-                with torch.no_grad():
-                    for name, quantizer in module.param_quantizers.items():
-                        if quantizer is not None:
-                            getattr(module, name).copy_(quantizer(getattr(module, name)))
-                qz.make_float(module)
+    @staticmethod
+    def get_original_model(model: nn.Module, qdq_weights: bool = False) -> nn.Module:
+        """A copy of `model` without quantizers; with `qdq_weights` its weights are on their grids."""
+        work = copy.deepcopy(model)
+        for module in filter(is_quantized, list(work.modules())):
+            with torch.no_grad():
+                for name, quantizer in module.param_quantizers.items():
+                    if quantizer is not None and qdq_weights:
+                        getattr(module, name).copy_(quantizer(getattr(module, name)))
+            qz.make_float(module)
         return work
 
     def grids(self) -> Grids:
@@ -317,7 +367,7 @@ class QuantizationSimModel:
         if version == "2.0.0":
             return common
         return common | {
-            "excluded_layers": [],
+            "excluded_layers": self._excluded,
             "quantizer_args": {
                 "activation_bitwidth": self._bits[0],
                 "dtype": "int",
@@ -334,63 +384,65 @@ class QuantizationSimModel:
         strict: bool = True,
         partial: bool = True,
         requires_grad: bool | None = None,
-        allow_overwrite: bool = True,
+        allow_overwrite: bool | None = True,
         onnx_file: str | os.PathLike | None = None,
     ) -> None:
         """Takes the grids of an encodings file or dict: 0.6.1, 1.0.0 or 2.0.0, by tensor name or by module.
 
         Args:
-            strict: a name that fits nothing is an error.
+            strict: a name that fits nothing, or a place without a quantizer, is an error; else it is left alone.
             partial: quantizers that the file does not name stay; otherwise they are removed.
-            requires_grad: whether the ends of the grids are trained from now on.
-            allow_overwrite: whether compute_encodings may change them later.
+            requires_grad: whether the ends of the grids are trained from now on; None leaves that as it is.
+            allow_overwrite: whether calibration and other files may change them later; None leaves that as it is.
+                Quantizers that refuse it now stay as they are.
             onnx_file: the graph that names the tensors; without, the .onnx of the same name beside a file of encodings.
         """
         if onnx_file is None and isinstance(encodings, (str, os.PathLike)):
             beside = Path(encodings).with_suffix(".onnx")
             onnx_file = beside if beside.exists() else None
-        kept: set[QuantizeDequantize] = set()
         modules = dict(self.named_qmodules())
         graph = cache(lambda: places_in(onnx_file, modules)) if onnx_file is not None else dict
-        for path, table in enc.read(from_json(encodings), modules, strict, graph).items():
-            for key, grid in table.items():
-                made = self._take(modules[path], path, key, grid)
-                if made is not None:
-                    made.source = path
-                    kept.add(made)
-        for quantizer in kept:
-            quantizer.to(next(self.model.parameters()).device)
-            if not allow_overwrite:
-                quantizer.freeze(requires_grad is not False)
-            elif requires_grad is not None:
-                quantizer.min.requires_grad_(requires_grad)
-                quantizer.max.requires_grad_(requires_grad)
-        if not partial:
-            for module in modules.values():
-                for table in (module.input_quantizers, module.output_quantizers, module.param_quantizers):
-                    for key in range(len(table)) if isinstance(table, nn.ModuleList) else list(table):
-                        if table[key] not in kept:
-                            table[key] = None
+        read = enc.read(from_json(encodings), modules, strict, graph)
+        taken = {self._take(modules[path], path, key, read[path][key], strict) for path in read for key in read[path]}
+        for quantizer in taken - {None}:
+            if requires_grad is not None:
+                quantizer.requires_grad_(requires_grad)
+        for module in () if partial else modules.values():
+            for table in (module.input_quantizers, module.output_quantizers, module.param_quantizers):
+                for key in range(len(table)) if isinstance(table, nn.ModuleList) else list(table):
+                    if table[key] is not None and table[key] not in taken and table[key].is_overwrite_allowed():
+                        table[key] = None
+        for quantizer in taken - {None} if allow_overwrite is not None else ():
+            quantizer.allow_overwrite(allow_overwrite)
 
-    def _take(self, module: nn.Module, path: str, key: str, grid: Grid) -> QuantizeDequantize | None:
-        """Puts a quantizer with this grid in its place; None where sizes are computed, which stay what they are."""
-        if key not in PARAMETERS and isinstance(module, Functional) and not len(module.input_quantizers):
-            return None
+    def _take(self, module: nn.Module, path: str, key: str, grid: Grid, strict: bool) -> QuantizeDequantize | None:
+        """The quantizer of this place, which gets the grid; None if it keeps its own, or sizes are computed there."""
+        table, index, where = module.param_quantizers, key, f"param_encodings.{path}.{key}"
         if key not in PARAMETERS:
+            if isinstance(module, Functional) and not len(module.input_quantizers):
+                return None
             side = "output" if key == OUTPUT else "input"
-            index, table = int(key.removeprefix(side) or 0), getattr(module, f"{side}_quantizers")
+            table, index = getattr(module, f"{side}_quantizers"), int(key.removeprefix(side) or 0)
+            where = f"activation_encodings.{path}.{side}.{index}"
             if index >= len(table):
-                raise InvalidArgument(f"activation_encodings.{path}.{side}.{index}: {path} has no such {side}")
-            table[index] = QuantizeDequantize.from_grid(grid, (1,), None)
-            return table[index]
-        if getattr(module, key, None) is None:
-            raise InvalidArgument(f"param_encodings.{path}.{key}: the module has none")
-        axis = CHANNEL_AXIS.get(type(module).float_type, 0) if key == WEIGHT else 0
-        shape = getattr(module, key).shape
-        if len(grid.scale) not in (1, shape[axis]):
-            raise InvalidArgument(f"param_encodings.{path}.{key}: {len(grid.scale)} grids for {shape[axis]} channels")
-        module.param_quantizers[key] = QuantizeDequantize.from_grid(grid, shape, axis)
-        return module.param_quantizers[key]
+                raise InvalidArgument(f"{where}: {path} has no such {side}")
+        elif getattr(module, key, None) is None:
+            raise InvalidArgument(f"{where}: the module has none")
+        quantizer = table[index]
+        if quantizer is None and strict:
+            raise InvalidState(f"{where}: no quantizer present; put one there, or give strict=False to leave it out")
+        if quantizer is None or not quantizer.is_overwrite_allowed():
+            return None
+        if len(grid.scale) == quantizer.min.numel():
+            quantizer.take_grid(grid)
+            return quantizer
+        axis = self._channel_axis(path) if key == WEIGHT else 0
+        channels = getattr(module, key).shape[axis] if key in PARAMETERS else 1
+        if len(grid.scale) not in (1, channels):
+            raise InvalidArgument(f"{where}: {len(grid.scale)} grids for {channels} channels")
+        made = QuantizeDequantize.from_grid(grid, getattr(module, key).shape, axis).to(quantizer.min.device)
+        made.source, table[index] = quantizer.source, made.requires_grad_(quantizer.min.requires_grad)
+        return made
 
     def set_and_freeze_param_encodings(self, encoding_path: "Mapping[str, Any] | str | os.PathLike") -> None:
         """Takes the weight grids of a file and keeps them through compute_encodings and training."""
@@ -399,25 +451,20 @@ class QuantizationSimModel:
         self.load_encodings({"param_encodings": weights}, requires_grad=False, allow_overwrite=False)
 
     def load_and_freeze_encodings(self, encoding_path: Any, ignore_when_quantizer_disabled: bool = False) -> None:
-        self.load_encodings(encoding_path, requires_grad=False, allow_overwrite=False)
+        self.load_encodings(encoding_path, not ignore_when_quantizer_disabled, True, False, False)
 
     def __str__(self) -> str:
         return f"QuantizationSimModel({self.model})"
 
 
-def _inside_supergroups(
-    traced: fx.GraphModule, modules: dict[str, nn.Module], config: Config, norms: Collection[str]
-) -> set[fx.Node]:
-    """The calls whose output goes nowhere but into the next operation of their group, or into one of `norms` before."""
-    inside: set[fx.Node] = set()
-    for group in config.supergroups:
-        for node in traced.graph.nodes:
-            if node.op != "call_module" or _is_never_fused(modules[node.target]):
-                continue
-            chain = chain_from(node, group, modules, op_type, norms)
-            inside.update(chain[:-1])
-            inside.update(reader for part in chain[:-1] for reader in part.users if reader.target in norms)
-    return inside
+def save_checkpoint(quant_sim_model: QuantizationSimModel, file_path: str | os.PathLike) -> None:
+    """Pickles the simulation, for `load_checkpoint`."""
+    torch.save(quant_sim_model, file_path)
+
+
+def load_checkpoint(file_path: str | os.PathLike) -> QuantizationSimModel:
+    """What `save_checkpoint` saved. Only for files that one trusts: reading them runs their code."""
+    return torch.load(file_path, weights_only=False)
 
 
 def _is_never_fused(module: nn.Module) -> bool:

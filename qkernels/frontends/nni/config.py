@@ -14,8 +14,16 @@ from qkernels.core.attach import PARAMETERS, Site
 from qkernels.core.blocks import counts
 from qkernels.core.qspec import MAX_BITS, QSpec
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import InvalidArgument, Unsupported
-from qkernels.frontends.common import WEIGHTED, check_keys, check_one_of, check_words, with_names, with_types
+from qkernels.errors import InvalidArgument, Unsupported, close_matches
+from qkernels.frontends.common import (
+    WEIGHTED,
+    check_keys,
+    check_one_of,
+    check_words,
+    first_names,
+    with_names,
+    with_types,
+)
 
 TYPES = (*WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.MaxPool2d)
 SELECTING = ("op_names", "op_names_re", "op_types")
@@ -23,6 +31,7 @@ SETTINGS = ("quant_dtype", "quant_scheme", "granularity", "apply_method")
 LEGACY = ("quant_types", "quant_bits", "quant_start_step", "op_partial_names", "exclude")
 EXCLUDING = tuple(f"exclude_{key}" for key in SELECTING)
 KEYS = (*SELECTING, *EXCLUDING, *SETTINGS, "target_names", "target_settings", "fuse_names", *LEGACY)
+PREFIXES = ("_input_", "_output_")
 LEGACY_TARGETS = {"weight": "weight", "input": "_input_", "output": "_output_"}
 GRANULARITIES = {"default": None, "out_channel": (1, 0), "in_channel": (-1, 1, 0), "per_channel": (-1, 1, 0)}  # blocks
 METHODS = (None, "bypass", "clamp_round", "qat_clamp_round")
@@ -63,6 +72,8 @@ class Settings:
             recipes = {name: recipe_of(name, setting) for name, setting in targets.items()}
             inputs = {int(n.removeprefix("_input_")): r for n, r in recipes.items() if n.startswith("_input_")}
             norm, clamp = self.fused.get(path, (None, None))
+            if "weight" not in recipes:
+                norm, clamp = None, clamp or norm  # nothing to fold into: it stays, and the output is that behind it
             output = recipes.get("_output_0")
             if clamp is not None and output is not None:
                 found[clamp] = Site(output=output, start_step=start_step)
@@ -72,8 +83,8 @@ class Settings:
         return found
 
     def layer(self, path: str) -> str:
-        """The layer that the activation at `path` is fused with, whose output it rounds; otherwise `path`."""
-        return next((layer for layer, (_, clamp) in self.fused.items() if clamp == path), path)
+        """The layer that the module at `path` is fused with, whose output it rounds; otherwise `path`."""
+        return next((layer for layer, parts in self.fused.items() if path in parts), path)
 
 
 def parse(model: nn.Module, config_list: Iterable[Mapping[str, Any]]) -> Settings:
@@ -85,7 +96,7 @@ def parse(model: nn.Module, config_list: Iterable[Mapping[str, Any]]) -> Setting
     """
     if not isinstance(config_list, (list, tuple)) or not config_list:
         raise InvalidArgument(f"config_list: must be a list of dicts, got {config_list!r}")
-    modules = {path: m for path, m in model.named_modules() if path}
+    modules = {path: m for path, m in model.named_modules(remove_duplicate=False) if path}
     entries = [(f"config_list[{i}]", _modern(entry, f"config_list[{i}]")) for i, entry in enumerate(config_list)]
     excluded = {path for where, entry in entries if entry.get("exclude") for path in _selected(modules, entry, where)}
     targets: dict[str, dict[str, Setting]] = {}
@@ -151,8 +162,8 @@ def _selected(modules: Mapping[str, nn.Module], entry: Mapping[str, Any], where:
         return named, with_types(modules, entry.get(types, ()), TYPES, f"{where}.{types}")
 
     named, of_type = said("")
-    by_name, by_type = "op_names" in entry or "op_names_re" in entry, "op_types" in entry
-    chosen = named & of_type if by_name and by_type else named | of_type
+    by_name = entry.get("op_names") or entry.get("op_names_re")
+    chosen = named & of_type if by_name and entry.get("op_types") else named | of_type
     chosen = chosen.difference(*said("exclude_"))
     if not chosen:
         raise InvalidArgument(f"{where}: selects no module of the model")
@@ -167,29 +178,36 @@ def _matching(modules: Mapping[str, nn.Module], patterns: Iterable[str], where: 
         raise InvalidArgument(f"{where}: {error.pattern!r} is no regular expression: {error}") from None
     for pattern in (pattern for pattern, paths in hits.items() if not paths):
         raise InvalidArgument(f"{where}: no module of the model matches {pattern!r}")
-    return set().union(*hits.values())
+    return first_names(modules, set().union(*hits.values()))
 
 
 def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str) -> dict[str, Setting]:
     if not isinstance(module, TYPES):
         kinds = [cls.__name__ for cls in TYPES]
         raise InvalidArgument(f"{where}: {path} is a {type(module).__name__}; targets are known for {kinds}")
-    parameters = [name for name in PARAMETERS if module._parameters.get(name) is not None]
-    names = entry.get("target_names", ["_input_", *parameters, "_output_"])
+    names = entry.get("target_names") or ["_input_", *PARAMETERS, "_output_"]
     own = entry.get("target_settings", {})
     check_words(names, f"{where}.target_names")
     check_keys(own, own, f"{where}.target_settings")
-    common = {key: entry[key] for key in SETTINGS if key in entry}
+    keys: dict[str, str] = {}
+    for key in own:
+        here = f"{where}.target_settings"
+        check_keys(own[key], SETTINGS, f"{here}.{key}")
+        target = key if key in PREFIXES else _canonical(key, path, module, here)
+        if keys.setdefault(target, key) != key:
+            raise InvalidArgument(f"{here}: {target} of {path} has two settings, {keys[target]!r} and {key!r}")
+    targets = dict.fromkeys(_canonical(name, path, module, f"{where}.target_names") for name in names)
+    for key in (key for target, key in keys.items() if not any(t.startswith(target) for t in targets)):
+        raise InvalidArgument(f"{where}.target_settings.{key}: is no target of {path}; there are {list(targets)}")
     found = {}
-    for name in dict.fromkeys([*names, *own]):
-        here = f"{where}.target_settings.{name}" if name in own else where
-        check_keys(own.get(name, {}), SETTINGS, here)
-        places = {key: here if key in own.get(name, {}) else where for key in SETTINGS}
-        target = _canonical(name, path, module, f"{where}.target_{'names' if name in names else 'settings'}")
-        if target not in PARAMETERS or target in parameters:
-            setting = _setting({**common, **own.get(name, {})}, target, module, places)
-            if found.setdefault(target, setting) != setting:
-                raise InvalidArgument(f"{here}: {target} of {path} has two settings, {found[target]} and {setting}")
+    for target in targets:
+        if target in PARAMETERS and getattr(module, target, None) is None:
+            continue
+        key = keys.get(target, keys.get(target.rstrip("0123456789")))
+        said = own.get(key, {})
+        places = {name: f"{where}.target_settings.{key}" if name in said else where for name in SETTINGS}
+        common = {name: entry[name] for name in SETTINGS if name in entry}
+        found[target] = _setting({**common, **said}, target, module, places)
     if not found:
         raise InvalidArgument(f"{where}.target_names: {path} is a {type(module).__name__} and has none of {names}")
     return found
@@ -197,20 +215,22 @@ def _targets(path: str, module: nn.Module, entry: Mapping[str, Any], where: str)
 
 def _canonical(name: str, path: str, module: nn.Module, where: str) -> str:
     """`weight`, `bias`, `_input_0`, ... or `_output_0`."""
-    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
-    kind, _, which = name.removeprefix("_").partition("_")
-    if name in PARAMETERS or name in ("_output_", "_output_0"):
-        return name if name in PARAMETERS else "_output_0"
-    if kind == "input" and which in ("", *arguments):
-        return f"_input_{arguments.index(which) if which else 0}"
-    if kind == "input" and which.isdigit() and int(which) < len(arguments):
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+    if prefix is None and name not in PARAMETERS:
+        known = [*PARAMETERS, "_input_", "_input_0", "_output_", "_output_0"]
+        raise InvalidArgument(f"{where}: unknown target {name!r}{close_matches(name, known)}")
+    if prefix is None or name == "_output_0":
         return name
-    if kind == "input":
+    which = name.removeprefix(prefix)
+    if prefix == "_output_":
+        if which:
+            raise Unsupported(f"{where}: {name}: modules with several outputs cannot be split; use _output_0")
+        return "_output_0"
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    numbers = [str(i) for i in range(len(arguments))]
+    if which not in ("", *arguments, *numbers):
         raise InvalidArgument(f"{where}: {path} has no argument {which!r}; there are {arguments}")
-    if kind == "output":
-        raise Unsupported(f"{where}: {name}: modules with several outputs cannot be split; use _output_0")
-    known = "weight, bias, _input_, _input_0, _output_, _output_0"
-    raise InvalidArgument(f"{where}: unknown target {name!r}; there are {known}")
+    return f"_input_{arguments.index(which) if which in arguments else which or 0}"
 
 
 def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, places: Mapping[str, str]) -> Setting:
@@ -226,7 +246,7 @@ def _setting(entry: Mapping[str, Any], target: str, module: nn.Module, places: M
         raise Unsupported(f"{where['quant_dtype']}: {dtype}: {bounds}")
     check_one_of(scheme, ("affine", "symmetric", None), where["quant_scheme"])
     check_one_of(entry.get("apply_method"), METHODS, where["apply_method"])
-    shape = module._parameters[target].shape if target in PARAMETERS else None
+    shape = getattr(module, target).shape if target in PARAMETERS else None
     rank = _rank(module) if shape is None else len(shape)
     block = _block(given, shape, rank, where["granularity"])
     if block is None and given != "default":

@@ -7,16 +7,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from qkernels.core.restart import remember, remembered, restart
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported
 
 SCHEDULER = LRScheduler
-
-
-def trace(cls: type) -> type:
-    """NNI wraps optimizers and schedulers to make them anew; here Parameters stay the same, and so does what holds
-    them. Returns `cls`.
-    """
-    return cls
+trace = remembered  # `compress` starts where what it wraps began
 
 
 def model_wrapper(cls: type) -> type:
@@ -48,10 +43,19 @@ class TorchEvaluator:
         self.optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
             raise InvalidType(f"TorchEvaluator: optimizers must be torch optimizers, got {optimizers!r}")
+        several = isinstance(lr_schedulers, (list, tuple))
+        self.schedulers = list(lr_schedulers) if several else [lr_schedulers] if lr_schedulers is not None else []
+        if not all(isinstance(s, LRScheduler) for s in self.schedulers):
+            raise InvalidType(f"TorchEvaluator: lr_schedulers must be torch schedulers or None, got {lr_schedulers!r}")
+        for made in (*self.optimizers, *self.schedulers):
+            remember(made)
         self.training_func, self.training_step = training_func, training_step
         self.lr_schedulers, self.dummy_input, self.evaluating_func = lr_schedulers, dummy_input, evaluating_func
 
     def train(self, model: nn.Module, max_steps: int | None, max_epochs: int | None) -> None:
+        """Runs the user's loop; optimizers and schedulers start anew, as in NNI, which makes new ones."""
+        for made in (*self.optimizers, *self.schedulers):
+            restart(made)
         optimizers = self.optimizers[0] if len(self.optimizers) == 1 else self.optimizers
         self.training_func(model, optimizers, self.training_step, self.lr_schedulers, max_steps, max_epochs)
 

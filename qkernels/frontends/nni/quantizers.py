@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.core.attach import PARAMETERS, Site
-from qkernels.core.attached import Attached, Holder, recipe_of
+from qkernels.core.attached import Attached, Holder, freeze, recipe_of
 from qkernels.core.grids import Grid, Grids
-from qkernels.core.quantizer import Quantizer, State
+from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported, close_matches
 from qkernels.frontends.nni import calibration
@@ -54,6 +54,7 @@ class _Quantizer(Holder):
         #: What the config_list asks for, as `qkernels.prepare_qat` and `qkernels.prepare` take it.
         self.recipe = recipe_of(model, sites)
         self.attached = Attached(model, sites, self.trained, evaluator.dummy_input)
+        self.last: Calibration | None = None
 
     def _sites(self, start_step: int) -> dict[str, Site]:
         return self.settings.sites(self._recipe_of, start_step)
@@ -73,13 +74,17 @@ class _Quantizer(Holder):
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Calibration]:
         """Trains (or calibrates) and returns the model and its calibration config."""
-        self.attached.learn(self.evaluator.optimizers[0], weight_decay=0.0)
+        if max_steps is None and max_epochs is None:
+            raise InvalidArgument("compress: max_steps or max_epochs must be a number, both are None")
+        self.attached.learn(self.evaluator.optimizers, self.settings.layer)
         self.evaluator.train(self.bound_model, max_steps, max_epochs)
         self.attached.settle()
         return self.bound_model, self.get_calibration_config()
 
     def get_calibration_config(self) -> Calibration:
-        """Scales, zero points and ranges by module and target, in NNI's form."""
+        """Scales, zero points and ranges by module and target, in NNI's form; after `unwrap_model` the last ones."""
+        if self.last is not None:
+            return self.last
         grids: Grids = {}
         for path, key, quantizer in self._places():
             grids.setdefault(path, {})[key] = Grid.of(quantizer)
@@ -88,7 +93,7 @@ class _Quantizer(Holder):
             name = calibration.target(key)
             entry = found[path][name]
             setting = self.settings.targets[path][name]
-            entry["quant_scheme"] = setting.scheme or "symmetric"
+            entry["quant_scheme"] = setting.scheme
             self._describe(entry, quantizer)
             if setting.rank:
                 ones = (1,) * setting.rank
@@ -113,13 +118,13 @@ class _Quantizer(Holder):
                     name = f"{path}.{calibration.target(key)}"
                     close = close_matches(name, known)
                     raise InvalidArgument(f"calibration_config: nothing is quantized at {name}{close}")
-                quantizer = places[path, key]
-                quantizer.set_qparams(grid.qparams(quantizer.is_weight, quantizer.spec))
-                quantizer.state = State.FROZEN
+                freeze(places[path, key], grid)
 
     def unwrap_model(self) -> nn.Module:
-        """The float model again, with its trained parameters; quantizers and what they know are gone."""
-        self.attached.restore()
+        """The float model again, with its trained parameters; quantizers are gone, `get_calibration_config` stays."""
+        if self._attached.originals is not None and all(quantizer.has_grid() for _, _, quantizer in self._attached):
+            self.last = self.get_calibration_config()
+        self._attached.restore()
         return self.bound_model
 
     @classmethod
@@ -130,7 +135,7 @@ class _Quantizer(Holder):
 class QATQuantizer(_Quantizer):
     """Straight-through training on grids that follow moving averages of the extremes. Jacob et al. 2018.
 
-    `quant_start_step`: for so many training steps ranges are only watched.
+    `quant_start_step`: for so many steps of the (first) optimizer ranges are only watched.
     """
 
     def __init__(
@@ -141,9 +146,9 @@ class QATQuantizer(_Quantizer):
         quant_start_step: int = 0,
         **options: Any,
     ):
-        if not isinstance(quant_start_step, int) or quant_start_step < 0:
-            raise InvalidArgument(f"QATQuantizer: quant_start_step must be at least 0, got {quant_start_step!r}")
-        super().__init__(model, config_list, evaluator, start_step=quant_start_step, **options)
+        if not isinstance(quant_start_step, int):
+            raise InvalidArgument(f"QATQuantizer: quant_start_step must be a whole number, got {quant_start_step!r}")
+        super().__init__(model, config_list, evaluator, start_step=max(quant_start_step, 0), **options)
 
 
 class _Learned(_Quantizer):
@@ -193,6 +198,8 @@ class DoReFaQuantizer(_Learned):
         sites = super()._sites(start_step)
         for path, targets in self.settings.targets.items():
             if self.rounds_gradients and "weight" in targets and "_output_0" not in targets:
+                if targets["weight"].bits > 16:
+                    raise Unsupported(f"DoReFaQuantizer: {path}: gradients have at most 16 bits, those of the weight")
                 sites[path] = replace(sites[path], gradient_bits=targets["weight"].bits)
         return sites
 
@@ -204,14 +211,9 @@ class DoReFaQuantizer(_Learned):
     def _describe(self, entry: dict[str, Any], quantizer: Quantizer) -> None:
         """NNI describes weights on [0, 1], before they are spread to [-1, 1]."""
         if quantizer.is_weight:
-            lowest = torch.tensor(float(Grid.of(quantizer).lowest))
+            lowest = torch.full_like(entry["scale"], Grid.of(quantizer).lowest)
             ends = {"tracked_max": torch.tensor(1.0), "tracked_min": torch.tensor(0.0)}
             entry |= {"scale": entry["scale"] / 2, "zero_point": lowest, **ends}
-
-    def update_calibration_config(self, calibration_config: Calibration) -> None:
-        """As for the others; the grids of weights are always the same."""
-        cut = {p: {t: e for t, e in ts.items() if t != "weight"} for p, ts in calibration_config.items()}
-        super().update_calibration_config(cut)
 
 
 class BNNQuantizer(_Learned):
@@ -222,7 +224,7 @@ class BNNQuantizer(_Learned):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for optimizer in self.evaluator.optimizers:
-            optimizer.register_step_post_hook(self.attached.limit_weights)
+            self.attached.after_step(optimizer, self.attached.limit_parameters)
 
 
 class PtqQuantizer(_Quantizer):
@@ -241,6 +243,7 @@ class PtqQuantizer(_Quantizer):
 
         As in NNI the limits have no effect: `evaluating_func` decides how much data it shows.
         """
+        attached = self.attached
         self.evaluator.evaluate(self.bound_model)
-        self.attached.settle()
+        attached.settle()
         return self.bound_model, self.get_calibration_config()
