@@ -3,11 +3,13 @@
 #   TORCH="torch==2.13.0"  what is installed where there is none
 #   VENV=/path             an environment of your own instead of .venv
 #   ARGS="-k conv"         passed to pytest or to the demo
+#   TEST_JOBS=2            processes that run the Python tests, each with threads of its own; 0 for one
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch torchvision
 OTHER_TORCH ?= torch==2.13.0
 ARGS ?=
+TEST_JOBS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
@@ -26,7 +28,7 @@ build: $(READY)
 	@if grep -E 'warning *:|Potential Performance Loss' build/build.log; then echo 'the build gave warnings'; exit 1; fi
 
 test: build
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 demo: build
 	$(BIN)/python -m qkernels demo $(ARGS)

@@ -190,7 +190,7 @@ def ordered(grids):
     return {path: dict(sorted(table.items())) for path, table in sorted(grids.items())}
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(FORMS, 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMS, 2)))
 def test_grids_go_from_each_form_to_each_other_and_back_to_the_bit(first, second):
     grids = found_grids()
     assert set(grids) == {"conv1", "relu1", "conv2", "relu2", "fc"}

@@ -200,7 +200,6 @@ def test_gradients_of_another_layout_and_expanded_ones():
         ({"momentum": float("nan")}, "momentum must be in"),
         ({"eps": -1.0}, "eps must not be negative"),
     ],
-    ids=str,
 )
 def test_bad_arguments_of_statistics_are_errors(change, message):
     arguments = {
@@ -229,7 +228,6 @@ def test_bad_arguments_of_statistics_are_errors(change, message):
         ({"zero_point": 1 << 40}, "zero_point must be in"),
         ({"code_dtype": torch.int32}, "code_dtype must be"),
     ],
-    ids=str,
 )
 def test_bad_arguments_of_the_forward_are_errors(change, message):
     arguments = {
@@ -253,7 +251,6 @@ def test_bad_arguments_of_the_forward_are_errors(change, message):
         (torch.randn(8, 4), (0.0, None, None), "must come with a grad_factor"),
         (torch.randn(8, 4), (None, None, INF), "grad_factor must be finite"),
     ],
-    ids=str,
 )
 def test_bad_arguments_of_the_backward_are_errors(grad, options, message):
     channels = [torch.ones(4) for _ in range(4)]
