@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+MOST_THREADS = 256  # of torch, together: OpenMP gives each thread that calls it a team of its own
+
 
 class _Abandoned(BaseException):
     """Another run failed. No Exception: nothing on the way should handle it."""
@@ -70,6 +72,8 @@ class Meeting:
         running = [_Run(function) for function in functions]
         for run in running:
             run.start()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, min(threads, MOST_THREADS // max(len(running), 1))))
         try:
             while running:
                 for run in running:
@@ -86,6 +90,7 @@ class Meeting:
             for run in running:
                 if run.is_alive():
                     run.abandon()
+            torch.set_num_threads(threads)
 
     def ask(self, subject: Hashable, value: Any) -> Any:
         """From inside a run: brings `value`, waits for the others, and gives the answer."""

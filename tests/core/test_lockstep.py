@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from qkernels.core import lockstep
 from qkernels.core.lockstep import Meeting
 
 
@@ -72,6 +73,19 @@ def test_an_error_ends_all_runs_and_is_the_callers(where):
         meeting.run([fails, waits, waits])
     assert cleaned == [True, True]
     assert threading.active_count() == before
+
+
+def test_many_runs_share_the_threads_that_there_may_be(monkeypatch):
+    monkeypatch.setattr(lockstep, "MOST_THREADS", 8)
+    seen, threads = [], torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for count in (1, 2, 4, 100):
+            Meeting(max).run([lambda: seen.append(torch.get_num_threads())] * count)
+        assert seen == [4] + [4] * 2 + [2] * 4 + [1] * 100
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("inference", [True, False])
