@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_aimet import images, prepared_model
+from aimet_networks import images, prepared_model
 from torch import nn
 
 import qkernels

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_aimet import Everything, Network, calibrated, differences, images, prepared_model
+from aimet_networks import Everything, Network, calibrated, differences, images, prepared_model
 from torch import nn
 
 import qkernels
