@@ -70,11 +70,11 @@ class Meeting:
     def run(self, functions: Sequence[Callable[[], Any]]) -> None:
         """Runs all `functions` to their ends. If one fails, the others are given up and its error is raised."""
         running = [_Run(function) for function in functions]
-        for run in running:
-            run.start()
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, min(threads, MOST_THREADS // max(len(running), 1))))
         try:
+            for run in running:
+                run.start()
             while running:
                 for run in running:
                     run.go_on()

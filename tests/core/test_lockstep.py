@@ -75,6 +75,20 @@ def test_an_error_ends_all_runs_and_is_the_callers(where):
     assert threading.active_count() == before
 
 
+def test_a_run_that_cannot_start_leaves_no_other_waiting(monkeypatch):
+    before, start = threading.active_count(), threading.Thread.start
+
+    def start_two(thread):
+        if threading.active_count() == before + 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Meeting(max).run([lambda: None] * 3)
+    assert threading.active_count() == before
+
+
 def test_many_runs_share_the_threads_that_there_may_be(monkeypatch):
     monkeypatch.setattr(lockstep, "MOST_THREADS", 8)
     seen, threads = [], torch.get_num_threads()

@@ -17,15 +17,7 @@ from qkernels.frontends import torch_ao
 from qkernels.testing import supported_isas
 
 ao = pytest.importorskip("torch.ao.quantization")
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    engine = torch.backends.quantized.engine
-    torch.manual_seed(0)
-    yield
-    torch.backends.quantized.engine = engine
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("seeded_engine")]
 
 
 # ---- observers -------------------------------------------------------------------------------------------------------

@@ -15,15 +15,7 @@ from qkernels.errors import InvalidArgument, InvalidType, Unsupported
 from qkernels.frontends import torch_ao
 
 ao = pytest.importorskip("torch.ao.quantization")
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    engine = torch.backends.quantized.engine
-    torch.manual_seed(0)
-    yield
-    torch.backends.quantized.engine = engine
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("seeded_engine")]
 
 
 class Residual(nn.Module):

@@ -17,12 +17,8 @@ APIS = pytest.mark.parametrize("api", [torch_ao, ao], ids=["ours", "torch"])
 
 
 @pytest.fixture(autouse=True)
-def _engine():
-    engine = torch.backends.quantized.engine
-    torch.manual_seed(0)
+def _engine(seeded_engine):
     torch.backends.quantized.engine = "fbgemm"
-    yield
-    torch.backends.quantized.engine = engine
 
 
 def network(api=torch_ao) -> nn.Module:
