@@ -182,8 +182,8 @@ def observe_minmax(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor, Tensor]
     rows = x.float().reshape(1, -1) if axis is None else x.float().movedim(axis, 0).unsqueeze(-1).flatten(1)
     rows = torch.cat([rows, torch.full((len(rows), 1), float("nan"))], dim=1)  # so that no row is empty
     inf, finite = float("inf"), torch.isfinite(rows)
-    low = torch.where(finite, rows, inf).amin(dim=1)
-    high = torch.where(finite, rows, -inf).amax(dim=1)
+    low = torch.where(finite, rows, inf).amin(dim=1) + 0.0  # no negative zero
+    high = torch.where(finite, rows, -inf).amax(dim=1) + 0.0
     return low, high, torch.stack([torch.isnan(x).sum(), torch.isinf(x).sum()])
 
 
@@ -208,8 +208,10 @@ def observe(
     if x.numel() == 0:
         return
     batch_low, batch_high, counts = observe_minmax(x, axis)
-    if (floor is not None or ceiling is not None) and bool((batch_low <= batch_high).all()):
-        batch_low, batch_high = batch_low.clamp(floor, ceiling), batch_high.clamp(floor, ceiling)
+    if floor is not None or ceiling is not None:
+        seen = batch_low <= batch_high
+        batch_low = torch.where(seen, batch_low.clamp(floor, ceiling) + 0.0, batch_low)
+        batch_high = torch.where(seen, batch_high.clamp(floor, ceiling) + 0.0, batch_high)
     if non_finite is None:
         assert counts.sum() == 0, source
     else:
@@ -295,7 +297,10 @@ def foreach_observe_fake_quant(
     for x, axis in zip(xs, axes, strict=True):
         channels = 1 if axis is None else x.shape[axis]
         low, high = torch.full((channels,), float("inf")), torch.full((channels,), float("-inf"))
-        scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+        # The grid of zeros, which a tensor without elements keeps.
+        middle = (qmin + qmax + 1) // 2
+        scale = torch.ones(channels)
+        zero_point = torch.full((channels,), middle if symmetric else qmin, dtype=torch.int32)
         grid = axis, qmin, qmax
         observe(x, low, high, scale, zero_point, None, *grid, symmetric, min_scale, None, "x")
         ys.append(fake_quant(x, scale, zero_point, *grid))

@@ -88,7 +88,7 @@ PhaseRun phase_run(const ConvShape& shape, const ConvExtent& e, Isa isa, int64_t
     const DimPhase& dim = run.phase.dim[d];
     run.goes_down &= dim.taps == 3 && dim.in_stride == 1 && dim.in_dilation == 1;
   }
-  const int64_t column_bytes = run.plan.row_groups * layout.block_channels() * 4;
+  const int64_t column_bytes = layout.column_bytes(run.plan);
   const int64_t most_bytes = isa == Isa::kAvx2 ? kAvx2ScratchBytes : kScratchBytes;
   const int64_t fit = (most_bytes / column_bytes - columns_under(w, 1)) / w.in_stride + 1;
   const int64_t most = fit < kTileUnit ? kTileUnit : fit / kTileUnit * kTileUnit;
@@ -120,7 +120,7 @@ ScratchBytes scratch_bytes(const ConvArgs& args) {
     const PhaseRun run = phase_run(shape, extent, packed.isa, p);
     grow(&bytes.offsets, run.row_columns * 8);
     grow(&bytes.rows, run.plan.rows * 2 * static_cast<int64_t>(sizeof(void*)));
-    grow(&bytes.strip, run.strip_columns * run.plan.row_groups * layout.block_channels() * 4);
+    grow(&bytes.strip, run.strip_columns * layout.column_bytes(run.plan));
     grow(&bytes.acc, run.tile * run.plan.rows_out * layout.block_channels() * 4);
   }
   return bytes;
@@ -304,15 +304,17 @@ class Worker {
     const int64_t positions = strip_.vectors * layout_.lanes, channels = shape_.out_channels;
     const int64_t element = output_bytes(packed_.epilogue.output),
                   step = run_.phase.dim[2].out_step;
+    const bool adds = part_.epilogue.has_residual;
     for (int64_t x = 0; x < strip_.outputs; ++x) {
       for (int64_t p = 0; p < rows; ++p) {
         const int32_t* acc = acc_ + (x * run_.plan.rows_out + p) * positions;
+        const uint8_t* residual =
+            adds ? args_.residual + (pixel[p] + x * step) * channels : nullptr;
         for (int64_t i = 0; i < positions; ++i) {
           const int64_t o = first + channel_at(layout_.chunks(strip_.vectors), i);
           if (o >= channels) continue;
           store_output(part_.epilogue, acc[i], strip_.addend[i], strip_.mult[i],
-                       out[p] + x * strip_.out_step + o * element,
-                       args_.residual + (pixel[p] + x * step) * channels + o,
+                       out[p] + x * strip_.out_step + o * element, adds ? residual + o : nullptr,
                        args_.residual_signed);
         }
       }
@@ -330,9 +332,10 @@ class Worker {
     for (int64_t p = 0; p < rows; ++p) {
       for (int64_t x = 0; x < runs; ++x) {
         uint8_t* q = out[p] + x * strip_.out_step;
-        const uint8_t* residual = args_.residual + (pixel[p] + x * step) * channels;
         if (e.has_table) lookup_({q, q, e.table, 1, bytes, 0, 0});
-        for (int64_t i = 0; e.has_residual && i < bytes; ++i) {
+        if (!e.has_residual) continue;
+        const uint8_t* residual = args_.residual + (pixel[p] + x * step) * channels;
+        for (int64_t i = 0; i < bytes; ++i) {
           q[i] = residual_add(e.residual, byte_value(q[i], e.is_signed()),
                               byte_value(residual[i], args_.residual_signed));
         }

@@ -67,7 +67,7 @@ struct DepthwiseStrip {
   uint8_t* out[2];
   int64_t out_step;  // bytes between columns of output
   int32_t* acc;      // if not nullptr: accumulators [outputs][rows_out][vectors * lanes] instead
-  uint8_t* scratch;  // strip_columns * row_groups * vectors * lanes * 4 bytes, 64-byte aligned
+  uint8_t* scratch;  // strip_columns * layout.column_bytes(plan), 64-byte aligned
 };
 using DepthwiseKernel = void (*)(const DepthwiseStrip& strip);
 

@@ -17,8 +17,8 @@ constexpr int64_t channel_at(int64_t chunks, int64_t position) {
 // The vectors of an ISA.
 struct DepthwiseLayout {
   int64_t lanes, most_vectors;
-  // int16 instead of bytes: a dword of the scratch is two rows of a channel; the weights of narrow
-  // groups are channels 0 and 2 of a quad, then 1 and 3.
+  // int16 instead of bytes: a dword of the scratch is two rows of a channel; a vector of narrow
+  // groups has channels 0 and 2 of each quad first, then 1 and 3, its weights too.
   bool words;
   bool holds_taps;  // three taps beside each other are read in the order of the scratch
 
@@ -32,9 +32,13 @@ struct DepthwiseLayout {
   int64_t chunks(int64_t vectors) const { return vectors * lanes / 16; }
   // Input rows of a channel in a dword.
   int64_t dword_rows() const { return words ? 2 : 4; }
-  // Of the weights of one vector.
-  int64_t weight_bytes(const DepthwisePlan& plan) const {
+  // Of a vector in the scratch, and of its weights.
+  int64_t vector_bytes(const DepthwisePlan& plan) const {
     return lanes * (words && plan.quads > 0 ? 8 : 4);
+  }
+  // Of a column of the scratch strip.
+  int64_t column_bytes(const DepthwisePlan& plan) const {
+    return plan.row_groups * most_vectors * vector_bytes(plan);
   }
 };
 
@@ -44,9 +48,9 @@ inline DepthwiseLayout layout_of(Isa isa) {
     case Isa::kAvx512Vnni:
       return {16, 4, false, true};
     case Isa::kAvxVnni:
-      return {8, 4, false, false};
+      return {8, 4, false, true};
     case Isa::kAvx2:
-      return {8, 4, true, false};
+      return {8, 4, true, true};
     case Isa::kScalar:
       break;
   }

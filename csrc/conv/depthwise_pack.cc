@@ -8,7 +8,7 @@ namespace qk {
 namespace {
 
 int64_t weights_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan, int64_t vectors) {
-  return plan.columns * plan.row_groups * vectors * plan.rows_out * layout.weight_bytes(plan);
+  return plan.columns * plan.row_groups * vectors * plan.rows_out * layout.vector_bytes(plan);
 }
 
 int64_t block_bytes(const DepthwiseLayout& layout, const DepthwisePlan& plan) {
@@ -47,7 +47,7 @@ void put_weights(const DepthwiseLayout& layout, const DepthwisePlan& plan, const
   } else {
     const int16_t even[2] = {w[0], w[2]}, odd[2] = {w[1], w[3]};
     std::memcpy(vector + 4 * lane, even, 4);
-    std::memcpy(vector + layout.weight_bytes(plan) / 2 + 4 * lane, odd, 4);
+    std::memcpy(vector + layout.vector_bytes(plan) / 2 + 4 * lane, odd, 4);
   }
 }
 
@@ -139,19 +139,19 @@ Status pack_depthwise(const ConvSource& source, const ConvPhase& phase, Isa isa,
                 layout, plan, w, lane,
                 weights +
                     (((kx * plan.row_groups + group) * vectors + vector) * plan.rows_out + p) *
-                        layout.weight_bytes(plan));
+                        layout.vector_bytes(plan));
           }
         }
       }
       const int32_t za = source.input_zero_point + (source.input_signed ? 128 : 0);
       const float product = source.input_scale * source.weight_scale[source.per_tensor ? 0 : o];
-      init[position] = -za * sum;
-      addend[position] = source.bias ? source.bias[o] / product : 0.0f;
-      mult[position] = source.epilogue.is_8bit() ? product / source.output_scale : product;
-      if (!std::isnormal(product) || !std::isnormal(mult[position]) ||
-          !std::isfinite(addend[position])) {
-        return Status::kBadScale;
-      }
+      const FoldedColumn column =
+          folded(sum, 0, za, 0, product, source.bias ? source.bias + o : nullptr,
+                 source.epilogue.is_8bit(), source.output_scale);
+      if (!in_range(product, column)) return Status::kBadScale;
+      init[position] = column.init;
+      addend[position] = column.addend;
+      mult[position] = column.mult;
       const double most = (255.0 * magnitude + std::fabs(addend[position])) * mult[position];
       if (!(most < 2147480000.0)) part->raw = 1;
     }

@@ -50,16 +50,27 @@ inline GemmPlan gemm_plan(const ConvShape& shape, const ConvPhase& phase, int64_
   plan.even_rows = !shape.transposed && (tiles || short_runs);
   // Without padding and with one tap to a row the image does, if nothing is read past a pixel.
   plan.padded_image = plan.even_rows && (is_padded(shape) || columns > 1);
-  // What follows a run in the padded image meets weights that count as zero.
-  if (plan.padded_image) plan.depth = tile_depth(plan.depth);
+  if (!plan.padded_image) return plan;
+  // What follows a run in the padded image meets weights that count as zero. Columns that would be
+  // too long with them do without the image; groups_per_set() lets no set differ in that.
+  if (plan.taps * tile_depth(plan.depth) <= kMaxColumn) {
+    plan.depth = tile_depth(plan.depth);
+  } else {
+    plan.even_rows = plan.padded_image = false;
+  }
   return plan;
 }
 
-// Narrow groups are merged, block-diagonally, until they fill a vector of outputs.
+// Narrow groups are merged, block-diagonally, until they fill a vector of outputs or a column is as
+// long as it may be.
 inline int64_t groups_per_set(const ConvShape& shape, Isa isa) {
   const int64_t fit = panel_shape(isa).lanes / shape.out_per_group();
-  const int64_t merged = fit < 1 ? 1 : fit;
-  return merged < shape.groups ? merged : shape.groups;
+  int64_t merged = fit < shape.groups ? fit : shape.groups;
+  while (merged > 1 &&
+         shape.kernel_size() * tile_depth(merged * shape.in_per_group()) > kMaxColumn) {
+    --merged;
+  }
+  return merged < 1 ? 1 : merged;
 }
 
 // The groups of set `s`: the last set may have fewer.

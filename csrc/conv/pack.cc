@@ -14,6 +14,7 @@ namespace {
 // its zero point.
 struct MatrixWeight {
   int64_t columns, taps, depth;
+  int64_t idle;  // of a column: what it does not read
   std::vector<int8_t> values;
 };
 
@@ -39,7 +40,9 @@ MatrixWeight matrix_weight(const ConvSource& source, const ConvPhase& phase, int
   const ConvShape& s = source.shape;
   const GemmPlan plan = gemm_plan(s, phase, groups, isa);
   const int64_t in_group = s.in_per_group(), out_group = s.out_per_group();
-  MatrixWeight matrix{groups * out_group, plan.taps, plan.depth, {}};
+  const int64_t read = in_group * phase.dim[0].taps * phase.dim[1].taps * phase.dim[2].taps;
+  const int64_t idle = plan.taps * plan.depth - read;
+  MatrixWeight matrix{groups * out_group, plan.taps, plan.depth, idle, {}};
   matrix.values.resize(static_cast<size_t>(matrix.columns * plan.taps * plan.depth));
   int8_t* dst = matrix.values.data();
   for (int64_t column = 0; column < matrix.columns; ++column) {
@@ -90,6 +93,7 @@ PackSource matrix_source(const ConvSource& source, const MatrixWeight& weight,
   pack.input_signed = source.input_signed;
   pack.output_scale = source.output_scale;
   pack.epilogue = source.epilogue;
+  pack.idle = weight.idle;
   return pack;
 }
 
@@ -97,7 +101,7 @@ PackSource matrix_source(const ConvSource& source, const MatrixWeight& weight,
 constexpr int64_t kFillDepth = 4;
 
 MatrixWeight fill_weight(const ConvSource& source) {
-  MatrixWeight matrix{source.shape.out_channels, 1, kFillDepth, {}};
+  MatrixWeight matrix{source.shape.out_channels, 1, kFillDepth, kFillDepth, {}};
   matrix.values.resize(static_cast<size_t>(matrix.columns * kFillDepth), 0);
   for (int64_t i = 0; source.weight_zero_point != nullptr && i < matrix.columns * kFillDepth; ++i) {
     matrix.values[i] =

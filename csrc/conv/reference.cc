@@ -49,7 +49,8 @@ void conv_reference(const ConvSource& source, const ConvArgs& args) {
     const float mult = source.epilogue.is_8bit() ? product / source.output_scale : product;
     store_output(source.epilogue, acc, addend, mult,
                  static_cast<uint8_t*>(args.out) + index * output_bytes(source.epilogue.output),
-                 args.residual + index, args.residual_signed);
+                 source.epilogue.has_residual ? args.residual + index : nullptr,
+                 args.residual_signed);
   }
 }
 

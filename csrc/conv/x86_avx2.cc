@@ -41,7 +41,7 @@ struct WordRow<2> : Row256<2> {
 };
 
 struct Avx2Channels : Ymm {
-  static constexpr int kWeightBytes = 32, kDwordRows = 2, kPairColumns = 4;
+  static constexpr int kVectorBytes = 32, kDwordRows = 2, kPairColumns = 4;
   static constexpr bool kForGroups = false, kForChannels = true, kHoldsTaps = false;
   static constexpr bool kUnrolls = true;
   using Weights = __m256i;
@@ -60,16 +60,21 @@ struct Avx2Channels : Ymm {
 };
 
 struct Avx2Groups : Ymm {
-  static constexpr int kWeightBytes = 64, kDwordRows = 4;
-  static constexpr bool kForGroups = true, kForChannels = false, kHoldsTaps = false;
+  static constexpr int kVectorBytes = 64, kDwordRows = 4;
+  static constexpr bool kForGroups = true, kForChannels = false, kHoldsTaps = true;
   struct Pair {
     __m256i even, odd;
   };
   using Weights = Pair;
 
+  QK_INLINE void store_dwords(uint8_t* p, __m256i quad) {
+    auto* q = reinterpret_cast<__m256i*>(p);
+    _mm256_store_si256(q, _mm256_and_si256(quad, _mm256_set1_epi16(0xff)));
+    _mm256_store_si256(q + 1, _mm256_srli_epi16(quad, 8));
+  }
   QK_INLINE Pair load_activations(const uint8_t* p) {
-    const __m256i quad = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm256_and_si256(quad, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(quad, 8)};
+    const auto* quad = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_load_si256(quad), _mm256_load_si256(quad + 1)};
   }
   QK_INLINE Pair load_weights(const int8_t* p) {
     const auto* w = reinterpret_cast<const __m256i*>(p);

@@ -125,7 +125,7 @@ struct Row512<1> {
 };
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kColumns = 4, kPairColumns = 4, kWeightBytes = 64,
+  static constexpr int kLanes = 16, kColumns = 4, kPairColumns = 4, kVectorBytes = 64,
                        kDwordRows = 4;
   static constexpr bool kForGroups = true, kForChannels = true, kHoldsTaps = true;
   static constexpr bool kUnrolls = false;
@@ -137,6 +137,7 @@ struct Avx512 {
   QK_INLINE __m512i load(const int32_t* p) { return _mm512_loadu_si512(p); }
   QK_INLINE __m512 load_floats(const float* p) { return _mm512_loadu_ps(p); }
   QK_INLINE void store(int32_t* p, __m512i v) { _mm512_storeu_si512(p, v); }
+  QK_INLINE void store_dwords(uint8_t* p, __m512i v) { _mm512_store_si512(p, v); }
   QK_INLINE __m512i load_activations(const uint8_t* p) { return _mm512_load_si512(p); }
   QK_INLINE __m512i load_weights(const int8_t* p) { return _mm512_load_si512(p); }
   // One instruction as asm: gcc 12 spills the accumulators around the intrinsic.

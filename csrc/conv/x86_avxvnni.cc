@@ -14,7 +14,7 @@ namespace {
 #include "csrc/conv/x86_depthwise_ymm.h"
 
 struct AvxVnni : Ymm {
-  static constexpr int kWeightBytes = 32, kDwordRows = 4;
+  static constexpr int kVectorBytes = 32, kDwordRows = 4;
   static constexpr bool kForGroups = true, kForChannels = true, kHoldsTaps = true;
   using Weights = __m256i;
 
@@ -23,6 +23,9 @@ struct AvxVnni : Ymm {
   }
   QK_INLINE __m256i load_weights(const int8_t* p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  QK_INLINE void store_dwords(uint8_t* p, __m256i quad) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), quad);
   }
   QK_INLINE void dot(__m256i& acc, __m256i a, __m256i w) { dot_bytes(acc, a, w); }
 };

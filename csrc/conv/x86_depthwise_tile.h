@@ -2,7 +2,8 @@
 // of a kernel file, inside its anonymous namespace, so that it is compiled for that target.
 //
 // A Kernel has
-//   kLanes, kWeightBytes: dwords in a vector; bytes of the weights of a vector
+//   kLanes, kVectorBytes: dwords in a vector; its bytes, as weights and in the scratch: AVX2 keeps
+//     the four channels of a narrow group as int16
 //   kColumns: output columns computed together, of three taps beside each other; twice as many are
 //     where one row has other taps
 //   kPairColumns: the same of two rows
@@ -12,7 +13,8 @@
 //   kHoldsTaps: registers hold the weights of three taps beside the sums
 //   Vector, Activations, Weights: an int32 vector; interleaved input, weights, in registers
 //   load, load_floats, store: of a Vector or as many floats
-//   load_activations, load_weights, dot(acc, activations, weights), permute(pixel, order)
+//   load_activations, load_weights, dot(acc, activations, weights)
+//   permute(pixel, order), store_dwords(scratch, permuted)
 //   narrow(acc, addend, mult): RNE((float(acc) + addend) * mult), int32
 //   Row<V>: V vectors of channels as bytes: load, fill, interleave
 //   pack(q0, q1): int32 -> int16, saturating
@@ -93,7 +95,7 @@ QK_INLINE void spread_columns(const DepthwiseStrip& strip, int64_t begin, int64_
   typename Kernel::Vector order[Quads * V];
 #pragma GCC unroll 16
   for (int i = 0; i < Quads * V; ++i) order[i] = Kernel::load(s.order + i * Kernel::kLanes);
-  constexpr int64_t kRowBytes = Quads * V * Kernel::kLanes * 4;
+  constexpr int64_t kRowBytes = Quads * V * Kernel::kVectorBytes;
   uint8_t* dst = s.scratch + begin * s.input_rows * kRowBytes;
   for (int64_t column = begin; column < end; ++column) {
     const int64_t offset = s.column_offset[column];
@@ -101,11 +103,10 @@ QK_INLINE void spread_columns(const DepthwiseStrip& strip, int64_t begin, int64_
       const auto pixel =
           offset < 0 ? padding : Row::template load<Flip>(s.rows[r] + offset, bytes, flip);
       const int64_t place = s.turn + r;
-      auto* row = reinterpret_cast<int32_t*>(
-          dst + (place < s.input_rows ? place : place - s.input_rows) * kRowBytes);
+      uint8_t* row = dst + (place < s.input_rows ? place : place - s.input_rows) * kRowBytes;
 #pragma GCC unroll 16
       for (int i = 0; i < Quads * V; ++i) {
-        Kernel::store(row + i * Kernel::kLanes, Kernel::permute(pixel, order[i]));
+        Kernel::store_dwords(row + i * Kernel::kVectorBytes, Kernel::permute(pixel, order[i]));
       }
     }
     dst += s.input_rows * kRowBytes;
@@ -155,7 +156,7 @@ QK_INLINE void add_dword(const uint8_t* b, int64_t step, const int8_t* w,
                          typename Kernel::Vector (&acc)[T][P]) {
   typename Kernel::Weights weights[P];
 #pragma GCC unroll 2
-  for (int p = 0; p < P; ++p) weights[p] = Kernel::load_weights(w + p * Kernel::kWeightBytes);
+  for (int p = 0; p < P; ++p) weights[p] = Kernel::load_weights(w + p * Kernel::kVectorBytes);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     const auto activations = Kernel::load_activations(b + t * step);
@@ -169,8 +170,8 @@ QK_INLINE void add_dword(const uint8_t* b, int64_t step, const int8_t* w,
 template <typename Kernel, int V, int T, int P>
 QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
                           typename Kernel::Vector (&acc)[T][P]) {
-  constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
-  constexpr int64_t kStepWeights = V * P * Kernel::kWeightBytes;
+  constexpr int64_t kVectorBytes = Kernel::kVectorBytes, kGroupBytes = V * kVectorBytes;
+  constexpr int64_t kStepWeights = P * kGroupBytes;
   const auto init = Kernel::load(s.init + j * Kernel::kLanes);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -182,7 +183,7 @@ QK_INLINE void accumulate(const DepthwiseStrip& s, int64_t x, int j,
   const int64_t runs = flat ? 1 : s.taps;
   const int64_t steps = flat ? s.taps * s.row_groups : s.row_groups;
   const uint8_t* run_bytes = s.scratch + x * step + j * kVectorBytes;
-  const int8_t* w = s.weights + j * P * Kernel::kWeightBytes;
+  const int8_t* w = s.weights + j * P * Kernel::kVectorBytes;
   for (int64_t run = 0; run < runs; ++run) {
     const uint8_t* b = run_bytes;
     if constexpr (Kernel::kUnrolls) {
@@ -218,9 +219,9 @@ static __attribute__((noinline)) void accumulate_apart(const DepthwiseStrip& s, 
 template <typename Kernel, int V, int J, int T>
 QK_INLINE void accumulate_three_taps(const DepthwiseStrip& s, int64_t x, int j,
                                      typename Kernel::Vector (&acc)[J][T][1]) {
-  constexpr int64_t kVectorBytes = Kernel::kLanes * 4, kGroupBytes = V * kVectorBytes;
+  constexpr int64_t kVectorBytes = Kernel::kVectorBytes, kGroupBytes = V * kVectorBytes;
   const int64_t groups = s.row_groups, column_bytes = groups * kGroupBytes;
-  const int64_t tap_weights = groups * V * Kernel::kWeightBytes;
+  const int64_t tap_weights = groups * V * Kernel::kVectorBytes;
 #pragma GCC unroll 2
   for (int i = 0; i < J; ++i) {
     const auto init = Kernel::load(s.init + (j + i) * Kernel::kLanes);
@@ -230,8 +231,8 @@ QK_INLINE void accumulate_three_taps(const DepthwiseStrip& s, int64_t x, int j,
   const uint8_t* b = s.scratch + x * column_bytes + j * kVectorBytes;
   // In the order of the places; the first of the input rows lies in place `turn`.
   const int64_t first = s.turn * s.quads;
-  const int8_t* const top = s.weights + j * Kernel::kWeightBytes;
-  const int8_t* w = top + (groups - first) * V * Kernel::kWeightBytes;
+  const int8_t* const top = s.weights + j * Kernel::kVectorBytes;
+  const int8_t* w = top + (groups - first) * V * Kernel::kVectorBytes;
   for (int64_t group = 0; group < groups; ++group) {
     if (group == first) w = top;
 #pragma GCC unroll 2
@@ -239,7 +240,7 @@ QK_INLINE void accumulate_three_taps(const DepthwiseStrip& s, int64_t x, int j,
       typename Kernel::Weights weights[3];
 #pragma GCC unroll 3
       for (int tap = 0; tap < 3; ++tap) {
-        weights[tap] = Kernel::load_weights(w + tap * tap_weights + i * Kernel::kWeightBytes);
+        weights[tap] = Kernel::load_weights(w + tap * tap_weights + i * Kernel::kVectorBytes);
       }
       const uint8_t* column = b + i * kVectorBytes;
 #pragma GCC unroll 10
@@ -254,7 +255,7 @@ QK_INLINE void accumulate_three_taps(const DepthwiseStrip& s, int64_t x, int j,
       }
     }
     b += kGroupBytes;
-    w += V * Kernel::kWeightBytes;
+    w += V * Kernel::kVectorBytes;
   }
 }
 

@@ -2,8 +2,10 @@
 // their gradients passed, with one fork of the threads for all of them.
 //
 //   grid   choose_scale, choose_zero_point (csrc/base/numerics.h) of the extremes of a row, if
-//   asked y      fake_quant(x) on the grid of its row q      quantize(x) on the same grid out
-//   fake_quant_backward(grad, x)
+//          asked; an empty row has that of a row of zeros
+//   y      fake_quant(x) on the grid of its row
+//   q      quantize(x) on the same grid
+//   out    fake_quant_backward(grad, x)
 //
 // Layout: an item is `rows` contiguous rows of `inner` elements, one grid a row (a weight with
 // output channels first; per tensor: one row).

@@ -21,6 +21,7 @@
 //   A (but on AVX2, which has no exact dot product of bytes); B streams from L2.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "csrc/base/cpu.h"
@@ -80,6 +81,10 @@ inline constexpr bool fills_tiles(int64_t columns, int64_t taps, int64_t depth) 
   return taps * ((depth + 3) / 4 * 4) * width >= kMinPanelWeights;
 }
 
+// The most taps * depth of a packed matrix, idle weights included (PackSource): AVX2 keeps a row of
+// A on its stack, and numbers its quads in 16 bits.
+inline constexpr int64_t kMaxColumn = kMaxKS8S8;
+
 // A checked view of packed bytes.
 struct PackedMatrix {
   const PackedHeader* header = nullptr;
@@ -122,16 +127,22 @@ struct PackSource {
   float output_scale;  // of an 8-bit output
   Epilogue epilogue;
   bool few_rows = false;  // A will have about as many rows as a batch has images
+  // Weights of a column that only its layout has: they hold its zero point, and count as zero.
+  int64_t idle = 0;
+
+  // Of a column: its K.
+  int64_t products() const { return taps * depth - idle; }
 };
 
 int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa);
-// kKTooLarge if the accumulator of taps * depth products could overflow int32. Reads no weight.
+// kKTooLarge if the accumulator of source.products() products could overflow int32. Reads no
+// weight.
 Status check_accumulator(const PackSource& source);
 // Whether `out` may be the residual itself: the wide stores of bytes read the residual of a row
 // before they write it; other stores add to what they have stored.
 bool igemm_adds_in_place(const PackedHeader& header);
-// Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned). kKTooLarge: the accumulator could
-// overflow int32. kBadScale: a product of the scales or a scaled bias leaves the float32 range.
+// Writes packed_igemm_bytes(...) bytes at dst (64-byte aligned); taps * depth is kMaxColumn at
+// most. kKTooLarge: the accumulator could overflow int32. kBadScale: see in_range().
 Status pack_igemm(const PackSource& source, Isa isa, void* dst);
 // What a column adds around its products, arrays over n.
 struct ColumnTerms {
@@ -143,6 +154,10 @@ struct FoldedColumn {
   int32_t init;
   float addend, mult;
 };
+// What docs/numerics.md asks of a column, `scale` being that of its products.
+inline bool in_range(float scale, const FoldedColumn& column) {
+  return std::isnormal(scale) && std::isnormal(column.mult) && std::isfinite(column.addend);
+}
 // `sum`: of the `count` weights of the column; `scale`: of its products; bias null: none. Modulo
 // 2^32, as all of the kernels' int32 arithmetic: only the true accumulator must fit.
 QK_HD FoldedColumn folded(int64_t sum, int64_t count, int64_t za, int64_t zw, float scale,

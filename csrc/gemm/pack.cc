@@ -178,7 +178,7 @@ int64_t packed_igemm_bytes(int64_t n, int64_t taps, int64_t depth, Isa isa) {
 }
 
 Status check_accumulator(const PackSource& source) {
-  const int64_t k = source.taps * source.depth;
+  const int64_t k = source.products();
   if (k > (source.input_signed ? kMaxKS8S8 : kMaxKU8S8)) return Status::kKTooLarge;
   const int64_t low = source.input_signed ? -128 : 0;
   const int64_t za = source.input_zero_point;
@@ -206,9 +206,7 @@ Status fold_column(const PackSource& source, int64_t n, int64_t za, const Column
   terms.weight_zero_point[n] = static_cast<int32_t>(zw);
   terms.addend[n] = column.addend;
   terms.mult[n] = column.mult;
-  return std::isnormal(scale) && std::isfinite(column.addend) && std::isfinite(column.mult)
-             ? Status::kOk
-             : Status::kBadScale;
+  return in_range(scale, column) ? Status::kOk : Status::kBadScale;
 }
 
 Status pack_igemm(const PackSource& source, Isa isa, void* dst) {
@@ -279,8 +277,8 @@ Status view_packed(const void* bytes, int64_t size, PackedMatrix* matrix) {
   if (header->isa != isa_active()) return Status::kBadIsa;
   constexpr int64_t kLimit = int64_t{1} << 40;
   if (header->n < 0 || header->taps < 0 || header->depth < 0 || header->n > kLimit ||
-      header->taps > kMaxKS8S8 || header->depth > kMaxKS8S8 ||
-      header->taps * header->depth > kMaxKS8S8) {
+      header->taps > kMaxColumn || header->depth > kMaxColumn ||
+      header->taps * header->depth > kMaxColumn) {
     return Status::kBadShape;
   }
   const Layout layout = layout_of(header->n, header->taps, header->depth, header->isa);

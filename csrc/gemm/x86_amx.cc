@@ -31,7 +31,7 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kPairRows = 2 * kTileRows;
 // Copies of A on the stack; longer rows go to AVX512-VNNI.
-constexpr int64_t kBufferBytes = 256 * 1024;
+constexpr int64_t kMostCopied = 256 * 1024;
 // Shorter stretches leave too much of a tile empty: copied.
 constexpr int64_t kMinStretch = 4;
 // The fewest rows of an epilogue that are worth its call.
@@ -137,6 +137,15 @@ QK_INLINE Stretches cut_stretches(int64_t rows, int64_t length) {
   return {length, tiles, height};
 }
 
+// Bytes of a copied row, whose taps follow each other, up to a whole tile; from one such row to the
+// next, an odd number of lines: spread over L1.
+QK_INLINE int64_t joined_bytes(const PackedHeader& header) {
+  return round_up(header.taps * round_up(header.depth, 4), kTileBytes);
+}
+QK_INLINE int64_t joined_stride(const PackedHeader& header) {
+  return joined_bytes(header) | kTileBytes;
+}
+
 class AmxRows {
  public:
   AmxRows(const IgemmBlock& block, bool in_place, uint8_t* buffer)
@@ -146,7 +155,7 @@ class AmxRows {
         copier_(header_),
         buffer_(buffer),
         in_place_(in_place),
-        row_bytes_(round_up(header_.taps * round_up(header_.depth, 4), kTileBytes)),
+        row_bytes_(joined_bytes(header_)),
         element_(output_bytes(header_.epilogue.output)),
         rows_(block.row_end - block.row_begin),
         stretches_(cut_stretches(rows_, in_place && args_.pointers ? args_.run : rows_)) {
@@ -236,11 +245,11 @@ class AmxRows {
       const uint8_t* const* taps = taps_of(first, &offset);
       for (int64_t tap = 0; tap < header_.taps; ++tap) a_[tap][half] = taps[tap] + offset;
     }
-    a_stride_ = in_place_ ? args_.a_row_stride : row_bytes_ | kTileBytes;
+    a_stride_ = in_place_ ? args_.a_row_stride : joined_stride(header_);
   }
 
   void copy_rows(int64_t half) {
-    const int64_t stride = row_bytes_ | kTileBytes;  // an odd number of lines: spread over L1
+    const int64_t stride = joined_stride(header_);
     uint8_t* dst = buffer_ + half * kTileRows * stride;
     a_[0][half] = dst;
     for (int64_t i = 0; i < stretches_.height; ++i, dst += stride) {
@@ -458,6 +467,19 @@ void expand_runs(const IgemmBlock& block) {
   }
 }
 
+__attribute__((noinline)) void run_rows(const IgemmBlock& block, bool in_place, uint8_t* buffer) {
+  AmxRows(block, in_place, buffer).run();
+}
+
+// The buffer is as large as the rows of a pair of tiles, and in a frame of its own: a thread may
+// have a small stack, and rows that are read where they lie need none of it.
+__attribute__((noinline)) void run_copied(const IgemmBlock& block) {
+  const int64_t rows = block.row_end - block.row_begin;
+  const int64_t held = rows > kTileRows ? kPairRows : rows;
+  const int64_t bytes = held * joined_stride(*block.args.matrix.header);
+  run_rows(block, false, static_cast<uint8_t*>(__builtin_alloca_with_align(bytes, 8 * 64)));
+}
+
 }  // namespace
 
 void igemm_amx(const IgemmBlock& block) {
@@ -467,17 +489,16 @@ void igemm_amx(const IgemmBlock& block) {
   const bool even = args.pointers == nullptr || args.run >= kMinStretch;
   const bool in_place =
       even && !header.input_signed && tile_step(header.depth) > 0 && header.taps <= kMaxTileTaps;
-  const int64_t row_bytes = round_up(header.taps * round_up(header.depth, 4), kTileBytes);
   const int64_t columns = header.n - 64 * block.panel_begin;
-  const bool worth_copies = row_bytes * (columns < 64 ? columns : 64) >= kMinCopiedWeights &&
-                            kPairRows * (row_bytes + kTileBytes) <= kBufferBytes;
+  const bool worth_copies =
+      joined_bytes(header) * (columns < 64 ? columns : 64) >= kMinCopiedWeights &&
+      kPairRows * joined_stride(header) <= kMostCopied;
   if (rows < kMinTileRows || !(in_place || worth_copies) ||
       !fills_tiles(columns, header.taps, header.depth)) {
     args.run > 1 ? expand_runs(block) : igemm_avx512vnni(block);
     return;
   }
-  alignas(64) uint8_t buffer[kBufferBytes];
-  AmxRows(block, in_place, buffer).run();
+  in_place ? run_rows(block, true, nullptr) : run_copied(block);
 }
 
 }  // namespace qk

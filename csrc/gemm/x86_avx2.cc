@@ -31,7 +31,7 @@ namespace {
 // any. Behind the values of a row is the int32 that its sums are too large by.
 constexpr int64_t kCorrection = 2, kFewDepth = 4096;
 constexpr int64_t kFewValues = 8 * (kFewDepth + kCorrection);
-constexpr int64_t kManyValues = kMaxKS8S8 + 7 + kCorrection;
+constexpr int64_t kManyValues = kMaxColumn + 7 + kCorrection;
 static_assert(kFewValues >= kBlockBytes / 2);
 
 QK_INLINE int64_t padded_depth(int64_t taps, int64_t depth) { return (taps * depth + 7) / 8 * 8; }

@@ -30,7 +30,7 @@ constexpr int64_t kMostRows = 16, kVectorRows = 8, kFourRows = 4;
 // Bytes of the rows of a block, on the stack: 16 rows in nearly all layers, a single one in any.
 constexpr int64_t kFewDepth = 4096, kFewBytes = kMostRows * kFewDepth;
 constexpr int64_t kManyBytes = 256 * 1024;
-static_assert(kFewBytes >= kBlockBytes && kManyBytes >= kMaxKS8S8 + 16);
+static_assert(kFewBytes >= kBlockBytes && kManyBytes >= kMaxColumn + 16);
 
 QK_INLINE int64_t row_quads(const PackedHeader& header) {
   return kept_quads(header.taps * header.depth);

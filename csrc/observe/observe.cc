@@ -106,6 +106,10 @@ void reset(const MinMaxArgs& args) {
   for (int64_t c = 0; c < args.channels; ++c) args.low[c] = kInf, args.high[c] = -kInf;
 }
 
+void drop_negative_zeros(const MinMaxArgs& args) {
+  for (int64_t c = 0; c < args.channels; ++c) args.low[c] += 0.0f, args.high[c] += 0.0f;
+}
+
 // The next state and grid of channel c, for the extremes of a batch.
 void step(const ObserveArgs& args, int64_t c, float low, float high) {
   const ObserverStep now = observer_step({.rule = args.rule,
@@ -200,9 +204,8 @@ bool minmax(const MinMaxArgs& args, const Parallel& parallel) {
   bool finite = true;
   for (int64_t c = 0; c < args.channels; ++c) {
     finite &= is_finite(args.low[c]) && is_finite(args.high[c]);
-    args.low[c] += 0.0f;
-    args.high[c] += 0.0f;
   }
+  drop_negative_zeros(args);
   return finite;
 }
 
@@ -221,6 +224,7 @@ NonFinite finite_minmax(const MinMaxArgs& args) {
     }
   };
   if (elements(args.grid) > 0) for_each_run(args.grid.strided, kSerial, INT64_MAX / 2, 0, run);
+  drop_negative_zeros(args);
   return found;
 }
 

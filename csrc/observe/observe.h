@@ -42,7 +42,8 @@ struct MinMaxArgs {
 
 int64_t minmax_workspace(const GridLayout& grid);
 // False if x holds a NaN or an infinity; the extremes are then those of nothing in particular.
-// A channel without elements has low +inf and high -inf.
+// A channel without elements has low +inf and high -inf. Never -0, here and below: which zero a
+// minimum finds depends on the order.
 bool minmax(const MinMaxArgs& args, const Parallel& parallel);
 
 struct NonFinite {

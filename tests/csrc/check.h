@@ -5,6 +5,7 @@
 // changes the random data; a failure prints the seed that was used.
 #pragma once
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -203,6 +204,22 @@ inline Parallel threads(int count) {
     for (std::thread& worker : workers) worker.join();
   };
   return parallel;
+}
+
+// Calls f() on a thread with a stack of so many bytes.
+template <typename F>
+void with_stack(size_t bytes, const F& f) {
+  pthread_attr_t attributes;
+  pthread_t thread;
+  CHECK_EQ(pthread_attr_init(&attributes), 0);
+  CHECK_EQ(pthread_attr_setstacksize(&attributes, bytes), 0);
+  const auto run = [](void* body) -> void* {
+    (*static_cast<const F*>(body))();
+    return nullptr;
+  };
+  CHECK_EQ(pthread_create(&thread, &attributes, run, const_cast<F*>(&f)), 0);
+  CHECK_EQ(pthread_join(thread, nullptr), 0);
+  pthread_attr_destroy(&attributes);
 }
 
 // Calls f(isa) once for each instruction set of this machine, weakest first, with the cap set to

@@ -224,7 +224,7 @@ void check_case(Rng& rng, const Case& c) {
   ConvArgs args;
   args.extent = c.extent;
   args.input = input.data();
-  args.residual = residual.data();
+  args.residual = c.epilogue.has_residual ? residual.data() : nullptr;
   args.residual_signed = c.residual_signed;
   std::vector<uint8_t> expected(static_cast<size_t>(outputs * element));
   args.out = expected.data();
@@ -436,6 +436,46 @@ void sums_of_26_bits_are_exact() {
   }
 }
 
+// Columns that merged groups or the padding of tiles make longer than K, some of them too long for
+// the kernels: K alone decides.
+void only_k_must_fit() {
+  struct Long {
+    int64_t in, out, groups, kernel, height;
+    bool input_signed, zero_points;
+  };
+  const Long layers[] = {{32, 16, 16, 2100, 1, false, false},  {32, 16, 16, 2100, 1, false, true},
+                         {32, 16, 16, 4200, 1, false, false},  {34, 17, 17, 4200, 1, false, true},
+                         {48, 16, 16, 21931, 1, false, false}, {7310, 16, 1, 3, 3, false, false},
+                         {14563, 16, 1, 3, 3, true, false},    {21846, 24, 3, 1, 9, false, false},
+                         {12000, 24, 3, 1, 9, false, true}};
+  Rng rng(5);
+  for (const Long& layer : layers) {
+    Case c = {};
+    ConvShape& s = c.shape;
+    s.in_channels = layer.in;
+    s.out_channels = layer.out;
+    s.groups = layer.groups;
+    s.kernel[1] = layer.height;
+    s.kernel[2] = layer.kernel;
+    c.extent.batch = 1;
+    for (int d = 1; d < kConvDims; ++d) {
+      if (s.kernel[d] == 1) continue;
+      s.pad_lo[d] = s.pad_hi[d] = 1;
+      c.extent.in[d] = s.kernel[d] + 1;
+      c.extent.out[d] = 4;
+    }
+    c.input_signed = layer.input_signed;
+    c.weight_zero_points = layer.zero_points;
+    c.small_zero_points = true;
+    c.input_scale = c.output_scale = 1;
+    c.threads = 1;
+    c.lowest = !layer.zero_points;
+    c.epilogue.output = OutputType::kS32;
+    CONTEXT("long: ", text(c));
+    check_case(rng, c);
+  }
+}
+
 void damaged_headers_are_refused() {
   const std::vector<int8_t> weight(32 * 32 * 9, 1);
   const std::vector<float> scale(32, 1.0f);
@@ -497,6 +537,7 @@ int main() {
   random_configurations(3000, random_case);
   random_configurations(300, random_winograd_case);
   sums_of_26_bits_are_exact();
+  only_k_must_fit();
   large_maps();
   last_group_of_images();
   return 0;

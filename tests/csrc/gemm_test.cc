@@ -487,7 +487,22 @@ void the_k_bound_is_exact() {
     PackSource source = largest.source();
     source.depth = kMaxKU8S8 + 1;
     CHECK_EQ(pack_igemm(source, isa, nullptr), Status::kKTooLarge);
+    source.idle = 1;
+    CHECK_EQ(check_accumulator(source), Status::kOk);
   });
+}
+
+// Those of layers of a usual depth: runtimes start threads with little stack.
+void rows_fit_a_stack_of_256_kib() {
+  Rng rng(10);
+  for (const bool input_signed : {false, true}) {
+    const Problem problem({.m = 64, .n = 64, .taps = 1, .depth = 256, .input_signed = input_signed},
+                          rng);
+    for_each_isa([&](Isa isa) {
+      const auto check = [&] { problem.check(isa); };
+      with_stack(256 * 1024, check);
+    });
+  }
 }
 
 // Rows so long that a kernel which copies them takes fewer at a time.
@@ -560,6 +575,7 @@ int main() {
   linear_is_the_same_for_any_number_of_threads();
   extreme_values_do_not_saturate();
   the_k_bound_is_exact();
+  rows_fit_a_stack_of_256_kib();
   long_rows_equal_the_formula();
   return 0;
 }

@@ -102,6 +102,49 @@ def test_extreme_codes_do_not_saturate(isa, value, weight, groups):
     assert torch.equal(ours, expected)
 
 
+LONG_LAYERS = {  # weight, groups, input dtype
+    "groups of 4200": ((16, 2, 2100), 16, torch.uint8),
+    "groups of 8400": ((16, 2, 4200), 16, torch.uint8),
+    "groups of 65,793": ((16, 3, 21931), 16, torch.uint8),
+    "7310 channels": ((16, 7310, 3, 3), 1, torch.uint8),
+    "14,563 channels of int8": ((16, 14563, 3, 3), 1, torch.int8),
+}
+
+
+@pytest.mark.parametrize("layer", LONG_LAYERS)
+def test_only_k_must_fit_however_a_path_lays_it_out(isa, layer):
+    """A path that merges groups or pads channels has longer columns than K."""
+    shape, groups, dtype = LONG_LAYERS[layer]
+    canonical, geometry = simple(list(shape), groups, len(shape) - 2, dtype=torch.int32)
+    canonical = (torch.full_like(canonical[0], -128), *canonical[1:5], 0, dtype, canonical[-1])
+    x = torch.full((1, shape[1] * groups, *(k + 1 for k in shape[2:])), torch.iinfo(dtype).max, dtype=dtype)
+    ours, expected = run(x, canonical, geometry)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "zero_point"), [((16, 16, 3, 3), 1, 0), ((16, 1, 3, 3), 16, 0), ((16, 1, 3, 3), 16, 1)]
+)
+@pytest.mark.parametrize("output_scale", [1e20, 1e9, 1e-20])
+def test_a_multiplier_that_is_not_normal_is_refused_by_every_kernel(isa, shape, groups, zero_point, output_scale):
+    grid = torch.full((1,), 1e15 if output_scale < 1 else 1e-15), torch.tensor([zero_point], dtype=torch.int32)
+    input_scale = float(grid[0])
+    with pytest.raises(RuntimeError, match=r"conv_pack: .* must be finite and normal in float32"):
+        ops.conv_pack(
+            torch.ones(shape, dtype=torch.int8),
+            *grid,
+            None,
+            input_scale,
+            0,
+            torch.uint8,
+            Epilogue(scale=output_scale),
+            1,
+            1,
+            1,
+            groups,
+        )
+
+
 @pytest.mark.parametrize("groups", [1, 8])
 def test_results_larger_than_int32_saturate(isa, groups):
     canonical, geometry = simple([8, 8 // groups, 3, 3], groups, scale=1e-30)

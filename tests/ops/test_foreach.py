@@ -27,9 +27,17 @@ def test_chosen_grids_equal_the_reference(isa, dtype, ends, code_dtype):
     for a, b in zip(ours, expected, strict=True):
         assert len(a) == len(b)
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            if ws[i].numel() > 0:
-                assert torch.equal(x, y)
+            assert torch.equal(x, y), i
     assert [y.stride() for y in ours[0]] == [w.stride() for w in ws]
+
+
+@pytest.mark.parametrize("ends", [(-127, 127, True), (-100, 50, False), (1, 16, False), (1, 16, True)])
+def test_an_empty_row_has_the_grid_of_zeros(isa, ends):
+    empty, zeros, axes = [torch.empty(5, 0), torch.empty(0, 3)], [torch.zeros(5, 1), torch.zeros(1)], [0, None]
+    expected = ops.foreach_observe_fake_quant(zeros, axes, *ends, MIN_SCALE)[2:]
+    for choose in (ops.foreach_observe_fake_quant, reference.foreach_observe_fake_quant):
+        for ours, grids in zip(choose(empty, axes, *ends, MIN_SCALE)[2:], expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, grids, strict=True))
 
 
 def test_given_grids_equal_the_calls_one_by_one(isa):

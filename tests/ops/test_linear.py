@@ -277,6 +277,7 @@ BAD_ARGUMENTS = [
     ({"input_scale": float("nan")}, "input_scale must be positive"),
     ({"input_scale": 1e-42}, "input_scale must be positive, finite and normal"),
     ({"input_scale": 1e-30, "weight_scale": torch.full((5,), 1e-30)}, "input_scale \\* weight_scale"),
+    ({"input_scale": 1e-30, "epilogue": Epilogue(scale=1e20)}, "input_scale \\* weight_scale / output scale must be"),
     ({"input_zero_point": 256}, r"input_zero_point must be in \[0, 255\]"),
     ({"input_zero_point": -1}, r"input_zero_point must be in \[0, 255\]"),
     ({"input_dtype": torch.int32}, "input_dtype must be uint8 or int8, got Int"),

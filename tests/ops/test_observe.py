@@ -104,6 +104,15 @@ def test_extremes_equal_the_reference_with_non_finite_values(isa, shape, axis):
             assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("values", [(-0.0,), (0.0, -0.0), (-0.0, 0.0), (-0.0, float("nan")), (INF, -0.0), (-0.0,) * 40])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_an_extreme_is_never_negative_zero(isa, values, axis):
+    x = torch.tensor(values).expand(3, -1).contiguous()
+    for observe in (ops.observe_minmax, reference.observe_minmax):
+        for extremes in observe(x, axis)[:2]:
+            assert not torch.signbit(extremes[extremes == 0]).any()
+
+
 @pytest.mark.parametrize("strange", [float("nan"), INF, -INF])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("at", [0, 500, 1199])
@@ -317,6 +326,19 @@ def test_limits_are_those_of_a_clamp_before_it(isa, limits):
             assert torch.equal(a, c)
     with pytest.raises(RuntimeError, match="floor must not be above ceiling"):
         ops.observe(x, *ours.args(), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("limits", [(0.0, None), (None, 1.0), (0.0, 6.0), (5.0, 7.0)])
+def test_limits_hold_beside_a_channel_without_finite_values(isa, limits):
+    spec = QSpec(torch.uint8, 0, 255, per_channel=True)
+    ours, expected = (State(spec, 3, momentum=0.1, counts=True) for _ in range(2))
+    for batch in range(3):
+        x = data(3, 40, seed=batch)
+        x[batch] = float("nan")
+        ops.observe(x, *ours.args(), *limits)
+        reference.observe(x, *expected.args(), *limits)
+        for a, b in zip(ours.tensors(), expected.tensors(), strict=True):
+            assert torch.equal(a, b)
 
 
 def histogram_state(bins: int):
