@@ -198,6 +198,7 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("isa", [](const Plan& self) { return isa_name(self.isa()); })
       .def_property_readonly("metadata", &Plan::metadata)
       .def_property_readonly("inputs", &inputs, "[(name, dtype, sizes; -1: any)]")
+      .def_property_readonly("output_count", &Plan::output_count)
       .def("output_specs", &output_specs, py::arg("inputs"),
            "[(sizes, strides)] of the inputs -> [(dtype, sizes, strides)] of the outputs")
       .def("run", &run, py::arg("inputs"), py::arg("outputs"),

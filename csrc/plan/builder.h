@@ -38,7 +38,8 @@ class Builder {
 
   int new_buffer(Home home, int64_t bytes, int index = 0, const uint8_t* data = nullptr);
   void place_input(int i, const InputLayout& layout);
-  void place_output(int i);
+  // `layout`: how the modules lay it out.
+  void place_output(int i, const View& layout);
   // The output of the current step, without memory yet.
   View output_view(const Step& step) const;
   void allocate(View* view) { view->buffer = new_buffer(Home::kArena, bytes_of(*view)); }
@@ -63,7 +64,7 @@ class Builder {
   // Tells in the description of the last operation that its output lies in a cat.
   void mention_cat(const Step& step);
 
-  // `view` itself, or a copy with the strides of `wanted`.
+  // `view` itself, or a copy with the strides of `wanted`, whose dtype does not matter.
   View with_strides(const View& view, View wanted);
   View as_channels_last(const View& view);
   // Channels last, perhaps with a gap between pixels.

@@ -6,6 +6,7 @@
 
 #include "csrc/plan/builder.h"
 #include "csrc/plan/kernel_names.h"
+#include "csrc/plan/layouts.h"
 
 namespace qk::plan {
 namespace {
@@ -65,7 +66,10 @@ Error Builder::build(const std::vector<InputLayout>& inputs) {
     lower(model_.steps[step_index_]);
   }
   step_index_ = -1;
-  for (size_t i = 0; i < model_.outputs.size(); ++i) place_output(static_cast<int>(i));
+  const std::vector<View> layouts = module_layouts(model_, shapes_, inputs);
+  for (size_t i = 0; i < model_.outputs.size(); ++i) {
+    place_output(static_cast<int>(i), layouts[model_.outputs[i]]);
+  }
   const int64_t batch = inputs.empty() || inputs[0].size.rank == 0 ? 1 : inputs[0].size[0];
   for (const OperationInfo& info : program_.info) {
     program_.work_ns += info.macs / kMacsPerNs + info.bytes / kBytesPerNs;
@@ -164,6 +168,7 @@ void Builder::emit_move(const View& from, const View& to, const uint8_t* table, 
 
 View Builder::with_strides(const View& view, View wanted) {
   if (same_strides(view, wanted)) return view;
+  wanted.dtype = view.dtype;
   wanted.offset = 0;
   allocate(&wanted);
   emit_move(view, wanted, nullptr, "copy");
@@ -294,26 +299,24 @@ void Builder::lower(const Step& step) {
   }
 }
 
-void Builder::place_output(int i) {
-  View view = views_[model_.outputs[i]];
-  const bool taken = !fills_buffer(view);
-  if (taken) {
-    View to = view;
-    set_order_of(&to, view);
+void Builder::place_output(int i, const View& layout) {
+  const View& view = views_[model_.outputs[i]];
+  View to = view;
+  set_like(&to, layout);
+  if (!fills_buffer(view) || !same_strides(view, to)) {
     to.offset = 0;
     to.buffer = new_buffer(Home::kOutput, bytes_of(view), i);
     emit_move(view, to, nullptr, "copy");
-    view = to;
   } else {
     Buffer& buffer = draft_.buffers[view.buffer];
     buffer.home = Home::kOutput;
     buffer.index = i;
   }
   OutputSpec spec;
-  spec.dtype = view.dtype;
-  spec.size = view.size;
-  std::copy(view.stride, view.stride + kMaxRank, spec.stride);
-  spec.bytes = bytes_of(view);
+  spec.dtype = to.dtype;
+  spec.size = to.size;
+  std::copy(to.stride, to.stride + kMaxRank, spec.stride);
+  spec.bytes = bytes_of(to);
   program_.outputs.push_back(spec);
 }
 

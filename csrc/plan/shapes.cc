@@ -143,7 +143,7 @@ class Inference {
     }
   }
   bool scalar(int index, int64_t* value) {
-    if (!scalar_known_[index]) return fail("a size in its attributes overflows or divides by zero");
+    if (!scalar_known_[index]) return fail("a size or an index that it is given is out of range");
     *value = shapes_.scalars[index];
     return true;
   }

@@ -30,6 +30,17 @@ def plan_checksum(data: bytes, skip: int = -1) -> int:
     return _C.plan_checksum(data, skip)
 
 
+_Spec = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]  # dtype, sizes, strides, bytes
+
+
+class _Packed:
+    """A plan packed for one instruction set, and the outputs that it is known to give, by the layout of the inputs."""
+
+    def __init__(self, plan: "_C.Plan"):
+        self.plan = plan
+        self.specs: dict[Any, list[_Spec]] = {}
+
+
 class NativePlan:
     """The executor of one plan. Any number of threads may call it at once.
 
@@ -43,15 +54,12 @@ class NativePlan:
     def __init__(self, data: bytes, cache_bytes: int = 0):
         self.data, self.cache_bytes = data, cache_bytes
         self.packed = self._pack()
-        self.inputs = [(name, DTYPES[dtype], tuple(sizes)) for name, dtype, sizes in self.packed.inputs]
-        self._specs: dict[Any, list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]] = {}
+        plan = self.packed.plan
+        self.metadata, self.output_count = plan.metadata, plan.output_count
+        self.inputs = [(name, DTYPES[dtype], tuple(sizes)) for name, dtype, sizes in plan.inputs]
 
-    def _pack(self) -> "_C.Plan":
-        return _C.Plan(self.data, self.cache_bytes)
-
-    @property
-    def metadata(self) -> str:
-        return self.packed.metadata
+    def _pack(self) -> _Packed:
+        return _Packed(_C.Plan(self.data, self.cache_bytes))
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs.
@@ -71,10 +79,10 @@ class NativePlan:
         """Steps, kernels and memory for inputs of these sizes and strides."""
         layouts = self._layouts(tensors)
         try:
-            return self.packed.describe(layouts)
+            return self.packed.plan.describe(layouts)
         except InvalidState:
             self.packed = self._pack()
-            return self.packed.describe(layouts)
+            return self.packed.plan.describe(layouts)
 
     def _run(self, tensors: Sequence[Tensor], profile: bool = False) -> tuple[list[Tensor], list[int]]:
         if _get_tracing_state() or _len_torch_dispatch_stack() or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
@@ -82,42 +90,36 @@ class NativePlan:
         sources, key = [], []
         for x, (name, dtype, _) in zip(tensors, self.inputs, strict=False):
             plain = type(x) is Tensor and x.layout is _STRIDED
-            if not plain or x.dtype is not dtype or not x.is_cpu or x.is_neg():
+            if not plain or x.dtype is not dtype or not x.is_cpu or x.is_neg() or x.is_nested:
                 self._refuse(tensors)
             sizes, strides = x.shape, x.stride()
             sources.append((_address(x, name), sizes, strides))
             key.append((sizes, strides))
-        key = tuple(key)
-        packed, specs = self.packed, self._specs.get(key)
-        if specs is None or len(tensors) != len(self.inputs):
-            specs = self._new_specs(tensors, key)
-            packed = self.packed
-        outputs, targets = [], []
-        for dtype, sizes, strides, size in specs:
-            out = torch.empty_strided(sizes, strides, dtype=dtype, device=_CPU)
-            outputs.append(out)
-            targets.append((_address(out), size))
+        key, packed = tuple(key), self.packed
         try:
-            return outputs, packed.profile(sources, targets) if profile else packed.run(sources, targets)
+            specs = packed.specs.get(key)
+            if specs is None or len(tensors) != len(self.inputs):
+                specs = self._new_specs(packed, tensors, key)
+            outputs, targets = [], []
+            for dtype, sizes, strides, size in specs:
+                out = torch.empty_strided(sizes, strides, dtype=dtype, device=_CPU)
+                outputs.append(out)
+                targets.append((_address(out), size))
+            plan = packed.plan
+            return outputs, plan.profile(sources, targets) if profile else plan.run(sources, targets)
         except InvalidState:  # another instruction set is active now
-            self.packed, self._specs = self._pack(), {}
+            self.packed = self._pack()
             return self._run(tensors, profile)
 
-    def _new_specs(self, tensors: Sequence[Tensor], key: Any) -> list:
+    def _new_specs(self, packed: _Packed, tensors: Sequence[Tensor], key: Any) -> list[_Spec]:
         """Sizes and strides of the outputs, asked once for each layout of the inputs."""
-        layouts = self._layouts(tensors)
-        try:
-            found = self.packed.output_specs(layouts)
-        except InvalidState:
-            self.packed = self._pack()
-            found = self.packed.output_specs(layouts)
         specs = []
-        for name, sizes, strides in found:
+        for name, sizes, strides in packed.plan.output_specs(self._layouts(tensors)):
             dtype = DTYPES[name]
             specs.append((dtype, tuple(sizes), tuple(strides), _bytes(sizes, strides, dtype.itemsize)))
-        if len(self._specs) >= _REMEMBERED:
-            self._specs = {}
-        self._specs[key] = specs
+        if len(packed.specs) >= _REMEMBERED:
+            packed.specs = {}
+        packed.specs[key] = specs
         return specs
 
     def _layouts(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], Sequence[int]]]:
@@ -129,8 +131,9 @@ class NativePlan:
         name, dtype, sizes = self.inputs[i]
         if not isinstance(x, Tensor):
             raise InvalidType(f"plan: {name} must be a tensor, got {type(x).__name__}")
-        if x.layout is not torch.strided:
-            raise InvalidType(f"plan: {name} must be a dense tensor, got {x.layout}")
+        if x.layout is not torch.strided or x.is_nested:
+            got = "a nested one" if x.is_nested else x.layout
+            raise InvalidType(f"plan: {name} must be a dense tensor, got {got}")
         if x.dtype is not dtype:
             raise InvalidType(f"plan: {name} must be {dtype}, as in the example, got {x.dtype} {list(x.shape)}")
         if not x.is_cpu:

@@ -8,10 +8,11 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core.convert import ConvertedModel
+from qkernels.core.expect import expect_inputs, expect_module, expect_runs
 from qkernels.core.operations import Value
 from qkernels.errors import InvalidArgument, QKernelsError, Unsupported
 from qkernels.plan.format import plan_bytes
-from qkernels.plan.islands import cut, refuse_overwriting, result_part, torch_module
+from qkernels.plan.islands import Part, cut, follow_layouts, result_part, torch_module
 from qkernels.plan.lower import Lowered, lower_graph
 from qkernels.plan.plan import Plan, PlanWithIslands
 from qkernels.plan.steps import Network
@@ -43,8 +44,12 @@ def graph_of(converted: nn.Module) -> ConvertedModel:
 def record(model: fx.GraphModule, arguments: tuple[Any, ...]) -> dict[fx.Node, Value]:
     """What every node of the graph gives on the example."""
     recorder = _Recorder(model)
-    with torch.no_grad():
-        recorder.run(*arguments)
+    try:
+        with torch.no_grad():
+            recorder.run(*arguments)
+    except Exception:
+        expect_runs("compile", model, arguments, {})  # says it without the interpreter's account of the graph
+        raise
     return recorder.recorded
 
 
@@ -76,17 +81,20 @@ def compile(converted: nn.Module, example_inputs: Any) -> Plan | PlanWithIslands
         example_inputs: what to call the model with, as for `prepare`.
 
     Raises:
-        Unsupported: the model has no static graph as a whole, or torch would write in place to what a native part
-            reads too; it runs as modules.
-        InvalidArgument: the model is not converted, or the example does not fit.
+        Unsupported: the model has no static graph as a whole, or returns no tensor; it runs as modules.
+        InvalidArgument: the model is not converted, or does not run on the example.
+        InvalidType: `converted` is no module, or the example holds no tensor.
     """
+    expect_module("compile", converted, "converted")
+    expect_inputs("compile", example_inputs, "example_inputs")
     model = graph_of(converted)
     arguments = example_arguments(model, example_inputs)
     recorded = record(model, arguments)
     lowered = lower_graph(model.graph, model, recorded)
     if lowered.refused:
-        refuse_overwriting(model, arguments, lowered.refused)
         plan = _with_islands(model, lowered, recorded)
+    elif not lowered.network.outputs:
+        raise Unsupported("compile: the model returns no tensor, so there is nothing to compute: call it as it is")
     else:
         plan = _plan(lowered.network, [tuple(x.shape) for x in arguments])
     _check(plan, model, arguments)
@@ -99,21 +107,17 @@ def _plan(network: Network, example: list[tuple[int, ...]]) -> Plan:
 
 
 def _with_islands(model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Node, Value]) -> PlanWithIslands:
-    refused = lowered.refused
-    arguments = [node for node in model.graph.nodes if node.op == "placeholder"]
-    for node in arguments:
+    names = {node: str(node.target) for node in model.graph.nodes if node.op == "placeholder"}
+    for node in names:
         if recorded[node].kind != "tensor":
-            raise Unsupported(f"compile: {refused[node]}; leave it out of the example, so that it has its default")
+            raise Unsupported(
+                f"compile: {lowered.refused[node]}; leave it out of the example, so that it has its default"
+            )
+    pieces, refused = _pieces(model, lowered, recorded)
     parts = []
-    for part in cut(model.graph, refused, recorded):
-        if part.native:
-            piece = lower_graph(part.graph, model, part.recorded)
-            if piece.refused:
-                raise QKernelsError(f"compile: {piece.refused} in a part that was found native: please report")
-            shapes = [v.shape for n, v in part.recorded.items() if n.op == "placeholder"]
-            module: nn.Module = _plan(piece.network, shapes)
-        else:
-            module = torch_module(part, model)
+    for part, network in pieces:
+        shapes = [v.shape for n, v in part.recorded.items() if n.op == "placeholder"]
+        module = torch_module(part, model) if network is None else _plan(network, shapes)
         parts.append((module, part.inputs, part.outputs))
     result = result_part(model.graph, recorded)
     islands = {node.name: why for node, why in refused.items() if node.op not in ("get_attr", "output")}
@@ -123,8 +127,29 @@ def _with_islands(model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Nod
             f"({', '.join(list(islands)[:4])}{', ...' if len(islands) > 4 else ''}); plan.islands says why",
             stacklevel=3,
         )
-    names = {node.name: str(node.target) for node in arguments}
-    return PlanWithIslands(parts, names, (torch_module(result, model), result.inputs), islands)
+    wiring = {node.name: name for node, name in names.items()}
+    return PlanWithIslands(parts, wiring, (torch_module(result, model), result.inputs), islands)
+
+
+def _pieces(
+    model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Node, Value]
+) -> tuple[list[tuple[Part, Network | None]], dict[fx.Node, str]]:
+    """The parts, native ones with their networks; and why nodes are in none of these.
+
+    What a native part cannot do though the whole graph could, because sizes are open that other parts know, is cut out
+    too.
+    """
+    refused = dict(lowered.refused)
+    while True:
+        views = follow_layouts(model, refused, recorded)
+        parts = cut(model.graph, refused.keys() | views, recorded)
+        pieces = [(p, lower_graph(p.graph, model, p.recorded, lowered.sizes) if p.native else None) for p in parts]
+        found = {p.sources[node]: why for p, piece in pieces if piece for node, why in piece.refused.items()}
+        if not found:
+            return [(part, piece and piece.network) for part, piece in pieces], refused
+        if found.keys() <= refused.keys():
+            raise QKernelsError(f"compile: {found} in a part that was found native: please report")
+        refused |= found
 
 
 def _check(plan: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from qkernels.errors import Unsupported
 from qkernels.ops.plan import plan_checksum
-from qkernels.plan.steps import Network, Value
+from qkernels.plan.steps import MAX_RANK, Network, Value
 
 MAGIC = b"QKPLAN\r\n"
 VERSION = 1
 _ALIGN = 64
-_MAX_RANK = 6
 _DTYPES = {
     torch.uint8: 0,
     torch.int8: 1,
@@ -29,11 +27,7 @@ _CHECKSUM_AT = 24
 
 
 def plan_bytes(network: Network) -> bytearray:
-    """The network as the bytes of a file.
-
-    Raises:
-        Unsupported: a value has more dimensions than a plan can hold.
-    """
+    """The network as the bytes of a file."""
     return _Writer(network).write()
 
 
@@ -73,8 +67,6 @@ class _Writer:
         return b"".join(rows), data
 
     def _value(self, value: Value) -> bytes:
-        if value.rank > _MAX_RANK:
-            raise Unsupported(f"{value.name} has {value.rank} dimensions; a plan takes up to {_MAX_RANK}")
         name = self._string(value.name)
         return struct.pack("<IIIIfiII", *name, _DTYPES[value.dtype], value.rank, value.scale, value.zero_point, 0, 0)
 
@@ -87,7 +79,7 @@ class _Writer:
 
     def _input(self, value: Value) -> bytes:
         sizes = [-1 if size is None else size for size in value.sizes]
-        return struct.pack(f"<II{_MAX_RANK}q", value.index, value.rank, *sizes, *(0,) * (_MAX_RANK - value.rank))
+        return struct.pack(f"<II{MAX_RANK}q", value.index, value.rank, *sizes, *(0,) * (MAX_RANK - value.rank))
 
 
 def _cell(value: int | float) -> bytes:

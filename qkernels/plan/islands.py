@@ -4,23 +4,20 @@ Every tensor gets a level: the number of changes between the two on the way to i
 level by level. Sizes, constants and sequences of tensors are made again in every part that reads them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.graph import inplace_methods
+from torch import fx, nn
 
 from qkernels.core.operations import Value
-from qkernels.errors import Unsupported
+from qkernels.plan.views import is_view, lays_out
 
 
 @dataclass(frozen=True)
 class Part:
     """A subgraph: `graph` has a placeholder for each name in `inputs` and returns the tuple of `outputs`.
 
-    Names are those of nodes of the whole graph.
+    Names are those of nodes of the whole graph; `sources` says which of them each node is a copy of.
     """
 
     graph: fx.Graph
@@ -28,16 +25,17 @@ class Part:
     outputs: tuple[str, ...]
     native: bool
     recorded: Mapping[fx.Node, Value]
+    sources: Mapping[fx.Node, fx.Node]
 
 
-def cut(graph: fx.Graph, refused: Mapping[fx.Node, str], recorded: Mapping[fx.Node, Value]) -> list[Part]:
-    """The parts in the order in which they run; those with refused nodes are not native."""
-    return _Cutter(graph, refused, recorded).parts()
+def cut(graph: fx.Graph, outside: Collection[fx.Node], recorded: Mapping[fx.Node, Value]) -> list[Part]:
+    """The parts in the order in which they run; those with the nodes `outside` of a plan are not native."""
+    return _Cutter(graph, outside, recorded).parts()
 
 
 class _Cutter:
-    def __init__(self, graph: fx.Graph, refused: Mapping[fx.Node, str], recorded: Mapping[fx.Node, Value]):
-        self.graph, self.refused, self.recorded = graph, refused, recorded
+    def __init__(self, graph: fx.Graph, outside: Collection[fx.Node], recorded: Mapping[fx.Node, Value]):
+        self.graph, self.outside, self.recorded = graph, outside, recorded
         self.levels: dict[fx.Node, int] = {}
 
     def parts(self) -> list[Part]:
@@ -47,7 +45,8 @@ class _Cutter:
         read = set(self._read_by(*(n for n in self.graph.nodes if n.op == "output")))
         for node in self.levels:
             read.update(source for source in self._read_by(node) if self._level_of(source) != self.levels[node])
-        return [self._part(level, read) for level in sorted(set(self.levels.values()))]
+        parts = [self._part(level, read) for level in sorted(set(self.levels.values()))]
+        return [part for part in parts if part.outputs or not part.native]
 
     def _is_cut_point(self, node: fx.Node) -> bool:
         """Whether the node gives a tensor, which can go from part to part."""
@@ -59,7 +58,7 @@ class _Cutter:
     def _level(self, node: fx.Node) -> int:
         """Even levels are native."""
         lowest = max([0, *map(self._level_of, self._read_by(node))])
-        return lowest + (lowest % 2 != (node in self.refused))
+        return lowest + (lowest % 2 != (node in self.outside))
 
     def _read_by(self, *nodes: fx.Node) -> list[fx.Node]:
         """The tensors that the nodes read, directly or through sizes and sequences."""
@@ -78,12 +77,12 @@ class _Cutter:
         copy = _Copy([source for source in self._read_by(*mine) if self._level_of(source) != level], self.recorded)
         outputs = [node for node in mine if node in read]
         copy.graph.output(tuple(copy(node) for node in outputs))
-        return Part(copy.graph, copy.inputs, tuple(n.name for n in outputs), level % 2 == 0, copy.recorded)
+        return copy.part(tuple(n.name for n in outputs), level % 2 == 0)
 
     def assembly(self, output: fx.Node) -> Part:
         copy = _Copy(self._read_by(output), self.recorded)
         copy.graph.output(fx.map_arg(output.args[0], copy))
-        return Part(copy.graph, copy.inputs, (), False, copy.recorded)
+        return copy.part((), False)
 
 
 class _Copy:
@@ -103,10 +102,14 @@ class _Copy:
             self.recorded[self.copies[node]] = self._recorded[node]
         return self.copies[node]
 
+    def part(self, outputs: tuple[str, ...], native: bool) -> Part:
+        sources = {copy: node for node, copy in self.copies.items()}
+        return Part(self.graph, self.inputs, outputs, native, self.recorded, sources)
+
 
 def result_part(graph: fx.Graph, recorded: Mapping[fx.Node, Value]) -> Part:
     """What puts the results of the other parts together as the model returns them."""
-    cutter = _Cutter(graph, {}, recorded)
+    cutter = _Cutter(graph, (), recorded)
     (output,) = (node for node in graph.nodes if node.op == "output")
     return cutter.assembly(output)
 
@@ -116,67 +119,53 @@ def torch_module(part: Part, root: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(root, part.graph, "FloatIsland").eval()
 
 
-# ---- islands that write to what they read
+# ---- layouts that islands read
+
+_READ, _REACHED = 2, 1
+_OWN_LAYOUT = ("linear", "conv", "max_pool", "avg_pool", "adaptive_avg_pool")
 
 
-def refuse_overwriting(model: fx.GraphModule, arguments: tuple[Any, ...], refused: Iterable[fx.Node]) -> None:
-    """Raises where torch would write in place to what others read too: native parts have memory of their own.
+def follow_layouts(
+    model: fx.GraphModule, refused: dict[fx.Node, str], recorded: Mapping[fx.Node, Value]
+) -> set[fx.Node]:
+    """The views and copies that islands read: they belong to the islands.
 
-    The example says which nodes share memory; nothing runs if no refused node is in place.
+    torch's float kernels give other bits for other strides. So islands must read what they read in the model: results
+    of whole steps, which native parts lay out as the modules do (csrc/plan/layouts.h), through torch's own views. A
+    copy whose layout goes on through steps to an island is added to `refused`.
     """
-    written = {node: found for node in refused if (found := _written(node))}
-    if not written:
-        return
-    interpreter = fx.Interpreter(model, garbage_collect_values=False)  # no memory is used twice
-    with torch.no_grad():
-        interpreter.run(*arguments)
-    memory = {node: _memory(result) for node, result in interpreter.env.items()}
-    for node, targets in written.items():
-        _refuse_shared(node, targets, memory)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    views: set[fx.Node] = set()
+    reach: dict[fx.Node, int] = {}
+    for node in reversed(model.graph.nodes):
+        reach[node] = max((_reach(user, reach, refused, views, modules) for user in node.users), default=0)
+        if node in refused or recorded[node].kind != "tensor" or not is_view(node, modules):
+            continue
+        if reach[node] == _READ:
+            views.add(node)
+        elif reach[node] == _REACHED and lays_out(node, modules):
+            refused[node] = "lays out in memory what an island reads"
+    return views
 
 
-def _refuse_shared(node: fx.Node, targets: list[fx.Node], memory: Mapping[fx.Node, set[int]]) -> None:
-    places = set().union(*(memory[target] for target in targets))
-    shared = [other for other in memory if other < node and memory[other] & places]
-    for source in shared:
-        readers = [user for user in source.users if not (user is node or user in shared or _reads_sizes(user))]
-        if readers:
-            what = "the model returns" if readers[0].op == "output" else f"{readers[0].name} reads"
-            raise Unsupported(
-                f"compile: {node.name} writes in place to {source.name}, which {what}: use the other form"
-            )
-        if source.op in ("placeholder", "get_attr") and source not in targets:
-            raise Unsupported(f"compile: {node.name} writes in place to a part of {source.name}: use the other form")
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The nodes to whose results the node writes."""
-    found: list[fx.Node] = []
-    fx.map_arg(node.kwargs.get("out"), found.append)
-    first = [*node.args, *(node.kwargs[name] for name in ("input", "self") if name in node.kwargs)][:1]
-    if _is_in_place(node):
-        fx.map_arg(first, found.append)
-    return found
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in inplace_methods
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-
-
-def _memory(result: Any) -> set[int]:
-    """Where the numbers of a result are: the addresses of the storages."""
-    if isinstance(result, (tuple, list)):
-        return set().union(*map(_memory, result))
-    if not isinstance(result, Tensor) or result.layout is not torch.strided or not result.numel():
-        return set()
-    return {result.untyped_storage().data_ptr()}
+def _reach(
+    user: fx.Node,
+    reach: Mapping[fx.Node, int],
+    refused: Collection[fx.Node],
+    views: Collection[fx.Node],
+    modules: Mapping[str, nn.Module],
+) -> int:
+    """How far a layout goes through one that reads it: to an island at once, through steps, or not."""
+    if user.op == "output":
+        return 0
+    if user in refused or user in views:
+        return _READ
+    if is_view(user, modules):
+        return reach[user]
+    layer = modules[user.target] if user.op == "call_module" else None
+    if _reads_sizes(user) or getattr(layer, "kind", None) in _OWN_LAYOUT:
+        return 0
+    return min(reach[user], _REACHED)
 
 
 def _reads_sizes(node: fx.Node) -> bool:

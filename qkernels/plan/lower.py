@@ -1,7 +1,8 @@
 """From the graph of a converted model to a `Network`: walks the nodes in order, each of which appends its steps."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +14,37 @@ from qkernels.core.registry import is_layer
 from qkernels.errors import Unsupported
 from qkernels.plan import views
 from qkernels.plan.layers import lower_layer
-from qkernels.plan.steps import Dynamic, Network, StepKind, Value
+from qkernels.plan.steps import MAX_RANK, Dynamic, Network, StepKind, Value
 
 DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.float16)
+Sizes = Sequence[int | None]
 
 
 @dataclass
 class Lowered:
-    """A network, and why nodes of the graph are not in it. With such nodes the network is only a rehearsal."""
+    """A network, and why nodes of the graph are not in it. With such nodes the network is only a rehearsal.
+
+    `sizes`: of the tensors by the names of their nodes, as far as every call has them.
+    """
 
     network: Network
     refused: dict[fx.Node, str]
+    sizes: dict[str, Sizes]
 
 
-def lower_graph(graph: fx.Graph, root: nn.Module, recorded: Mapping[fx.Node, o.Value]) -> Lowered:
+def lower_graph(
+    graph: fx.Graph, root: nn.Module, recorded: Mapping[fx.Node, o.Value], sizes: Mapping[str, Sizes] | None = None
+) -> Lowered:
     """The network that computes `graph`, whose modules and constants `root` holds.
 
-    `recorded` says what each node gave on the example.
+    `recorded` says what each node gave on the example, `sizes` which sizes of arguments are known for every call.
     """
-    return _Lowering(root, recorded).run(graph.nodes)
+    return _Lowering(root, recorded, sizes or {}).run(graph.nodes)
 
 
 class _Lowering:
-    def __init__(self, root: nn.Module, recorded: Mapping[fx.Node, o.Value]):
-        self.root, self.recorded = root, recorded
+    def __init__(self, root: nn.Module, recorded: Mapping[fx.Node, o.Value], sizes: Mapping[str, Sizes]):
+        self.root, self.recorded, self.sizes = root, recorded, sizes
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.network = Network()
         self.results: dict[fx.Node, Any] = {}
@@ -49,7 +57,8 @@ class _Lowering:
             except Unsupported as error:
                 self.refused[node] = str(error)
                 self.results[node] = self._unknown(node)
-        return Lowered(self.network, self.refused)
+        sizes = {node.name: value.sizes for node, value in self.results.items() if isinstance(value, Value)}
+        return Lowered(self.network, self.refused, sizes)
 
     def _lowered(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -63,6 +72,8 @@ class _Lowering:
         kwargs = dict(fx.map_arg(node.kwargs, self.results.__getitem__))
         if node.op == "get_attr":
             return self._constant(node)
+        if node.target is OrderedDict:
+            return dict(*args)
         if node.op == "call_function":
             return views.lower_function(self.network, node.name, node.target, args, kwargs)
         if node.op == "call_method":
@@ -80,7 +91,7 @@ class _Lowering:
             raise Unsupported(f"the argument {node.target!r} is not a tensor")
         if value.dtype not in DTYPES:
             raise Unsupported(f"the argument {node.target!r} is a tensor of {value.dtype}")
-        sizes: list[int | None] = [None] * len(value.shape)
+        sizes = list(self.sizes.get(node.target, [None] * len(value.shape)))
         self._require(node, sizes)
         return self.network.input(node.target, value.dtype, sizes)
 
@@ -133,7 +144,9 @@ class _Lowering:
     def _unknown(self, node: fx.Node) -> Any:
         """What stands for the result of a refused node, so that the rehearsal can go on."""
         value = self.recorded.get(node)
-        if node.op == "get_attr" or value is None or value.kind != "tensor" or value.dtype not in DTYPES:
+        if node.op == "get_attr" or value is None or value.kind != "tensor":
+            return _ABSENT
+        if value.dtype not in DTYPES or len(value.shape) > MAX_RANK:
             return _ABSENT
         return self.network.value(node.name, value.dtype, [None] * len(value.shape))
 

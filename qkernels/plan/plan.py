@@ -35,10 +35,13 @@ class Plan(nn.Module):
         self._names = tuple(metadata["inputs"])
         self._structure = metadata["output"]
         self._example = [tuple(sizes) for sizes in metadata["example"]]
+        assembled(self._structure, _Places(self._native.output_count))
         self._single = self._structure == {"value": 0}
-        assembled(self._structure, _Anything())
         if not len(self._names) == len(self._example) == len(self._native.inputs):
             raise ValueError("the number of inputs differs")
+        for name, sizes, (_, _, wanted) in zip(self._names, self._example, self._native.inputs, strict=True):
+            if not isinstance(name, str) or not _fits(sizes, wanted):
+                raise ValueError(f"{list(sizes)} is no example of the input {name!r}")
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         outputs = self._native(self._positional(args, kwargs))
@@ -169,12 +172,22 @@ def assembled(structure: Any, outputs: Sequence[Tensor]) -> Any:
     return build[kind]()
 
 
-class _Anything:
+class _Places:
     """Stands for outputs when a structure is tried."""
 
+    def __init__(self, count: int):
+        self.count = count
+
     def __getitem__(self, index: int) -> None:
-        if not isinstance(index, int) or index < 0:
-            raise ValueError(f"{index!r} is no place of an output")
+        if type(index) is not int or not 0 <= index < self.count:
+            raise ValueError(f"{index!r} is no place of one of {self.count} outputs")
+
+
+def _fits(sizes: Sequence[Any], wanted: Sequence[int]) -> bool:
+    """Whether `sizes` are sizes of a tensor, and those that `wanted` fixes (-1: any)."""
+    return len(sizes) == len(wanted) and all(
+        type(size) is int and 0 <= size < 2**63 and want in (-1, size) for size, want in zip(sizes, wanted, strict=True)
+    )
 
 
 def _kib(count: int) -> str:

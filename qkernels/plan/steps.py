@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from qkernels.core.qspec import QParams
+from qkernels.errors import Unsupported
+
+MAX_RANK = 6
 
 
 class StepKind(IntEnum):
@@ -135,6 +138,12 @@ class Dynamic:
     def __neg__(self) -> Dynamic:
         return 0 - self
 
+    def minimum(self, other: Any) -> Dynamic:
+        return self._with(ScalarOp.MIN, other)
+
+    def maximum(self, other: Any) -> Dynamic:
+        return self._with(ScalarOp.MAX, other)
+
 
 Size = int | Dynamic
 
@@ -163,9 +172,16 @@ class Network:
         return self._tensor_of[id(tensor)]
 
     def scalar(self, size: Size) -> int:
-        """The index of the scalar that holds a size."""
+        """The index of the scalar that holds a size.
+
+        Raises:
+            Unsupported: it is no integer, but a tensor, perhaps.
+        """
         if isinstance(size, Dynamic):
             return size.index
+        if not isinstance(size, int) or isinstance(size, bool):
+            what = f"the tensor {size.name}" if isinstance(size, Value) else repr(size)
+            raise Unsupported(f"{what} as a size or an index, which must be an integer")
         return self._scalar(Scalar(ScalarOp.CONST, number=size))
 
     def computed(self, op: ScalarOp, a: int, b: int) -> Dynamic:
@@ -186,6 +202,8 @@ class Network:
         return self._scalar_of[scalar]
 
     def value(self, name: str, dtype: torch.dtype, sizes: Sequence[Size | None], grid: QParams | None = None) -> Value:
+        if len(sizes) > MAX_RANK:
+            raise Unsupported(f"{name} has {len(sizes)} dimensions; a plan takes up to {MAX_RANK}")
         known = tuple(size if isinstance(size, int) and size >= 0 else None for size in sizes)
         numbers = grid.item() if grid is not None and grid.scale.numel() == 1 else (0.0, 0)
         made = Value(len(self.values), name, dtype, known, *numbers)

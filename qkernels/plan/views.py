@@ -3,18 +3,19 @@
 Each function takes torch's own parameters by their names; values and sizes stand where torch has tensors and integers.
 """
 
+import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from qkernels.errors import Unsupported
 from qkernels.plan.layers import nearest
-from qkernels.plan.steps import Network, Size, StepKind, Value
+from qkernels.plan.steps import Dynamic, Network, Size, StepKind, Value
 
 
 class Views:
@@ -31,9 +32,6 @@ class Views:
 
     def _reshape(self, x: Value, sizes: Sequence[Size]) -> Value:
         sizes = list(sizes)
-        for size in sizes:
-            if not isinstance(size, Size) or isinstance(size, bool):
-                raise Unsupported(f"a reshape to {size!r}, which is not an integer")
         scalars = map(self.network.scalar, sizes)
         return self._step(StepKind.RESHAPE, x, [len(sizes), *scalars], _inferred(x, sizes))
 
@@ -42,14 +40,36 @@ class Views:
             return x
         return self._step(StepKind.PERMUTE, x, [x.rank, *dims], [x.sizes[d] for d in dims])
 
-    def _slice(self, x: Value, dim: int, start: Size, stop: Size, step: int = 1) -> Value:
+    def _slice(self, x: Value, dim: int, start: Size, stop: Size, step: int = 1, count: Size | None = None) -> Value:
+        """x[start:stop:step] on `dim`; `count`: how many that is, if it is known."""
         sizes: list[Size | None] = list(x.sizes)
-        known = x.sizes[dim]
+        known, sizes[dim] = x.sizes[dim], count
         if known is not None and isinstance(start, int) and isinstance(stop, int):
             sizes[dim] = len(range(known)[start:stop:step])
-        else:
-            sizes[dim] = None
         return self._step(StepKind.SLICE, x, [dim, *map(self.network.scalar, (start, stop)), step], sizes)
+
+    # -- indices that a call decides
+
+    def _start(self, index: Size, size: Size) -> Size:
+        """An index that may count from the end, counted from the start."""
+        self.network.scalar(index)
+        if isinstance(index, Dynamic):
+            return index - index.minimum(0).maximum(-1) * size
+        return index if index >= 0 else size + index
+
+    def _checked(self, size: Size, *margins: Size) -> Size:
+        """`size`; a call in which a margin is negative is refused, by a division by zero."""
+        if any(isinstance(margin, int) and margin < 0 for margin in margins):
+            raise Unsupported("a size or an index that is out of range")
+        least: Size | None = None
+        for margin in margins:
+            if isinstance(margin, Dynamic):
+                least = margin if least is None else least.minimum(margin)
+        return size if least is None else size + 0 // (least + 1).maximum(0)
+
+    def _divided(self, size: Size, by: Size) -> Size:
+        """`size // by`, without a rest."""
+        return self._checked(size // by, -(size % by))
 
     def _known(self, x: Value, dim: int, what: str) -> int:
         """A size that is the same in every call."""
@@ -82,7 +102,7 @@ class Views:
         dim, all_sizes, parts = _dim(dim, x.rank), self.network.sizes(x), list(sizes)
         if -1 in parts:
             rest = math.prod(p for p in parts if not (isinstance(p, int) and p == -1))
-            parts[parts.index(-1)] = all_sizes[dim] // rest
+            parts[parts.index(-1)] = self._divided(all_sizes[dim], rest)
         return self._reshape(x, [*all_sizes[:dim], *parts, *all_sizes[dim + 1 :]])
 
     def squeeze(self, x: Value, dim: Any = None) -> Value:
@@ -118,20 +138,22 @@ class Views:
     def pixel_shuffle(self, x: Value, upscale_factor: int) -> Value:
         *batch, c, h, w = self.network.sizes(x)
         r, b = upscale_factor, len(batch)
-        split = self._reshape(x, [*batch, c // (r * r), r, r, h, w])
+        c = self._divided(c, r * r)
+        split = self._reshape(x, [*batch, c, r, r, h, w])
         mixed = self._permute(split, [*range(b), b, b + 3, b + 1, b + 4, b + 2])
-        return self._reshape(mixed, [*batch, c // (r * r), h * r, w * r])
+        return self._reshape(mixed, [*batch, c, h * r, w * r])
 
     def pixel_unshuffle(self, x: Value, downscale_factor: int) -> Value:
         *batch, c, h, w = self.network.sizes(x)
         r, b = downscale_factor, len(batch)
-        split = self._reshape(x, [*batch, c, h // r, r, w // r, r])
+        h, w = self._divided(h, r), self._divided(w, r)
+        split = self._reshape(x, [*batch, c, h, r, w, r])
         mixed = self._permute(split, [*range(b), b, b + 2, b + 4, b + 1, b + 3])
-        return self._reshape(mixed, [*batch, c * (r * r), h // r, w // r])
+        return self._reshape(mixed, [*batch, c * (r * r), h, w])
 
     def channel_shuffle(self, x: Value, groups: int) -> Value:
         n, c, *spatial = self.network.sizes(x)
-        split = self._reshape(x, [n, groups, c // groups, *spatial])
+        split = self._reshape(x, [n, groups, self._divided(c, groups), *spatial])
         mixed = self._permute(split, [0, 2, 1, *range(3, x.rank + 1)])
         return self._reshape(mixed, [n, c, *spatial])
 
@@ -139,42 +161,51 @@ class Views:
 
     def chunk(self, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
         dim = _dim(dim, x.rank)
-        return self.split(x, -(-self._known(x, dim, "chunk") // chunks), dim)
+        size = self._known(x, dim, "chunk")
+        return self.split(x, -(-size // chunks) if size else [0] * chunks, dim)
 
     def split(self, x: Value, split_size_or_sections: Any = None, dim: int = 0, **kwargs: Any) -> tuple[Value, ...]:
         sections = kwargs.get("split_size", split_size_or_sections)
         dim = _dim(dim, x.rank)
         size = self._known(x, dim, "split")
         if isinstance(sections, int):
-            ends = [min(end, size) for end in range(sections, size + sections, sections)]
-        else:
-            ends = [sum(sections[: i + 1]) for i in range(len(sections))]
-        return tuple(self._slice(x, dim, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+            count = max(-(-size // max(sections, 1)), 1)
+            sections = [min(sections, size - i * sections) for i in range(count)]
+        ends = list(itertools.accumulate(sections))
+        rest = size - sum(sections)
+        starts = [self._checked(start, *sections, rest, -rest) for start in [0, *ends][:-1]]
+        pieces = zip(starts, ends, sections, strict=True)
+        return tuple(self._slice(x, dim, start, end, count=count) for start, end, count in pieces)
 
     def unbind(self, x: Value, dim: int = 0) -> tuple[Value, ...]:
         return tuple(self.select(x, dim, i) for i in range(self._known(x, _dim(dim, x.rank), "unbind")))
 
-    def select(self, x: Value, dim: int, index: int) -> Value:
+    def select(self, x: Value, dim: int, index: Size) -> Value:
         dim = _dim(dim, x.rank)
-        stop = index + 1 if index != -1 else self.network.size(x, dim)
         sizes = self.network.sizes(x)
-        # The reshape refuses an index that is out of range, as it finds no element there.
-        return self._reshape(self._slice(x, dim, index, stop), [s for d, s in enumerate(sizes) if d != dim])
+        return self._reshape(self._one(x, dim, index), [s for d, s in enumerate(sizes) if d != dim])
 
-    def narrow(self, x: Value, dim: int, start: int, length: Size) -> Value:
+    def _one(self, x: Value, dim: int, index: Size) -> Value:
+        """The slice of one element."""
+        size = self.network.size(x, dim)
+        start = self._start(index, size)
+        start = self._checked(start, start, size - 1 - start)
+        return self._slice(x, dim, start, start + 1, count=1)
+
+    def narrow(self, x: Value, dim: int, start: Size, length: Size) -> Value:
         dim = _dim(dim, x.rank)
-        if isinstance(start, int) and start < 0:
-            start = self.network.size(x, dim) + start
-        sizes = list(self.network.sizes(x))
-        sizes[dim] = length
-        return self._reshape(self._slice(x, dim, start, start + length), sizes)  # refuses a slice that was cut short
+        size = self.network.size(x, dim)
+        start = self._start(start, size)
+        start = self._checked(start, start, length, size - start - length)
+        return self._slice(x, dim, start, start + length, count=length)
 
     def getitem(self, x: Any, index: Any) -> Any:
         if not isinstance(x, Value):
             return x[index]
         parts = list(index) if isinstance(index, tuple) else [index]
-        if not all(p is None or p is ... or isinstance(p, (int, slice)) for p in parts):
-            raise Unsupported("indexing with a tensor")
+        for p in parts:
+            if not (p is None or p is ... or isinstance(p, Size | slice)) or isinstance(p, bool):
+                raise Unsupported(f"indexing with {'a tensor' if isinstance(p, Value) else repr(p)}")
         taken = sum(p is not None and p is not ... for p in parts)
         rest = [slice(None)] * (x.rank - taken)
         at = parts.index(...) if ... in parts else len(parts)
@@ -185,8 +216,8 @@ class Views:
             if part is None:
                 sizes.append(1)
                 continue
-            if isinstance(part, int):
-                x = self._slice(x, dim, part, part + 1 if part != -1 else self.network.size(x, dim))
+            if isinstance(part, Size):
+                x = self._one(x, dim, part)
             else:
                 x = self._sliced(x, dim, part)
                 sizes.append(self.network.size(x, dim))
@@ -215,7 +246,7 @@ class Views:
         return self.expand(x, *self.network.sizes(other))
 
     def same(self, x: Value, **_: Any) -> Value:
-        """detach, clone, contiguous, identity: values never change and their layout is the executor's business."""
+        """detach, clone, contiguous, identity: values never change. Islands see to their layouts (`lays_out`)."""
         return x
 
     # -- padding and resizing of codes
@@ -223,8 +254,8 @@ class Views:
     def pad(self, x: Value, pad: Sequence[Size], mode: str = "constant", value: Any = None) -> Value:
         if mode != "constant":
             raise Unsupported(f"padding with mode={mode!r} outside of a convolution")
-        if x.dtype.is_floating_point and value not in (None, 0, 0.0):
-            raise Unsupported(f"padding float tensors with {value}")
+        if x.dtype not in (torch.uint8, torch.int8) and value not in (None, 0, 0.0):
+            raise Unsupported(f"padding tensors of {x.dtype} with {value}")
         sizes: list[Size | None] = list(x.sizes)
         for pair, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
             dim = x.rank - 1 - pair
@@ -294,6 +325,8 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _METHODS = frozenset({*_NAMES, *["view", "view_as", "reshape_as", "expand", "expand_as", "size", "dim", "numel"]})
 _SAME_METHODS = frozenset({"contiguous", "detach", "clone"})
+_NO_VIEWS = frozenset({"size", "dim", "numel", "pad", "interpolate"})
+_LAYING_OUT = frozenset({"pixel_shuffle", "pixel_unshuffle", "channel_shuffle"})
 _ARITHMETIC = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg})
 
 
@@ -330,6 +363,26 @@ def lower_module(network: Network, name: str, module: nn.Module, args: Sequence[
         raise Unsupported(f"the module {type(module).__name__} runs in float")
     function, attributes = _MODULES[type(module)]
     return _called(network, name, function, [*args, *(getattr(module, a) for a in attributes)], {})
+
+
+def is_view(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node of a graph only moves values, by the functions above: views and copies."""
+    if node.op == "call_module":
+        return type(modules[node.target]) in _MODULES
+    if node.op == "call_method":
+        return node.target in (_METHODS | _SAME_METHODS) - _NO_VIEWS
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    return node.op == "call_function" and _FUNCTIONS.get(node.target, "size") not in _NO_VIEWS
+
+
+def lays_out(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether such a node is a copy that chooses where its values lie, by a rule that no step has."""
+    if node.op == "call_module":
+        return _MODULES[type(modules[node.target])][0] in _LAYING_OUT
+    if node.op == "call_method":
+        return node.target in ("contiguous", "clone")
+    return node.target is torch.clone or _FUNCTIONS.get(node.target) in _LAYING_OUT
 
 
 def _computed(target: Callable[..., Any], sizes: Sequence[Any]) -> Size:

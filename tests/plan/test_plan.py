@@ -1,6 +1,7 @@
 """A plan gives the bits of the modules: any shape, several threads, saved and loaded; and refuses everything else."""
 
 import copy
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from networks import NETWORKS, Residual, converted, leaves, network, tensors
 
 import qkernels
+from qkernels.core.qspec import QSpec
+from qkernels.core.recipe import Match, Override, TensorRecipe, make_recipe
 from qkernels.errors import CheckpointError, InvalidArgument, InvalidType, Unsupported
 from qkernels.testing import isa_cap
 
@@ -66,6 +69,41 @@ def test_plan_follows_a_change_of_the_instruction_set(resnet):
         assert torch.equal(plan(*example), before)
         assert torch.equal(model(*example), before)
     assert torch.equal(plan(*example), before)
+
+
+def test_what_is_known_of_outputs_goes_with_the_packed_weights(resnet):
+    plan, _, example, _ = resnet
+    plan(*example)
+    before = plan._native.packed
+    assert before.specs
+    with isa_cap("avx2" if before.plan.isa != "avx2" else "scalar"):
+        plan.describe(*example)
+        assert plan._native.packed is not before
+        assert plan._native.packed.specs == {}
+
+
+class MixedSigns(nn.Module):
+    """Of int8 and uint8 operands the one that has to be copied lies otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        other = b.flatten(2).transpose(1, 2).reshape(b.shape)
+        return self.out(a + other), self.out(other * a)
+
+
+@pytest.mark.parametrize("signed", ["a", "b", "add", "mul"])
+def test_operands_of_both_signs_may_lie_in_any_way(signed):
+    int8 = TensorRecipe(QSpec.activation(8, torch.int8), "minmax")
+    override = Override(Match("name", signed), activation=int8)
+    recipe = dataclasses.replace(make_recipe("int8-minmax"), overrides=(override,))
+    (x,) = tensors([(2, 3, 6, 6)])
+    model = converted(MixedSigns(), x, recipe=recipe)
+    plan = qkernels.compile(model, x[..., :1, :1])  # where there is one way only
+    assert_same_bits(plan, model, [x])
 
 
 def test_layout_of_the_input_does_not_matter(resnet):
