@@ -70,6 +70,15 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, -math.inf)
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 class Attention(nn.Module):
     """`nn.MultiheadAttention`, from which it takes its parameters and its forward."""
 
@@ -86,6 +95,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
         self.attention = DotProductAttention(layer.dropout)
         self.out_proj = _linear(layer.out_proj.weight, layer.out_proj.bias)
+        self.__dict__.update({name: table for name, table in vars(layer).items() if name in _HOOKS})
         self.train(layer.training)
 
     def forward(

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.expect import expect_calibrated
 from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import NetworkGraph
 from qkernels.core.layers import Prepared
@@ -27,12 +28,11 @@ from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
 from qkernels.core.placed import Leave
 from qkernels.core.placement import unit_of
-from qkernels.core.prepare import PreparedModel, quantizers
+from qkernels.core.prepare import PreparedModel
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.registry import is_layer, layer_class
 from qkernels.core.report import PrepareReport
-from qkernels.errors import InvalidArgument, InvalidState
 
 
 class ConvertedModel(NetworkGraph):
@@ -48,20 +48,15 @@ def convert(prepared: nn.Module) -> nn.Module:
 
     Takes and returns float tensors as the original did; int8 and uint8 tensors flow inside. All grids are fixed now.
 
+    Args:
+        prepared: what `prepare` returned, calibrated, or what `prepare_qat` returned, trained; or a module around it.
+
     Raises:
-        InvalidArgument: the model does not come from `prepare`.
+        InvalidArgument: the model does not come from `prepare`, or is converted already.
         InvalidState: it was not calibrated.
     """
+    expect_calibrated("convert", prepared)
     parts = {path: m for path, m in prepared.named_modules() if isinstance(m, PreparedModel)}
-    if not parts and not isinstance(getattr(prepared, "report", None), PrepareReport):
-        raise InvalidArgument("convert: the model must come from `prepare`")
-    found = list(quantizers(prepared))
-    missing = [q.source for q in found if not q.has_grid()]
-    if missing:
-        raise InvalidState(
-            f"convert: {len(missing)} of {len(found)} Quantizers have no grid ({', '.join(missing[:3])}, ...); run "
-            "batches through the model inside `with qkernels.calibrating(prepared):` first"
-        )
     converted = {id(part): _Converter(part, path).build() for path, part in parts.items()}
     # The memo puts each converted part in the place of its prepared one.
     return copy.deepcopy(prepared, dict(converted)).eval()
@@ -77,7 +72,7 @@ class _Converter:
         self.root: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
         self.stayed_float: dict[str, str] = {}
-        self.floats: dict[fx.Node, fx.Node] = {}
+        self.floats: dict[fx.Node, Any] = {}  # a dtype that is known stands for the node that reads it
         self.codes: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, QParams] = {}
 
@@ -124,7 +119,9 @@ class _Converter:
     def float_of(self, node: fx.Node) -> fx.Node:
         """The node as float32 (or whatever is not quantized) in the converted graph."""
         if node not in self.floats:
-            if node in self.codes and node.meta["value"].kind == "tensor":
+            if node in self.codes and o.is_contiguous_call(node):
+                self.floats[node] = self._copied(node)
+            elif node in self.codes and node.meta["value"].kind == "tensor":
                 layer = layer_class("dequantize")(self.grids[node])
                 self.floats[node] = self._call(f"{node.name}_dequantize", layer, (self.codes[node],), node)
             else:
@@ -148,18 +145,31 @@ class _Converter:
             return None
         return self._call(node.target, module.lowered(), (self.float_of(node.all_input_nodes[0]),), node)
 
-    def _copied(self, node: fx.Node) -> fx.Node:
-        """The same float operation in the converted graph."""
+    def _copied(self, node: fx.Node) -> Any:
+        """The same float operation in the converted graph; the dtype itself where codes have another one."""
         if node.op == "call_module":
             self.root[node.target] = self._float_module(self.modules[node.target])
         elif node.op == "get_attr":
             self.root[node.target] = _attribute(self.prepared, node.target)
-        shape_only = node.meta["value"].kind == "other"
-        return self.graph.node_copy(node, self._either if shape_only else self.float_of)
+        elif node.target is getattr and node.args[1] == "dtype" and node.args[0] in self.codes:
+            return node.args[0].meta["value"].dtype
+        if o.reads_shape_only(node):
+            return self.graph.node_copy(node, self._either)
+        return self.graph.node_copy(node, self._in_order if o.reads_memory(node) else self.float_of)
 
     def _either(self, node: fx.Node) -> fx.Node:
         """Any form: sizes are the same."""
         return self.codes[node] if node in self.codes else self.float_of(node)
+
+    def _in_order(self, node: fx.Node) -> fx.Node:
+        """The float form in the memory of the float model, where images of the default layout come in."""
+        op = o.operation(node, self.modules)
+        if op is not None and op.kind == o.PASS:
+            return self.graph.node_copy(node, self._in_order)
+        is_integer = op is not None and node.meta.get("integer", False)
+        stored_by_layer = node in self.codes or (is_integer and op.kind in o.WEIGHTED)
+        value = self.float_of(node)
+        return self.graph.call_method("contiguous", (value,)) if stored_by_layer else value
 
     def _float_module(self, module: nn.Module) -> nn.Module:
         if not isinstance(module, Prepared):
@@ -195,7 +205,7 @@ class _Converter:
             self.codes[node] = self._call(self._path(node), layer, (list(inputs),), node)
         elif op.kind == o.PAD:
             self.codes[node] = self._pad(node, op, grid)
-        elif op.kind in o.SAME_GRID and not any(isinstance(v, fx.Node) for v in op.options.values()):
+        elif op.kind in o.SAME_GRID and not op.has_computed_options:
             layer = lower(unit_of(node, op, (grid,), grid))
             self.codes[node] = self._call(self._path(node), layer, inputs, node)
         else:
@@ -203,7 +213,7 @@ class _Converter:
 
     def _same_call(self, node: fx.Node) -> fx.Node:
         """The torch operation itself, on codes."""
-        if node.op == "call_method" and node.target == "contiguous":
+        if o.is_contiguous_call(node):
             return self.codes[node.args[0]]  # layout is the layers' own business
         if node.op == "call_module":
             self.root[node.target] = copy.deepcopy(self.modules[node.target])

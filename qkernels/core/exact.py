@@ -2,9 +2,10 @@
 
 import copy
 
-from torch import Tensor, nn
+from torch import nn
 
 from qkernels.core.convert import convert
+from qkernels.core.expect import expect_calibrated
 from qkernels.core.registry import is_layer
 from qkernels.errors import InvalidArgument
 
@@ -20,13 +21,9 @@ class ReferenceLayer(nn.Module):
 
     def forward(self, *args, **kwargs):
         y = self.layer.reference_forward(*args, **kwargs)
-        # The memory order of the kernels: a float operation after the layer may sum in memory order.
-        return channels_last(y) if self.layer.channels_last and y.dim() > 2 else y
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same [N, C, *spatial] tensor stored as N, *spatial, C."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+        # Where the kernels put it: a float operation after the layer may sum in memory order.
+        memory = self.layer.output_memory(y, *args, **kwargs)
+        return y if y.stride() == memory.stride() else memory.copy_(y)
 
 
 def exact(prepared: nn.Module, engine: str = "reference") -> nn.Module:
@@ -36,7 +33,11 @@ def exact(prepared: nn.Module, engine: str = "reference") -> nn.Module:
         prepared: a calibrated model.
         engine: "reference" evaluates in plain torch, slowly, without any kernel of qkernels; "kernels" evaluates with
             the kernels.
+
+    Raises:
+        InvalidType, InvalidArgument, InvalidState: the model is not a calibrated one, or there is no such engine.
     """
+    expect_calibrated("exact", prepared)
     if engine not in ENGINES:
         raise InvalidArgument(f"exact: engine must be one of {list(ENGINES)}, got {engine!r}")
     converted = convert(prepared)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qkernels.core import operations as o
-from qkernels.core.graph import read_written, seen_later
+from qkernels.core.in_place import read_written, seen_later
 
 
 class Functional(nn.Module):
@@ -124,9 +124,9 @@ def _keeps_writing(node: fx.Node) -> bool:
     if not isinstance(written, fx.Node):
         return True
     order = {other: i for i, other in enumerate(node.graph.nodes)}
-    if written.op == "get_attr" or seen_later(node, order) is not None:
+    if written.op == "get_attr" or seen_later(node, written, order) is not None:
         return True
-    read_written(node, order)
+    read_written(written, node, node, order)
     return False
 
 

@@ -76,7 +76,7 @@ def fold_batch_norms(traced: fx.GraphModule, keep_float, keep_norms: bool = Fals
             source.meta["origin"] = node.meta["origin"]
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
-        elif 3 <= len(source.meta["value"].shape) <= 5 and source.meta["value"].kind == "tensor":
+        elif 3 <= len(source.meta["value"].shape) <= 5 and source.meta["value"].is_float:
             dims = len(source.meta["value"].shape) - 2
             if keep_norms:
                 norms[node.target] = norm

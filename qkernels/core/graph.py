@@ -3,14 +3,18 @@
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qkernels.core.operations import BATCH_NORMS, CONVS, METHODS, Value, operation
+from qkernels.core.buffers import buffers_kept, buffers_watched
+from qkernels.core.in_place import drop_in_place
+from qkernels.core.operations import BATCH_NORMS, CONVS, Value, operation
+from qkernels.core.plain import has_hooks
 from qkernels.errors import InvalidArgument, InvalidType
 
 
@@ -53,10 +57,28 @@ def _detached(value: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    """Does not enter modules that say `traced_as_leaf`."""
+    """Does not enter modules that say `traced_as_leaf`; `hooked` are the paths of those with hooks that it entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooked: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return getattr(m, "traced_as_leaf", False) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        path = self.path_of_module(m)
+        if has_hooks(m) and not self.is_leaf_module(m, path):
+            self.hooked.append(path)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Also of kinds of dict: fx would make a dict of them."""
+        if not isinstance(a, dict) or type(a) is dict:
+            return super().create_arg(a)
+        items = super().create_arg(dict(a))
+        args, kwargs = ((), items) if is_dataclass(a) else ((items,), {})
+        return self.create_node("call_function", type(a), args, kwargs)
 
 
 def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
@@ -71,21 +93,42 @@ def trace(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
     """
     kwargs = dict(kwargs or {})
     bound = bind(model, args, kwargs)
+    with buffers_kept(model):
+        traced = _captured(model, bound, bind(model, args, kwargs, defaults=False))
+        with torch.no_grad():
+            with buffers_watched(model) as written:
+                expected = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            if written:
+                raise Untraceable(f"its forward writes to {', '.join(written)}")
+            got = traced(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    if not close(expected, got, 1e-5) or not _same_containers(expected, got):
+        raise Untraceable("the captured graph gives other outputs on the example inputs than the module")
+    return traced
+
+
+def _captured(model: nn.Module, bound: Mapping[str, Any], given: Mapping[str, Any]) -> fx.GraphModule:
+    """The graph of a call with the arguments `bound`, of which the caller gave `given`."""
     constants = {name: value for name, value in bound.items() if not _holds_tensor(value)}
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(model, concrete_args=constants)
+        graph = tracer.trace(model, concrete_args=constants)
+        if type(graph._codegen) is not fx.graph.CodeGen:
+            fixed = next(name for name, value in constants.items() if isinstance(value, (tuple, list, dict)))
+            raise Untraceable(f"its argument {fixed!r} is a {type(constants[fixed]).__name__} that holds no tensor")
+        _tidy_constants(graph, list(bound), given, constants)
         traced = fx.GraphModule(model, graph, type(model).__name__)
+        _locate(traced)
+        inputs = graph.find_nodes(op="placeholder")
+        if any(node.users for node in inputs if node.target.startswith("*")):
+            raise Untraceable("its forward reads a variable number of arguments")
+        record_values(traced, [bound[node.target] for node in inputs if node.target in bound])
+    except Untraceable:
+        raise
     except Exception as error:  # forward is foreign code: whatever stops it under tracing means "no static graph"
         raise Untraceable(
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         ) from error
-    _locate(traced)
-    record_values(traced, list(bound.values()))
-    _tidy_constants(traced, bind(model, args, kwargs, defaults=False), constants)
-    with torch.no_grad():
-        expected, got = (m(*copy.deepcopy(args), **copy.deepcopy(kwargs)) for m in (model, traced))
-    if not close(expected, got, 1e-5):
-        raise Untraceable("the captured graph gives other outputs on the example inputs than the module")
+    traced.meta["hooked"] = [*([""] if has_hooks(model) else []), *tracer.hooked]
     return traced
 
 
@@ -112,29 +155,25 @@ def bind(model: nn.Module, args: tuple, kwargs: dict, defaults: bool = True) -> 
     return {name: v for name, v in bound.arguments.items() if signature.parameters[name].kind not in variadic}
 
 
-def _tidy_constants(traced: fx.GraphModule, given: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
+def _tidy_constants(graph: fx.Graph, names: list[str], given: Collection[str], constants: Collection[str]) -> None:
     """An argument that is no tensor is fixed in the graph. One left out by the example cannot be given any more; one
-    given must stay the same, and an assertion in the graph says so.
+    given must stay the same, and an assertion in the graph says so. `names` are all arguments, in order.
     """
-    for node in list(traced.graph.nodes):
-        if node.op != "placeholder":
+    for name, node in zip(names, graph.find_nodes(op="placeholder"), strict=False):
+        if name not in constants:
             continue
-        name = next((c for c in constants if node.target in (c, f"{c}_1")), None)
-        if name is None:
-            continue
-        node.target = name
+        node.target = name  # fx adds a number, which may make it the name of another one
         if name not in given:
             for user in _readers(node):
-                traced.graph.erase_node(user)
-            traced.graph.erase_node(node)
+                graph.erase_node(user)
+            graph.erase_node(node)
             continue
         for check in list(node.users):
             if getattr(check.target, "__name__", "") == "_assert_is_none":
-                with traced.graph.inserting_before(check):
-                    is_none = traced.graph.call_function(operator.is_, (node, None))
+                with graph.inserting_before(check):
+                    is_none = graph.call_function(operator.is_, (node, None))
                 is_none.meta = dict(check.meta)
                 check.target, check.args = torch._assert, (is_none, check.args[1])
-    traced.recompile()
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -174,6 +213,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         node.meta["value"] = Value.of(result)
+        if isinstance(result, Tensor) and result.layout == torch.strided:
+            node.meta["layout"] = (tuple(result.shape), result.stride(), result.storage_offset())
         return result
 
 
@@ -204,6 +245,18 @@ def close(expected: Any, got: Any, tolerance: float) -> bool:
     return expected == got if isinstance(expected, (int, float, str, bool, type(None))) else True
 
 
+def _same_containers(expected: Any, got: Any) -> bool:
+    """Whether two outputs of the same structure are built of the same kinds of dicts and dataclasses."""
+    if isinstance(expected, Mapping):
+        return type(expected) is type(got) and all(_same_containers(expected[k], got[k]) for k in expected)
+    if is_dataclass(expected):
+        mine, other = ([getattr(v, field.name, None) for field in fields(expected)] for v in (expected, got))
+        return type(expected) is type(got) and close(mine, other, 1e-5) and _same_containers(mine, other)
+    if isinstance(expected, (tuple, list)):
+        return all(map(_same_containers, expected, got))
+    return True
+
+
 def modules_of(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
     return dict(graph_module.named_modules(remove_duplicate=False))
 
@@ -215,16 +268,27 @@ def simplify(traced: fx.GraphModule, keep_dropout: bool = False) -> None:
     """Makes the graph plain: nothing in place, no dropout or identity, weights inside modules, one call a module.
 
     With `keep_dropout`, for training, dropouts stay, as modules.
+
+    Raises:
+        Untraceable: what the module does cannot be said by such a graph.
     """
     positional_inputs(traced)
     _plain_max_pools(traced)
     _reshapes_for_views(traced)
-    _drop_in_place(traced)
+    if reason := drop_in_place(traced):
+        raise Untraceable(reason)
     _drop_identities(traced, keep_dropout)
     _modules_from_calls(traced)
     _one_call_a_module(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def refuse_hooks(traced: fx.GraphModule) -> None:
+    """Raises Untraceable if modules that the graph takes apart have forward hooks, which it would not run."""
+    if hooked := traced.meta["hooked"]:
+        paths = ", ".join(repr(path) if path else "the module itself" for path in dict.fromkeys(hooked))
+        raise Untraceable(f"a graph would not run the forward hooks of {paths}")
 
 
 def positional_inputs(traced: fx.GraphModule) -> None:
@@ -251,84 +315,12 @@ def _reshapes_for_views(traced: fx.GraphModule) -> None:
             node.target = node.target.replace("view", "reshape")
 
 
-def _drop_in_place(traced: fx.GraphModule) -> None:
-    """In-place calls become ordinary ones; whoever reads the overwritten tensor later reads the result."""
-    modules = modules_of(traced)
-    in_place_modules = {path for path, module in modules.items() if getattr(module, "inplace", False) is True}
-    plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
-    plain |= {operator.itruediv: operator.truediv, torch.relu_: torch.relu}
-    order = {node: i for i, node in enumerate(traced.graph.nodes)}
-    for node in list(traced.graph.nodes):
-        in_place = node.kwargs.get("inplace") is True
-        if in_place:
-            node.kwargs = {**node.kwargs, "inplace": False}
-        elif node.op == "call_function" and node.target in plain:
-            in_place, node.target = True, plain[node.target]
-        elif node.op == "call_method" and node.target.endswith("_") and node.target in METHODS:
-            in_place, node.target = True, node.target.rstrip("_")
-        elif node.op == "call_module" and node.target in in_place_modules:
-            in_place, modules[node.target].inplace = True, False
-        if in_place and node.args and isinstance(node.args[0], fx.Node):
-            source = seen_later(node, order)
-            if source is not None:
-                raise Untraceable(f"{node.name} writes in place to a view of {source.name}, which is read later")
-            read_written(node, order)
-
-
-# `reshape` and `flatten` are views of most tensors.
-_VIEWS = frozenset(
-    [
-        "getitem",
-        "view",
-        "view_as",
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "transpose",
-        "permute",
-        "movedim",
-        "t",
-        "expand",
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "unbind",
-        "diagonal",
-        "unfold",
-        "detach",
-    ]
-)
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and getattr(node.target, "__name__", node.target) in _VIEWS
-
-
-def seen_later(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
-    """What shares the memory that the node writes in place to, as its view or source, and is read later."""
-    source = node.args[0]
-    others = [user for user in source.users if order[user] < order[node] and _is_view(user) and user.args[0] is source]
-    while _is_view(source) and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
-        others.append(source)
-    return next((other for other in others if any(order[user] > order[node] for user in other.users)), None)
-
-
-def read_written(node: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Whoever reads later what the node writes in place to, reads the node."""
-    for user in list(node.args[0].users):
-        if user is not node and order[user] > order[node]:
-            user.replace_input_with(node.args[0], node)
-
-
 def _drop_identities(traced: fx.GraphModule, keep_dropout: bool) -> None:
     modules = modules_of(traced)
     for node in list(traced.graph.nodes):
         op = operation(node, modules)
+        if node.op == "call_module" and has_hooks(modules[node.target]):
+            continue
         if keep_dropout and op is not None and op.kind == "dropout" and _as_dropout_module(traced, node, op):
             continue
         skippable = node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth"
@@ -521,7 +513,8 @@ def first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if m is not model]
     try:
-        model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        with buffers_kept(model):
+            model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,6 +7,7 @@ in int32 and dequantized; the gradients are those of the float layer at the dequ
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import ops
@@ -81,14 +82,11 @@ class IntegerConv:
     """What `IntegerForward` needs of a convolution, transposed or not."""
 
     def has_integer_form(self) -> bool:
-        """Whether torch's own convolution can be told the padding as one number a dimension."""
-        return self.padding_mode == "zeros" and self._padding() is not None
+        return True
 
-    def _padding(self) -> list[int] | None:
-        if not isinstance(self.padding, str):
-            return list(self.padding)
-        sides = ops.conv_padding(self.padding, self.kernel_size, self.dilation)
-        return sides[::2] if sides[::2] == sides[1::2] else None
+    def _padding(self) -> list[int]:
+        """[before, after] for each spatial dimension, flat."""
+        return ops.conv_padding(self.padding, self.kernel_size, self.dilation)
 
     def compute_integer(self, codes: Tensor, *arguments: Any) -> Tensor:
         padding = self._padding()
@@ -107,13 +105,26 @@ class IntegerConv:
         return ops.conv(codes, packed, None, self.out_channels, size, torch.float32, geometry)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple) -> tuple:
+        padding = self._padding()
+        if self.padding_mode == "zeros" and padding[::2] == padding[1::2]:
+            return self._gradients(grad, x, weight, padding[::2], needed)
+        # torch's own convolution cannot be told this padding: it pads first, and so does this.
+        sides = [side for d in range(len(padding) - 2, -1, -2) for side in padding[d : d + 2]]
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(needed[0])
+            padded = F.pad(x, sides, mode)
+        grad_padded, *others = self._gradients(grad, padded.detach(), weight, [0] * len(self.kernel_size), needed)
+        return torch.autograd.grad(padded, x, grad_padded)[0] if needed[0] else None, *others
+
+    def _gradients(self, grad: Tensor, x: Tensor, weight: Tensor, padding: list[int], needed: tuple) -> tuple:
         return torch.ops.aten.convolution_backward(
             grad,
             x,
             weight,
             [self.out_channels],
             self.stride,
-            self._padding(),
+            padding,
             self.dilation,
             self.transposed,
             self.output_padding,

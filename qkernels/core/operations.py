@@ -21,9 +21,12 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WEIGHTED = frozenset({"linear", "conv"})
 CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 SAME_GRID = frozenset({"max_pool", "interpolate"})
-ARITHMETIC = frozenset({"add", "mul", "cat", "avg_pool", "adaptive_avg_pool", "mean"})
+AVERAGES = frozenset({"avg_pool", "adaptive_avg_pool", "mean"})
+ARITHMETIC = frozenset({"add", "mul", "cat"}) | AVERAGES
 PASS = "pass"
 PAD = "pad"
+# torch takes the names of numpy too.
+NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 DROPOUT = "dropout"  # gone before calibration; in training it is there, and on a grid it counts as PASS
 
 
@@ -68,6 +71,13 @@ class Operation:
     inputs: tuple[fx.Node, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     module: nn.Module | None = None
+
+    @property
+    def has_computed_options(self) -> bool:
+        """Whether an option, or a number in one, is known only when the model runs."""
+        found: list[fx.Node] = []
+        fx.map_arg(dict(self.options), found.append)
+        return bool(found)
 
 
 def _table() -> tuple[dict[Any, tuple[str, str]], dict[str, tuple[str, str]], dict[type, str]]:
@@ -173,13 +183,15 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation | No
 
 
 def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:
+    named = {NUMPY_NAMES.get(name, name): value for name, value in node.kwargs.items()}
     if kind == PASS:
-        first = node.args[0] if node.args else node.kwargs.get("input")
-        return Operation(PASS, (first,)) if isinstance(first, fx.Node) else None
+        first = node.args[0] if node.args else named.get("input")
+        is_pass = isinstance(first, fx.Node) and not any(map(_is_dtype, (*node.args, *named.values())))
+        return Operation(PASS, (first,)) if is_pass else None
     names = parameters.split()
-    if len(node.args) > len(names):
+    if len(node.args) > len(names) or not named.keys() <= set(names):
         return None
-    bound = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    bound = dict(zip(names, node.args, strict=False)) | named
     if kind == "cat":
         tensors = bound.pop("tensors", None)
         if not isinstance(tensors, (tuple, list)) or not all(isinstance(t, fx.Node) for t in tensors):
@@ -193,6 +205,31 @@ def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:
     first = bound.pop("input", None)
     bound.pop("inplace", None)
     return Operation(kind, (first,), bound) if isinstance(first, fx.Node) else None
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether the argument is a dtype, or reads that of a tensor: codes seen as another dtype are other numbers."""
+    if isinstance(value, fx.Node):
+        return value.target is getattr and value.args[1] == "dtype"
+    return isinstance(value, torch.dtype)
+
+
+def reads_shape_only(node: fx.Node) -> bool:
+    """Whether the node reads of a tensor what its codes have too: sizes and where it lies."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "ndimension", "numel", "nelement", "get_device")
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "is_cuda", "is_cpu")
+    return node.op == "call_function" and node.target in (len, torch.numel)
+
+
+def reads_memory(node: fx.Node) -> bool:
+    """Whether the result depends on where the elements of a tensor lie in memory."""
+    return node.target in ("stride", "is_contiguous", "storage_offset", "as_strided", torch.as_strided)
+
+
+def is_contiguous_call(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "contiguous"
 
 
 def _arithmetic(node: fx.Node, kind: str, bound: dict) -> Operation | None:

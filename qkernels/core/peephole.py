@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qkernels.core.graph import modules_of, replace_module
+from qkernels.core.sizes import sizes_of
 
 
 def merge_layers(converted: fx.GraphModule) -> None:
@@ -25,6 +26,7 @@ class _Merger:
         self.converted, self.graph = converted, converted.graph
         self.modules = modules_of(converted)
         self.sources: dict[str, str] = converted.meta["sources"]
+        self.sizes = sizes_of(self.graph, self.modules)
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -87,13 +89,11 @@ class _Merger:
             return
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         operands = [(a, 1 - i) for i, a in enumerate(node.args) if self._can_fuse(a)]
-        shapes = {getattr(a.meta.get("value"), "shape", None) for a in node.args}
+        sizes = {self.sizes.get(a) for a in node.args}
         addition = self._layer(node)
         dtypes = {grid.dtype for grid in (*addition.in_qparams, addition.out_qparams)}
-        if not operands or None in shapes or len(shapes) != 1 or len(dtypes) != 1:
+        if not operands or None in sizes or len(sizes) != 1 or len(dtypes) != 1:
             return
-        if not _inputs_reach(self.graph).issuperset(node.args):
-            return  # the same shape on the example perhaps only because the example has one row
         last, other = max(operands, key=lambda pair: order[pair[0]])
         residual = addition.in_qparams[other]
         layer = self._layer(last).with_residual(residual, addition.out_qparams, addition.options["clamp"])
@@ -101,15 +101,7 @@ class _Merger:
         with self.graph.inserting_before(node):
             merged = self.graph.call_module(last.target, (last.args[0], node.args[other]))
         merged.meta.update(node.meta, source=self.sources[last.target])
+        self.sizes[merged] = self.sizes[node]
         node.replace_all_uses_with(merged)
         self.graph.erase_node(node)
         self.graph.erase_node(last)
-
-
-def _inputs_reach(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values come from the input of the model, not from the model alone."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:  # in the order of execution
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from tqdm import tqdm
 from qkernels.core.adaround import learn_rounding
 from qkernels.core.bias import correct_bias
 from qkernels.core.corrections import AdaRound, BiasCorrection
+from qkernels.core.expect import expect_batches, expect_inputs, expect_prepared
 from qkernels.core.graph import batch_arguments
 from qkernels.core.observers import is_distributed
 from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
-from qkernels.core.report import PrepareReport
 from qkernels.core.samples import Samples
-from qkernels.errors import CalibrationError, InvalidArgument, InvalidType
+from qkernels.errors import CalibrationError
 
 CORRECT = {BiasCorrection: correct_bias, AdaRound: learn_rounding}
 
@@ -48,8 +49,7 @@ def calibrating(prepared: nn.Module) -> Iterator[nn.Module]:
     ...     for _ in range(10):
     ...         _ = prepared(torch.randn(8, 4))
     """
-    if not isinstance(getattr(prepared, "report", None), PrepareReport):
-        raise InvalidArgument(f"calibrating: the model must come from `prepare`, got a {type(prepared).__name__}")
+    expect_prepared("calibrating", prepared, itself=True)
     with evaluating(prepared), _watching(prepared):  # batch norms of a model in training keep their statistics
         yield prepared
 
@@ -145,16 +145,18 @@ def calibrate(
 
     Args:
         prepared: what `prepare` returned.
-        batches: tensors, tuples or lists of arguments, or dicts of keyword arguments. From a loader with labels
-            take the inputs: `(images for images, _ in loader)`.
+        batches: an iterable of batches: tensors, tuples or lists of arguments, or dicts of keyword arguments. From a
+            loader with labels take the inputs: `(images for images, _ in loader)`.
         forward: how to run one batch, `forward(model, batch)`, if it is not one call of the model.
 
     Raises:
-        InvalidArgument: a batch does not fit the model's forward.
+        InvalidArgument: the model does not come from `prepare`, or a batch does not fit its forward.
+        InvalidType: `batches` is one tensor or dict or no iterable, or a batch holds no tensor.
+        CalibrationError: there is no batch, or NaN or an infinity in what was seen.
     """
-    run = forward or run_batch
-    if not isinstance(batches, Iterable):
-        raise InvalidType(f"calibrate: batches must be an iterable of inputs, got {batches!r}")
+    expect_prepared("calibrate", prepared, itself=True)
+    expect_batches("calibrate", batches)
+    run = forward or partial(run_batch, verb="calibrate")
     with calibrating(prepared):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
             run(prepared, batch)
@@ -166,6 +168,7 @@ def non_finite_counts(prepared: nn.Module) -> dict[str, tuple[int, int]]:
 
     Those that saw none are not listed. Made for models prepared with `non_finite="ignore"`.
     """
+    expect_prepared("non_finite_counts", prepared)
     counts = {
         q.source: tuple(q.observer.non_finite.tolist())
         for q in quantizers(prepared)
@@ -174,7 +177,8 @@ def non_finite_counts(prepared: nn.Module) -> dict[str, tuple[int, int]]:
     return {source: count for source, count in counts.items() if any(count)}
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
+def run_batch(model: nn.Module, batch: Any, verb: str = "run_batch") -> Any:
     """Calls the model on a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    expect_inputs(verb, batch)
     args, kwargs = batch_arguments(model, batch)
     return model(*args, **kwargs)

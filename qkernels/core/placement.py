@@ -62,10 +62,10 @@ class Placement:
     def _why_float(self, node: fx.Node) -> str | None:
         """Why this node cannot be integer; None if it can."""
         op, value = self.operations[node], node.meta.get("value")
-        if op is None or op.kind == "identity" or (op.kind == o.DROPOUT and node.op != "call_module"):
-            return f"no integer layer for {called(node, self.modules)}"
         if node.op == "call_module" and has_hooks(self.modules[node.target]):
             return "has forward hooks, which an integer layer would not run"
+        if op is None or op.kind == "identity" or (op.kind == o.DROPOUT and node.op != "call_module"):
+            return f"no integer layer for {called(node, self.modules)}"
         rule = self.rule(node)
         if rule.skip:
             return "skipped by the recipe"
@@ -79,9 +79,9 @@ class Placement:
             return self._why_float_pad(op)
         if op.kind in o.WEIGHTED:
             return self.rule(node).weight.spec.simulated or self._why_float_weighted(node, op)
-        if op.kind == "interpolate" and any(isinstance(v, fx.Node) for v in op.options.values()):
+        if op.kind == "interpolate" and op.has_computed_options:
             return self._why_float_interpolate(node, op)
-        if any(isinstance(v, fx.Node) for v in op.options.values()):
+        if op.has_computed_options:
             return f"an argument of {op.kind} is computed at run time"
         if op.kind not in lowerable_kinds():
             return f"no integer layer for {op.kind}"
@@ -168,12 +168,12 @@ class Placement:
         return integer
 
     def _prune(self) -> None:
-        """Leaves out what only rearranges or transforms values on their way to float readers."""
+        """Leaves out what only rearranges, transforms or adds values on their way to float readers."""
         for node in reversed(self.nodes):
-            if node not in self.integer or self.operations[node].kind in o.WEIGHTED | o.ARITHMETIC:
+            if node not in self.integer or self.operations[node].kind in o.WEIGHTED | o.AVERAGES:
                 continue
-            layer = self._fused_into(node)
-            if layer is not None and self.operations[layer].kind in o.ARITHMETIC:
+            layer = self._fused_into(node) or node
+            if self.operations[layer].kind in o.ARITHMETIC and all(r.op == "output" for r in self.readers[node]):
                 continue
             if not any(reader in self.integer for reader in self.readers[node]):
                 self.integer.discard(node)
@@ -221,7 +221,7 @@ class Placement:
         def call(value: fx.Node, owner: fx.Node) -> fx.Node:
             """A call of the Quantizer that belongs to `owner`, on `value`, right behind it."""
             if owner not in quantizers:
-                path = f"{QUANTIZERS}.{owner.name}"
+                path = f"{QUANTIZERS}.{self._quantizer_name(owner)}"
                 source = self._layer_of(owner).meta["path"]
                 self.traced.add_submodule(
                     path, Quantizer(self.activation(owner), source, None, self.trained).to(device)
@@ -241,6 +241,13 @@ class Placement:
         self._quantize_float_inputs(call, owners, inserted)
         self.traced.graph.lint()
         self.traced.recompile()
+
+    def _quantizer_name(self, owner: fx.Node) -> str:
+        """The node's name, with underscores if modules have an attribute of that name, such as `half`."""
+        name, module, others = owner.name, nn.Module(), {node.name for node in self.nodes}
+        while hasattr(module, name) or (name != owner.name and name in others):
+            name += "_"
+        return name
 
     def _quantize_float_inputs(self, call, owners: dict, inserted: dict) -> None:
         """Grids for float tensors that integer nodes read, and for cat operands that live on another grid."""
@@ -356,7 +363,10 @@ class Placement:
                 continue
             if value.kind == "other" and node.op != "call_module":
                 continue
-            if op is not None and op.kind in (o.PASS, o.DROPOUT):
+            if node.op == "call_function" and isinstance(node.target, type):
+                continue  # what outputs are put into
+            hooked = node.op == "call_module" and has_hooks(self.modules[node.target])
+            if op is not None and op.kind in (o.PASS, o.DROPOUT) and not hooked:
                 continue
             name = ".".join(p for p in (prefix, node.meta["path"]) if p)
             kind = called(node, self.modules) if op is None else op.kind

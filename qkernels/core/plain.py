@@ -11,6 +11,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from qkernels.core.attention import open_attention
 
 _FORMULAS = (BasePruningMethod, WeightNorm, SpectralNorm)  # forward pre-hooks that compute a weight
+_WEIGHT_NORM_HOOK = "weight_norm.<locals>._weight_norm_compat_hook"  # loads older states; cannot be pickled
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -45,5 +46,8 @@ def _bake_parametrizations(module: nn.Module) -> None:
         values = {name: getattr(module, name).detach() for name in module.parametrizations}
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module.parametrizations
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook.hook, "__qualname__", "") == _WEIGHT_NORM_HOOK:
+                del module._load_state_dict_pre_hooks[key]
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value))

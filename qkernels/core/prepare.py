@@ -16,17 +16,18 @@ from torch import fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core import operations as o
+from qkernels.core.buffers import buffers_kept
 from qkernels.core.dynamic import PreparedDynamicLinear
+from qkernels.core.expect import expect_float, expect_inputs, expect_options, expect_runs
 from qkernels.core.fusion import fold_batch_norms
 from qkernels.core.graph import NetworkGraph, Untraceable
 from qkernels.core.layers import PREPARED, Prepared
 from qkernels.core.placement import Placement
 from qkernels.core.plain import has_hooks, plain_copy
 from qkernels.core.quantizer import Quantizer
-from qkernels.core.recipe import Override, Recipe, function_name, make_recipe, type_name
-from qkernels.core.registry import is_layer
+from qkernels.core.recipe import OPTIONS, Match, Override, Recipe, function_name, make_recipe, type_name
 from qkernels.core.report import Decision, PrepareReport
-from qkernels.errors import InvalidArgument, InvalidType, Unsupported, close_matches
+from qkernels.errors import InvalidArgument, QKernelsError, Unsupported, close_matches
 
 
 class PreparedModel(NetworkGraph):
@@ -46,8 +47,16 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments for its forward. They decide the
             kinds and ranks of tensors, not their sizes: other batch and image sizes work afterwards.
         recipe: a name ("int8"), or a `Recipe`.
-        **options: changes to the recipe, see `qkernels.core.recipe.make_recipe`: observer, weight_granularity, bits,
-            skip=[path, Module class, function or compiled regex, ...], ...
+        **options: changes to the recipe (`qkernels.core.recipe.make_recipe` says more, docs/ptq.md when to take what):
+            skip: what stays float: paths, Module classes, functions, compiled regexes.
+            bits, weight_bits, activation_bits: 2 to 8, of both or of one.
+            observer, observer_options: how ranges of activations are chosen: "histogram", "minmax", "mse", ...
+            weight_observer: how those of weights are: "minmax" or "mse".
+            weight_granularity: "per_channel" or "per_tensor".
+            symmetric_activations: True for the middle code as zero point.
+            corrections: what is done against rounding errors: "bias", "adaround"; () for nothing.
+            non_finite: what NaN and infinities in activations are: an "error", or "ignore" to leave them out.
+            rule, weight_rule, activation_rule: how grids behave in training (`prepare_qat`).
 
     Returns:
         A module with the same forward. Its attribute `report` lists what becomes integer, what stays float, and why.
@@ -55,60 +64,101 @@ def prepare(model: nn.Module, example_inputs: Any, recipe: "str | Recipe" = "int
         whose forward cannot be captured as one graph is prepared part by part: each part then takes and returns float
         tensors.
 
+    Raises:
+        InvalidArgument: the model is prepared or converted already or does not run on the example, an option is unknown
+            or has a value that cannot be, or a rule of the recipe names what it cannot change.
+        InvalidType: the model is no module, or an argument is of the wrong type.
+        Unsupported: activations would need more than 8 bits, or the model cannot be prepared part by part.
+
     >>> import qkernels
     >>> prepared = qkernels.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(2, 4))
     >>> with qkernels.calibrating(prepared):
     ...     _ = prepared(torch.randn(8, 4))
     >>> converted = qkernels.convert(prepared)
     """
-    check_float(model, "prepare")
+    expect_float("prepare", model)
+    expect_options("prepare", options, OPTIONS)
     return prepare_model(model, example_inputs, make_recipe(recipe, **options))
-
-
-def check_float(model: nn.Module, verb: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise InvalidType(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InvalidType(
-            f"{verb}: model is a TorchScript module, which has no Python forward: give the original module"
-        )
-    if any(isinstance(m, Quantizer) for m in model.modules()):
-        raise InvalidArgument(f"{verb}: the model is prepared already")
-    if any(is_layer(m) for m in model.modules()):
-        raise InvalidArgument(f"{verb}: the model is converted already: give the float model")
 
 
 def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained: bool = False) -> nn.Module:
     """`prepare`; with `trained` nothing is folded or dropped that training needs."""
+    verb = "prepare_qat" if trained else "prepare"
+    expect_inputs(verb, example_inputs, "example_inputs")
     if trained:
         recipe = replace(recipe, corrections=())  # training makes up for rounding by itself
     for activation in (recipe.activation, *(rule.activation for rule in recipe.overrides if rule.activation)):
         if activation.spec.simulated:
-            raise Unsupported(f"prepare: activations: {activation.spec.simulated}; take 2 to 8 bits and no block")
+            raise Unsupported(f"{verb}: activations: {activation.spec.simulated}; take 2 to 8 bits and no block")
     args, kwargs = g.arguments(example_inputs)
-    work = plain_copy(model)
     try:
-        prepared: nn.Module = prepare_graph(work, args, kwargs, recipe, trained=trained)
-    except Untraceable as error:
-        prepared = _prepare_parts(work, args, kwargs, recipe, str(error), trained)
+        prepared = _prepare_whole_or_parts(plain_copy(model), args, kwargs, recipe, trained)
+    except QKernelsError:
+        raise
+    except Exception:  # where it is the model that failed, say so, without what torch.fx adds
+        expect_runs(verb, plain_copy(model), args, kwargs)
+        raise
     for layer in prepared_layers(prepared):
         if isinstance(layer, PreparedDynamicLinear):
             layer.choose_grid()
-    inputs = [q.source for q in quantizers(prepared)]  # a tensor that is an argument has a name too
-    _check_names(recipe, [*(name for name, _ in model.named_modules()), *(r.name for r in prepared.report), *inputs])
+    _check_rules(verb, recipe, model, prepared)
     if not prepared.report.integer:
-        warnings.warn(f"prepare: the whole model stays float\n{prepared.report}", stacklevel=3)
+        warnings.warn(f"{verb}: the whole model stays float\n{prepared.report}", stacklevel=3)
     return prepared
 
 
-def _check_names(recipe: Recipe, known: Iterable[str]) -> None:
-    """Refuses rules for names that nothing has. A rule for a type may be for other models."""
-    known = {name: None for name in known if name}
+def _prepare_whole_or_parts(model: nn.Module, args: tuple, kwargs: dict, recipe: Recipe, trained: bool) -> nn.Module:
+    try:
+        return prepare_graph(model, args, kwargs, recipe, trained=trained)
+    except Untraceable as error:
+        return _prepare_parts(model, args, kwargs, recipe, str(error), trained)
+
+
+def _check_rules(verb: str, recipe: Recipe, model: nn.Module, prepared: nn.Module) -> None:
+    """Refuses rules for names that nothing has or where they do nothing. A rule for a type may be for other models."""
+    parts = [(path, part) for path, part in prepared.named_modules() if isinstance(part, PreparedModel)]
+    given = {  # arguments and constants: tensors that no operation gives
+        ".".join(p for p in (path, node.meta["path"]) if p)
+        for path, part in parts
+        for node in part.graph.nodes
+        if node.op in ("placeholder", "get_attr")
+    }
+    rounded = {layer.quantizers["weight"].source for layer in prepared_layers(prepared)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} | rounded
+    operations = {row.name for row in prepared.report} | {name for name, _ in model.named_modules()}
+    operations |= {quantizer.source for quantizer in quantizers(prepared)} - given - parameters
+    operations -= {""}
+    weighted = {row.name for row in prepared.report if row.kind in o.WEIGHTED}
+    weighted |= {name for name, module in model.named_modules() if isinstance(module, tuple(PREPARED))}
+    weighted |= {name.rpartition(".")[0] for name in rounded}
     for rule in recipe.overrides:
-        match = rule.match
-        if match.by != "type" and not any(match(name, ()) for name in known):
+        match, what = rule.match, "skip" if rule.skip else "an Override"
+        if match.by == "type":
+            continue
+
+        def fitting(names: Iterable[str], match: Match = match) -> str | None:
+            return next((name for name in sorted(names) if match(name, ())), None)
+
+        if fitting(operations) is not None:
+            only_weight = rule.weight is not None and rule.activation is None and not rule.skip
+            if only_weight and fitting(weighted) is None:
+                raise InvalidArgument(
+                    f"{verb}: {what} for weights must name a layer that has one, got the {match.by} {match.pattern!r}"
+                )
+        elif (name := fitting(parameters)) is not None:
+            owner = name.rpartition(".")[0]
+            raise InvalidArgument(
+                f"{verb}: {what} names modules and operations; {name!r} is a parameter of {owner!r}: write {owner!r}"
+            )
+        elif (name := fitting(given)) is None:
+            known = operations | given
             hint = close_matches(match.pattern, known) if match.by == "name" else ""
-            raise InvalidArgument(f"prepare: no module, operation or input has the {match.by} {match.pattern!r}{hint}")
+            raise InvalidArgument(f"{verb}: no module, operation or input has the {match.by} {match.pattern!r}{hint}")
+        elif rule.activation is None:
+            raise InvalidArgument(
+                f"{verb}: {what} names modules and operations; {name!r} is an input: name those that read it, or give "
+                "it a grid by Override(..., activation=...)"
+            )
 
 
 def prepare_graph(
@@ -123,6 +173,7 @@ def prepare_graph(
     if is_leaf:
         model = nn.Sequential(OrderedDict(layer=model))
     traced = g.trace(model, args, kwargs)
+    g.refuse_hooks(traced)
     if is_leaf and prefix:
         next(n for n in traced.graph.nodes if n.target == "layer").meta["path"] = ""
     with torch.no_grad():
@@ -228,7 +279,7 @@ def _prepare_parts(
 
 def _run_with_parts(model: nn.Module, args: tuple, kwargs: dict) -> Any:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):
             return model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     except AttributeError as error:  # foreign code that reads more of a part than its outputs
         raise Unsupported(

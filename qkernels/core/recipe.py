@@ -1,5 +1,6 @@
 """`Recipe`: what to quantize and how, as a value. Every front end parses into one; `prepare` carries it out."""
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -225,15 +226,32 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        config = json.loads(text)
+        """What `to_json` wrote.
+
+        Raises:
+            InvalidArgument: it is no JSON, of another format, or not a recipe.
+        """
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise InvalidType(f"Recipe.from_json: text must be a string, got {type(text).__name__}")
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise InvalidArgument(f"Recipe.from_json: text must be JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise InvalidArgument(f"Recipe.from_json: text must be a JSON object, got a {type(config).__name__}")
         if config.get("format") != FORMAT:
             raise InvalidArgument(f"Recipe: format must be {FORMAT}, got {config.get('format')!r}")
-        return cls(
-            TensorRecipe.from_config(config["activation"]),
-            TensorRecipe.from_config(config["weight"]),
-            tuple(Override.from_config(rule) for rule in config["overrides"]),
-            tuple(correction_from_config(c) for c in config["corrections"]),
-        )
+        try:
+            return cls(
+                TensorRecipe.from_config(config["activation"]),
+                TensorRecipe.from_config(config["weight"]),
+                tuple(Override.from_config(rule) for rule in config["overrides"]),
+                tuple(correction_from_config(c) for c in config["corrections"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InvalidType):
+                raise
+            raise InvalidArgument(f"Recipe.from_json: malformed recipe ({error!r})") from error
 
 
 def _low_bits(weight: int, activation: int = 8, corrections: tuple = ()) -> Recipe:
@@ -338,5 +356,12 @@ def make_recipe(
         activation = replace(activation, non_finite=non_finite)
     if isinstance(skip, (str, type, re.Pattern)) or callable(skip):
         skip = (skip,)
+    if not isinstance(skip, Iterable):
+        raise InvalidType(
+            f"skip must be a path, Module class, function or compiled regex, or a list of them, got {skip!r}"
+        )
     corrections = recipe.corrections if corrections is None else correction_values(corrections)
     return replace(recipe, activation=activation, weight=weight, corrections=corrections).skipping(*skip)
+
+
+OPTIONS = tuple(name for name in inspect.signature(make_recipe).parameters if name != "recipe")

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from qkernels.core.expect import expect_module
 from qkernels.core.files import write_atomically
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.structure import build, describe
@@ -37,9 +38,16 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     A model that could not be traced as a whole is written too, without its Python code: `load(path, skeleton=model)`
     then needs an instance of the original class.
 
+    Args:
+        model: what `convert` returned; float modules of torch.nn in it, or a model of them alone, are written as they
+            are.
+        path: the file.
+
     Raises:
+        InvalidType, InvalidArgument: this is no module, or one that is prepared but not converted.
         Unsupported: the graph holds a function or a module that cannot be described in JSON; the message names it.
     """
+    expect_module("save", model)
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise InvalidArgument("save: the model is prepared, not converted: call qkernels.convert(prepared) first")
     tensors = {name: t.detach().contiguous().cpu().clone() for name, t in model.state_dict().items()}

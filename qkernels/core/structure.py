@@ -5,6 +5,7 @@ of `_MODULES`, and calls of `_FUNCTIONS` and `_METHODS`: a file can name nothing
 """
 
 import builtins
+import collections
 import copy
 import inspect
 import math
@@ -43,6 +44,7 @@ _MORE = {
     ),
     "operator": (operator, "eq floordiv ge getitem gt le lt matmul mod ne neg pow sub truediv"),
     "builtins": (builtins, "getattr int float len"),
+    "collections": (collections, "OrderedDict"),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{prefix}.{name}": function
@@ -52,7 +54,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTION_OF: dict[Callable[..., Any], str] = {function: name for name, function in reversed(_FUNCTIONS.items())}
 _METHODS = frozenset(o.METHODS) | frozenset(
-    _words("bmm dim div float masked_fill matmul max min amax pow repeat size softmax sub sum to type_as")
+    _words(
+        "bmm clamp_max clamp_min dim div float masked_fill matmul max min amax pow repeat size softmax sub sum to "
+        "type_as"
+    )
 )
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})  # that the graph may read by getattr
 _MODULES: dict[str, type[nn.Module]] = {
@@ -214,13 +219,23 @@ def _build(spec: dict[str, Any], tensors: dict[str, Tensor], path: str, skeleton
     if "nn" in spec:
         if spec["nn"] not in _MODULES:
             raise CheckpointError(f"load: {spec['nn']!r} is not in the list of modules that a file may hold")
-        return _MODULES[spec["nn"]](**{name: _decode(v, {}) for name, v in spec["arguments"].items()})
+        module = _MODULES[spec["nn"]](**{name: _decode(v, {}) for name, v in spec["arguments"].items()})
+        return _in_dtypes_of(tensors, module, path)
     if "sequential" in spec:
         children = {name: _build(s, tensors, _join(path, name), None) for name, s in spec["sequential"].items()}
         return nn.Sequential(OrderedDict(children))
     if "graph" in spec:
         return _build_graph(spec, tensors, path)
     return _fill_skeleton(spec, tensors, path, skeleton)
+
+
+def _in_dtypes_of(tensors: dict[str, Tensor], module: nn.Module, path: str) -> nn.Module:
+    """The module itself, each Parameter and buffer of its own in the dtype of the tensor that is meant for it."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        stored = tensors.get(_join(path, name))
+        if tensor is not None and stored is not None and tensor.dtype != stored.dtype:
+            tensor.data = tensor.data.to(stored.dtype)
+    return module
 
 
 def _fill_skeleton(
@@ -239,7 +254,7 @@ def _fill_skeleton(
     model = skeleton if path else open_attention(copy.deepcopy(skeleton))
     for child, child_spec in spec["children"].items():
         setattr(model, child, _build(child_spec, tensors, _join(path, child), getattr(model, child, None)))
-    return model
+    return _in_dtypes_of(tensors, model, path)
 
 
 def _build_graph(spec: dict[str, Any], tensors: dict[str, Tensor], path: str) -> fx.GraphModule:

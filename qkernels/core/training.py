@@ -5,20 +5,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from qkernels.core.exact_forward import link
+from qkernels.core.expect import (
+    expect_batches,
+    expect_float,
+    expect_module,
+    expect_options,
+    warn_without_quantizers,
+)
 from qkernels.core.norm import Norm
 from qkernels.core.phases import run_batch
 from qkernels.core.plain import is_pruned
-from qkernels.core.prepare import PreparedModel, check_float, prepare_model, prepared_layers, quantizers
+from qkernels.core.prepare import PreparedModel, prepare_model, prepared_layers, quantizers
 from qkernels.core.quantizer import ROUNDING, Quantizer, State
-from qkernels.core.recipe import Recipe, make_recipe
+from qkernels.core.recipe import OPTIONS, Recipe, make_recipe
 from qkernels.core.rules import RULES
-from qkernels.errors import InvalidArgument, InvalidState
+from qkernels.errors import InvalidArgument, InvalidState, InvalidType
 
 FORWARDS = ("int8", "float")
 
@@ -49,12 +57,16 @@ def prepare_qat(
         start_step: for so many training steps the quantizers of activations and weights only watch.
         **options: changes to the recipe, as for `prepare`.
 
+    Raises:
+        InvalidArgument, InvalidType, Unsupported: as `prepare`; also where the recipe cannot be trained.
+        InvalidState: it is called in `torch.inference_mode()`.
+
     >>> import qkernels
     >>> model = qkernels.prepare_qat(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(2, 4))
     >>> model(torch.randn(8, 4)).sum().backward()
     >>> converted = qkernels.convert(model)
     """
-    check_float(model, "prepare_qat")
+    expect_float("prepare_qat", model)
     if torch.is_inference_mode_enabled():
         raise InvalidState("prepare_qat: call it outside of torch.inference_mode(), whose tensors cannot be trained")
     if forward not in FORWARDS:
@@ -66,6 +78,7 @@ def prepare_qat(
         )
     if not isinstance(start_step, int) or start_step < 0:
         raise InvalidArgument(f"prepare_qat: start_step must be a number of steps, got {start_step!r}")
+    expect_options("prepare_qat", options, (*OPTIONS, "forward", "start_step"))
     recipe = (
         _training_recipe(recipe, rule, options)
         if isinstance(recipe, str)
@@ -114,7 +127,7 @@ def _training_recipe(name: str, rule: str | None, options: dict[str, Any]) -> Re
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
-# Each function works on a whole model and under `model.apply`.
+# Each function works on a whole model and under `model.apply`; called for a model without Quantizers, it warns.
 
 _WATCHES = {State.FAKE_QUANT: State.TRAIN, State.OFF: State.OBSERVE}
 _IGNORES = {State.TRAIN: State.FAKE_QUANT, State.OBSERVE: State.OFF}
@@ -129,16 +142,19 @@ def _move(model: nn.Module, moves: dict[State, State]) -> None:
 
 def enable_observer(model: nn.Module) -> None:
     """Grids follow the data (or are learned) again; frozen ones stay."""
+    warn_without_quantizers("enable_observer", model)
     _move(model, _WATCHES)
 
 
 def disable_observer(model: nn.Module) -> None:
     """Grids stay as they are. Learned scales are Parameters: exclude them from the optimizer to stop those."""
+    warn_without_quantizers("disable_observer", model)
     _move(model, _IGNORES)
 
 
 def enable_fake_quant(model: nn.Module) -> None:
     """Tensors are rounded again: to their grids, or, where observers went on, to those of what passed meanwhile."""
+    warn_without_quantizers("enable_fake_quant", model)
     for quantizer in quantizers(model):
         watched = quantizer.state is State.OBSERVE and quantizer.observer.has_data()
         if watched and (quantizer.rule is None or quantizer.rule.observes):
@@ -148,6 +164,7 @@ def enable_fake_quant(model: nn.Module) -> None:
 
 def disable_fake_quant(model: nn.Module) -> None:
     """Tensors pass unchanged: the model computes in float. Observers go on, in eval mode too."""
+    warn_without_quantizers("disable_fake_quant", model)
     _move(model, _PASSES)
 
 
@@ -156,6 +173,7 @@ def freeze(model: nn.Module) -> None:
 
     A Quantizer that has no grid yet is left alone.
     """
+    warn_without_quantizers("freeze", model)
     for quantizer in quantizers(model):
         if quantizer.has_grid():
             quantizer.state = State.FROZEN if quantizer.state in ROUNDING else State.FROZEN_OFF
@@ -163,12 +181,14 @@ def freeze(model: nn.Module) -> None:
 
 def freeze_bn(model: nn.Module) -> None:
     """Batch normalizations use their running statistics and leave them alone; gamma and beta still train."""
+    warn_without_quantizers("freeze_bn", model)
     for norm in norms(model):
         norm.frozen = True
 
 
 def unfreeze_bn(model: nn.Module) -> None:
     """Batch normalizations use batch statistics in training, and update the running ones."""
+    warn_without_quantizers("unfreeze_bn", model)
     for norm in norms(model):
         norm.frozen = False
 
@@ -186,6 +206,10 @@ def phase(model: nn.Module, *changes: Callable[[nn.Module], None]) -> Iterator[n
     >>> with qkernels.phase(model, qkernels.disable_fake_quant, qkernels.freeze_bn):
     ...     y = model(torch.randn(2, 4))
     """
+    expect_module("phase", model)
+    for change in changes:
+        if not callable(change):
+            raise InvalidType(f"phase: changes must be functions of a model, such as qkernels.freeze, got {change!r}")
     states = [(q, q.state) for q in quantizers(model)]
     frozen = [(norm, norm.frozen) for norm in norms(model)]
     try:
@@ -211,9 +235,21 @@ def reestimate_bn(
     Args:
         model: from `prepare_qat`.
         batches, forward: as for `calibrate`.
+
+    Raises:
+        InvalidArgument: the model has no batch normalization that `prepare_qat` kept, or there is no batch.
+        InvalidType: `batches` is one tensor or dict or no iterable, or a batch holds no tensor.
     """
+    expect_module("reestimate_bn", model)
+    expect_batches("reestimate_bn", batches)
+    found = list(norms(model))
+    if not found:
+        raise InvalidArgument(
+            "reestimate_bn: the model must come from `prepare_qat`, and have batch normalizations behind layers with "
+            f"weights; this {type(model).__name__} has none"
+        )
     with phase(model, disable_observer, unfreeze_bn):
-        average_statistics(model, list(norms(model)), batches, forward)
+        average_statistics(model, found, batches, forward or partial(run_batch, verb="reestimate_bn"))
     return model
 
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from qkernels.core.exact import ReferenceLayer, exact
+from qkernels.core.expect import expect_batches, expect_calibrated, expect_converted
 from qkernels.core.noise import SignalToNoise
+from qkernels.core.outputs import output_tensors
 from qkernels.core.phases import run_batch, simulating
 from qkernels.core.registry import is_layer
 from qkernels.errors import InvalidArgument
@@ -95,13 +98,22 @@ def verify(prepared: nn.Module, converted: nn.Module, batches: Iterable[Any]) ->
     """Runs the prepared model in exact arithmetic (plain torch) and the converted one on its kernels, and compares.
 
     Every layer's output is compared, code by code; a difference in one layer shows in the layers after it too. The
-    prepared model runs as it is too, in eval mode and with every grid in use, for `simulation_sqnr_db`.
+    prepared model runs as it is too, in eval mode and with every grid in use, for `simulation_sqnr_db`; a bfloat16 or
+    float16 batch, which the other two take, is widened for it to the float32 of its layers.
 
     Args:
         prepared: the calibrated model.
         converted: its converted form, possibly saved and loaded since.
-        batches: tensors, tuples or lists of arguments, or dicts of keyword arguments.
+        batches: an iterable of batches: tensors, tuples or lists of arguments, or dicts of keyword arguments.
+
+    Raises:
+        InvalidArgument: there is no batch, one does not fit the forward, or the models do not belong together.
+        InvalidState: the prepared model was not calibrated.
+        InvalidType: `batches` is one tensor or dict or no iterable, or a batch or an output holds no tensor.
     """
+    expect_calibrated("verify", prepared)
+    expect_converted("verify", converted)
+    expect_batches("verify", batches)
     reference = exact(prepared)
     checks: OrderedDict[str, LayerCheck] = OrderedDict()
     count, simulation = 0, SignalToNoise()
@@ -109,7 +121,7 @@ def verify(prepared: nn.Module, converted: nn.Module, batches: Iterable[Any]) ->
         with torch.no_grad():
             expected, got = _outputs(reference, batch), _outputs(converted, batch)
             with simulating(prepared):
-                simulated = list(_tensors(run_batch(prepared, batch)))
+                simulated = output_tensors("verify", run_batch(prepared, _widened(prepared, batch), "verify"))
         if expected.keys() != got.keys():
             only = sorted(set(expected) ^ set(got))
             raise InvalidArgument(f"verify: the two models do not have the same layers; only one has {only[:5]}")
@@ -136,9 +148,15 @@ def _outputs(model: nn.Module, batch: Any) -> "OrderedDict[str, tuple[str, list[
     """The output of every layer call, and of the model, by layer path in order of execution."""
     found: OrderedDict[str, tuple[str, list[Tensor]]] = OrderedDict()
     with _recording(model, found):
-        result = run_batch(model, batch)
-    found["(output)"] = ("", list(_tensors(result)))
+        result = run_batch(model, batch, "verify")
+    found["(output)"] = ("", output_tensors("verify", result))
     return found
+
+
+def _widened(model: nn.Module, batch: Any) -> Any:
+    """The batch with float32 for the 16-bit floats that no layer of the model computes in."""
+    narrow = {torch.bfloat16, torch.float16} - {parameter.dtype for parameter in model.parameters()}
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in narrow else x, batch)
 
 
 @contextmanager
@@ -162,14 +180,3 @@ def _recording(model: nn.Module, found: OrderedDict) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _tensors(v)

@@ -10,8 +10,10 @@ from torch import Tensor, fx, nn
 
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer_class
+from qkernels.core.sizes import Sizes
 from qkernels.errors import CheckpointError, InvalidState, InvalidType
 from qkernels.ops.epilogue import OUTPUT_DTYPES
+from qkernels.ops.layout import empty_channels_last
 from qkernels.ops.machine import active_isa
 
 _DERIVE_LOCK = threading.Lock()
@@ -30,7 +32,8 @@ class QLayer(nn.Module):
     instruction set changes, never part of the state dict, a copy or a pickle.
 
     A subclass calls `_add_grid` for its grids, keeps its options in `self.options` (plain JSON values) and gives
-    `forward`, `reference_forward`, and `_derive` if it derives something.
+    `forward`, `reference_forward`, and `_derive` if it derives something. Where the output has not the sizes and the
+    memory order of the input, `output_sizes` and `output_memory` say so.
     """
 
     kind: ClassVar[str]
@@ -86,6 +89,21 @@ class QLayer(nn.Module):
         """The grid of the output; None if it is float."""
         return self._grid("output") if "output" in self._grids else None
 
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        """The sizes of the output for inputs of these sizes, which may be formulas."""
+        return inputs[0]
+
+    def input_sizes(self) -> dict[int, int]:
+        """The sizes that the first input must have, by dimension."""
+        return {}
+
+    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        """Uninitialized memory of the shape and dtype of `y`, laid out as what `forward` returns for `inputs`."""
+        if self.channels_last and y.dim() > 2:
+            return empty_channels_last(y, y.shape, y.dtype)
+        whole = next((x for x in inputs if x.shape == y.shape), None)
+        return y.new_empty(y.shape) if whole is None else torch.empty_like(whole, dtype=y.dtype)
+
     def _derive(self) -> Any:
         """What `forward` needs besides its inputs, computed from the buffers for the active instruction set."""
         return None
@@ -129,10 +147,10 @@ class QLayer(nn.Module):
         advice = (
             f"quantize it first: qkernels.nn.Quantize(layer.in_qparams[{self._input_roles.index(role)}])(x), or call "
             "the converted model as a whole"
-            if x.is_floating_point()
+            if not isinstance(x, Tensor) or x.is_floating_point()
             else "it must come from the layer that this one was converted with"
         )
-        raise InvalidType(f"{self._where()}: {role} must be {expected}, got {x.dtype} {list(x.shape)}.\n{advice}")
+        raise InvalidType(f"{self._where()}: {role} must be {expected}, got {described(x)}.\n{advice}")
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in the place of this layer: the ops that `forward` calls."""
@@ -220,6 +238,11 @@ class QLayer(nn.Module):
             return f"{_dtype_name(meta['dtype'])} per channel of axis {meta['axis']}"
         value, zero_point = self._numbers(role)
         return f"{_dtype_name(meta['dtype'])}({value:.4g}, {zero_point})"
+
+
+def described(x: Any) -> str:
+    """What was given for a tensor, for a message."""
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.registry import layer
+from qkernels.core.sizes import Sizes
 from qkernels.errors import InvalidArgument
 from qkernels.nn.weighted import WeightedLayer, quantized_weight
 from qkernels.ops.conv import conv_geometry, conv_output_size, conv_padding
@@ -39,10 +40,14 @@ class QConv(WeightedLayer):
         padding = [side for pair in o["padding"] for side in pair]
         return o["stride"], padding, o["dilation"], o["groups"], o["transposed"], o["padding_mode"]
 
+    def _channels(self) -> tuple[int, int]:
+        """Of input and output."""
+        first, second = self._buffers["weight"].shape[:2]
+        second *= self.options["groups"]
+        return (first, second) if self.options["transposed"] else (second, first)
+
     def _derive(self) -> tuple[Any, ...]:
-        channels = self._buffers["weight"].shape[1 if self.options["transposed"] else 0]
-        if self.options["transposed"]:
-            channels *= self.options["groups"]
+        channels = self._channels()[1]
         packed = ops.conv_pack(*self._canonical(), *self._geometry())
         kernel = self._buffers["weight"].shape[2:]
         geometry = conv_geometry(kernel, *self._geometry()) if packed.is_cuda else ()
@@ -52,10 +57,10 @@ class QConv(WeightedLayer):
         self._check(x, "input")
         self._check_residual(residual)
         packed, channels, dtype, geometry, sizes = self.derived()
-        spatial = x.shape[2:]
-        size = sizes.get(spatial)
+        image = x.shape[1:]
+        size = sizes.get(image)
         if size is None:
-            size = sizes[spatial] = self._output_size(x)
+            size = sizes[image] = self._output_size(x)
         return ops.conv(x, packed, residual, channels, size, dtype, geometry)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -72,15 +77,24 @@ class QConv(WeightedLayer):
         self._check_residual(residual)
         return reference.conv(x, *self._canonical(), *self._geometry(), self._output_size(x), residual)
 
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        n, _, *spatial = inputs[0]
+        return (n, self._channels()[1], *self._spatial(spatial))
+
+    def input_sizes(self) -> dict[int, int]:
+        return {1: self._channels()[0]}
+
+    def _spatial(self, sizes: Sequence[int]) -> list[int]:
+        o, kernel = self.options, self._buffers["weight"].shape[2:]
+        return conv_output_size(sizes, kernel, *self._geometry()[:3], o["transposed"], o["output_padding"])
+
     def _output_size(self, x: Tensor) -> list[int]:
         """The spatial size of the output."""
-        o, kernel = self.options, self._buffers["weight"].shape[2:]
-        if x.dim() != len(kernel) + 2:
-            raise InvalidArgument(
-                f"{self._where()}: input must be [N, C, {len(kernel)} spatial dims], got {list(x.shape)}"
-            )
-        geometry = self._geometry()
-        size = conv_output_size(x.shape[2:], kernel, *geometry[:3], o["transposed"], o["output_padding"])
+        channels, kernel = self._channels()[0], self._buffers["weight"].shape[2:]
+        if x.dim() != len(kernel) + 2 or x.shape[1] != channels:
+            expected = f"[N, {channels}, {len(kernel)} spatial dims]"
+            raise InvalidArgument(f"{self._where()}: input must be {expected}, got {list(x.shape)}")
+        size = self._spatial(x.shape[2:])
         if min(size) < 1:
             raise InvalidArgument(f"{self._where()}: input {list(x.shape)} is smaller than the kernel {list(kernel)}")
         return size

@@ -9,6 +9,7 @@ from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.registry import layer
+from qkernels.core.sizes import Sizes
 from qkernels.errors import InvalidType, Unsupported
 from qkernels.nn.base import QLayer
 from qkernels.nn.weighted import quantized_weight
@@ -65,6 +66,15 @@ class QDynamicLinear(QLayer):
         b = self._buffers
         weight = b["weight"], b["weight_scale"], self._zero_point(), b["bias"]
         return reference.linear_rows(codes, scale, zero_point, *weight, x.dtype)
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return (*inputs[0][:-1], self._buffers["weight"].shape[0])
+
+    def input_sizes(self) -> dict[int, int]:
+        return {-1: self._buffers["weight"].shape[1]}
+
+    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y.new_empty(y.shape)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise Unsupported(

@@ -11,9 +11,11 @@ from qkernels.core import tables
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer
+from qkernels.core.sizes import Sizes, broadcast
 from qkernels.errors import InvalidArgument, Unsupported
 from qkernels.nn.base import QLayer
 from qkernels.nn.weighted import clamp_codes, clamp_option
+from qkernels.ops.layout import empty_channels_last, is_channels_last
 
 
 class _Binary(QLayer):
@@ -29,6 +31,9 @@ class _Binary(QLayer):
             *clamp_codes(output, self.options["clamp"]),
             output.dtype,
         )
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return broadcast(*inputs)
 
     def _check_both(self, a: Tensor, b: Tensor) -> None:
         self._check(a, "input0")
@@ -79,6 +84,16 @@ class QCat(QLayer):
     def reference_forward(self, tensors: Sequence[Tensor]) -> Tensor:
         self._check_all(tensors)
         return reference.cat(list(tensors), self._derive(), self.options["dim"])
+
+    def output_sizes(self, *inputs: Sequence[Sizes]) -> Sizes:
+        sizes, dim = list(inputs[0][0]), self.options["dim"]
+        sizes[dim] = sum(x[dim] for x in inputs[0])
+        return tuple(sizes)
+
+    def output_memory(self, y: Tensor, *inputs: Sequence[Tensor]) -> Tensor:
+        filled = (x for x in inputs[0] if x.numel() > 0)
+        together = y.dim() > 2 and all(map(is_channels_last, filled))
+        return empty_channels_last(y, y.shape, y.dtype) if together else y.new_empty(y.shape)
 
     def __prepare_scriptable__(self) -> nn.Module:
         count, tables, dim = len(self._input_roles), self.derived(), self.options["dim"]

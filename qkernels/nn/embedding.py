@@ -8,6 +8,7 @@ from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer
+from qkernels.core.sizes import Sizes
 from qkernels.errors import InvalidType
 from qkernels.nn.base import QLayer
 from qkernels.nn.weighted import quantized_weight
@@ -38,6 +39,9 @@ class QEmbedding(QLayer):
         if axis is not None:
             scale, zero_point = scale[x].flatten(), zero_point[x].flatten()
         return dequantize(codes.reshape(-1, codes.shape[-1]), scale, zero_point, axis, torch.float32).view(codes.shape)
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return (*inputs[0], self.weight.shape[1])
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}, {self._describe('weight')}"

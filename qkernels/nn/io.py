@@ -8,7 +8,10 @@ from qkernels.core.blocks import from_rows, to_rows
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer
 from qkernels.errors import InvalidType
-from qkernels.nn.base import QLayer
+from qkernels.nn.base import QLayer, described
+from qkernels.ops.epilogue import OUTPUT_DTYPES
+
+_FLOATS = frozenset(dtype for dtype in OUTPUT_DTYPES if dtype.is_floating_point)
 
 
 @layer("quantize")
@@ -25,8 +28,9 @@ class Quantize(QLayer):
         return self._run(x, reference.quantize)
 
     def _check(self, x: Tensor, role: str) -> None:
-        if not x.is_floating_point():
-            raise InvalidType(f"{self._where()}: {role} must be a float tensor, got {x.dtype} {list(x.shape)}")
+        if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+            expected = "a float tensor (float32, bfloat16 or float16)"
+            raise InvalidType(f"{self._where()}: {role} must be {expected}, got {described(x)}")
 
     def _run(self, x: Tensor, quantize) -> Tensor:
         self._check(x, "input")

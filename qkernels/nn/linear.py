@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.registry import layer
+from qkernels.core.sizes import Sizes
+from qkernels.errors import InvalidArgument
 from qkernels.nn.weighted import WeightedLayer, quantized_weight
 from qkernels.ops.script import ScriptedLinear
 
@@ -24,7 +26,13 @@ class QLinear(WeightedLayer):
         self._check(x, "input")
         self._check_residual(residual)
         packed, out_features, dtype = self.derived()
-        return ops.linear(x, packed, out_features, dtype, residual)
+        try:
+            return ops.linear(x, packed, out_features, dtype, residual)
+        except RuntimeError as error:  # looked into only now: a check would be a part of the time of every call
+            width = self._buffers["weight"].shape[1]
+            if x.dim() > 0 and x.shape[-1] == width:
+                raise
+            raise InvalidArgument(f"{self._where()}: input must be [..., {width}], got {list(x.shape)}") from error
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedLinear(*self._canonical())
@@ -34,6 +42,15 @@ class QLinear(WeightedLayer):
         self._check_residual(residual)
         *arguments, _, epilogue = self._canonical()
         return reference.linear(x, *arguments, epilogue, residual)
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return (*inputs[0][:-1], self._buffers["weight"].shape[0])
+
+    def input_sizes(self) -> dict[int, int]:
+        return {-1: self._buffers["weight"].shape[1]}
+
+    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y.new_empty(y.shape)
 
     def extra_repr(self) -> str:
         out_features, in_features = self._buffers["weight"].shape

@@ -11,9 +11,11 @@ from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer
+from qkernels.core.sizes import Size, Sizes
 from qkernels.errors import Unsupported
 from qkernels.nn.base import QLayer
 from qkernels.nn.conv import per_dim
+from qkernels.ops.pool import pool_output_size
 
 
 class _SameGrid(QLayer):
@@ -39,6 +41,9 @@ class QMaxPool(_SameGrid):
     def reference_forward(self, x: Tensor) -> Tensor:
         return self._run(x, reference.max_pool)
 
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return _pooled(inputs[0], self.options, self.options["dilation"])
+
     def _run(self, x: Tensor, max_pool) -> Tensor:
         self._check(x, "input")
         o = self.options
@@ -60,6 +65,15 @@ class QInterpolate(_SameGrid):
         self._check(x, "input")
         o = self.options
         return F.interpolate(x.to(torch.float64), o["size"], o["scale_factor"], o["mode"]).to(x.dtype)
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        size, factor, (n, c, *spatial) = self.options["size"], self.options["scale_factor"], inputs[0]
+        if size is not None:
+            return (n, c, *per_dim(size, len(spatial)))
+        return (n, c, *(Size(("scaled", own, str(factor), d)) for d, own in enumerate(spatial)))
+
+    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return torch.empty_like(y)  # torch's own function on either side
 
 
 class _Averaging(QLayer):
@@ -88,6 +102,9 @@ class QAvgPool(_Averaging):
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         return tuple(o[name] for name in names)
 
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return _pooled(inputs[0], self.options, [1] * len(self.options["kernel_size"]))
+
     def forward(self, x: Tensor) -> Tensor:
         self._check(x, "input")
         return ops.avg_pool(x, *self._window(), *self.derived())
@@ -111,6 +128,11 @@ class QAdaptiveAvgPool(_Averaging):
     def reference_forward(self, x: Tensor) -> Tensor:
         self._check(x, "input")
         return self._flattened(reference.adaptive_avg_pool(x, self._size(x), *self._derive()))
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        n, c, *spatial = inputs[0]
+        sizes = [own if size is None else size for size, own in zip(self.options["output_size"], spatial, strict=True)]
+        return (n, c) if self.options["flatten"] else (n, c, *sizes)
 
     def _size(self, x: Tensor) -> list[int]:
         return [x.shape[2 + d] if size is None else size for d, size in enumerate(self.options["output_size"])]
@@ -148,7 +170,7 @@ def lower_adaptive_avg_pool(unit: LoweringUnit) -> QAdaptiveAvgPool:
 def lower_mean(unit: LoweringUnit) -> QAdaptiveAvgPool:
     dims, rank = unit.option("dim"), unit.option("rank", 4)
     dims = [dims] if isinstance(dims, int) else dims
-    if dims is None or sorted(d % rank for d in dims) != list(range(2, rank)):
+    if not dims or sorted(d % rank for d in dims) != list(range(2, rank)):
         raise Unsupported(f"mean over dims {dims} has no integer layer; there is one for all spatial dims at once")
     options = {"output_size": [1] * (rank - 2), "flatten": not unit.option("keepdim", False)}
     return QAdaptiveAvgPool(unit.inputs[0], unit.output, options)
@@ -163,6 +185,15 @@ def lower_interpolate(unit: LoweringUnit) -> QInterpolate:
         raise Unsupported("interpolate with recompute_scale_factor has no integer layer; give it the size instead")
     options = {"size": _plain(unit.option("size")), "scale_factor": _plain(unit.option("scale_factor")), "mode": mode}
     return QInterpolate(unit.inputs[0], options)
+
+
+def _pooled(x: Sizes, options: dict[str, Any], dilation: list[int]) -> Sizes:
+    n, c, *spatial = x
+    windows = [*zip(options["kernel_size"], options["stride"], options["padding"], dilation, strict=True)]
+    pairs = zip(spatial, windows, strict=True)
+    if options["ceil_mode"]:
+        return (n, c, *(Size(("pool", size, window)) for size, window in pairs))
+    return (n, c, *(pool_output_size(size, *window, False) for size, window in pairs))
 
 
 def _plain(value: Any) -> Any:
