@@ -2,7 +2,7 @@
 #   PYTHON=python3.12      the interpreter that .venv is made from; a torch that it has is used
 #   TORCH="torch==2.13.0"  what is installed where there is none
 #   VENV=/path             an environment of your own instead of .venv
-#   ARGS="-k conv"         passed to pytest or to the demo
+#   ARGS="-k conv"         passed to pytest, the demo or the benchmark
 #   TEST_JOBS=2            processes that run the Python tests, each with threads of its own; 0 for one
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,19 +19,25 @@ export PATH := $(BIN):$(PATH)
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: build test test-csrc sanitize demo bench check style wheel-check gpu-check clean
+.PHONY: build environments test test-csrc sanitize demo bench check style wheel-check gpu-check clean
 
 build: $(READY)
 	@mkdir -p build
 	@$(BIN)/python setup.py build_ext --inplace > build/build.log 2>&1 || { tail -40 build/build.log; exit 1; }
 	@grep '^qkernels:' build/build.log
-	@if grep -E 'warning *:|Potential Performance Loss' build/build.log; then echo 'the build gave warnings'; exit 1; fi
+	@if grep -v '^ninja: ' build/build.log | grep -E 'warning *:|Potential Performance Loss'; then echo 'the build gave warnings'; exit 1; fi
+
+# .venv, and the one with another torch that wheels are tried in.
+environments: $(READY) $(OTHER)/.ready
 
 test: build
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 demo: build
 	$(BIN)/python -m qkernels demo $(ARGS)
+
+bench: build
+	$(BIN)/python -m qkernels bench $(ARGS)
 
 # The C++ tests of csrc/, without torch.
 test-csrc:

@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qkernels
-from qkernels.data import load_images
+from qkernels.bench.harness import commit
+from qkernels.cli import output_file, positive
+from qkernels.core.recipe import RECIPES
+from qkernels.data import DATA_SETS, Images, load_images
+from qkernels.errors import InvalidArgument
 
 # Colour photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = {
@@ -68,16 +72,48 @@ def random_views(count: int, size: int, seed: int) -> Tensor:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--views", type=int, default=220, help="evaluated views (default: %(default)s)")
-    parser.add_argument("--calibration", type=int, default=96, help="calibration views (default: %(default)s)")
-    parser.add_argument("--recipe", default="int8-bias", help="a recipe by name (default: %(default)s)")
-    parser.add_argument("--save", help="also write the int8 model there")
+    parser.add_argument("--views", type=positive, default=220, help="evaluated views (default: %(default)s)")
+    parser.add_argument("--calibration", type=positive, default=96, help="calibration views (default: %(default)s)")
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        choices=sorted(RECIPES),
+        default=["int8-bias"],
+        metavar="NAME",
+        help="of the recipes in docs/ptq.md (default: int8-bias)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the calibration views; the others' is the next (default: %(default)s)"
+    )
+    parser.add_argument("--save", type=output_file, help="also write the int8 model (of the last recipe) there")
+    add_json(parser)
     return parser
 
 
-def digits(name: str | None, size: int = 28):
+def add_data(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    described = "%(default)s" if default else "the largest one that is here"
+    parser.add_argument("--data", choices=DATA_SETS, default=default, help=f"the images (default: {described})")
+
+
+def existing_file(text: str) -> Path:
+    """For argparse."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"must be a file that is there, got {text!r}")
+    return path
+
+
+def data_set(name: str | None, root: str | None = None) -> Images:
+    """`load_images`; what is missing ends the script with one line."""
+    try:
+        return load_images(name, root)
+    except InvalidArgument as error:
+        raise SystemExit(str(error)) from error
+
+
+def digits(name: str | None, size: int = 28, root: str | None = None) -> Images:
     """Images of qkernels.data by name, resized to `size` x `size` if they have another size."""
-    images = load_images(name)
+    images = data_set(name, root)
     if images.train_x.shape[-1] == size:
         return images
     x, test_x = (F.interpolate(x, (size, size), mode="bilinear") for x in (images.train_x, images.test_x))
@@ -103,23 +139,18 @@ def milliseconds(model: nn.Module, x: Tensor, calls: int = 15) -> float:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="also write the results there, with the command and the machine")
+    parser.add_argument(
+        "--json", type=output_file, help="also write the results there, with the command and the machine"
+    )
 
 
-def write_results(path: Path | None, seed: int, command: str | None = None, **results: Any) -> None:
-    """Writes `results` with what one needs to get them again; nothing if `path` is None.
-
-    `command`: by default the line that started this script, without --json.
-    """
+def write_results(path: Path | None, seed: int, **results: Any) -> None:
+    """Writes `results` with what one needs to get them again; nothing if `path` is None."""
     if path is None:
         return
-    if command is None:
-        words = list(sys.argv[1:])
-        at = next(i for i, word in enumerate(words) if word.startswith("--json"))
-        del words[at : at + (1 if "=" in words[at] else 2)]
-        command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *words])
     facts = {
-        "command": command,
+        "command": command_line(),
+        "commit": commit(),
         "seed": seed,
         "qkernels": qkernels.__version__,
         "torch": torch.__version__,
@@ -132,6 +163,16 @@ def write_results(path: Path | None, seed: int, command: str | None = None, **re
     path.write_text(json.dumps(_rounded(facts | results), indent=1) + "\n")
 
 
+def command_line() -> str:
+    """The line that started this script, without --json."""
+    words = list(sys.argv[1:])
+    for at, word in enumerate(words):
+        if word.startswith("--json"):
+            del words[at : at + (1 if "=" in word else 2)]
+            break
+    return shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *words])
+
+
 def _rounded(value: Any) -> Any:
     """Floats to six digits, at any depth."""
     if isinstance(value, dict):
@@ -141,33 +182,37 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def quantize_and_compare(
-    model: nn.Module, calibration: Tensor, views: Tensor, options: argparse.Namespace
-) -> dict[str, float]:
-    """Calibrates and converts `model`, and prints how the result compares with it on `views`."""
+def quantize_and_compare(model: nn.Module, calibration: Tensor, views: Tensor, options: argparse.Namespace) -> None:
+    """Calibrates and converts `model` by each recipe, and prints how the results compare with it on `views`."""
     model = model.eval()
-    prepared = qkernels.prepare(model, calibration[:1], options.recipe)
-    qkernels.calibrate(prepared, calibration.split(16))
-    converted = qkernels.convert(prepared)
-    print(prepared.report)
-    report = qkernels.verify(prepared, converted, [views[:8]])
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in views.split(16)])
-        got = torch.cat([converted(batch) for batch in views.split(16)])
-    noise = (got - expected).double().square().sum()
-    result = {
-        "views": len(views),
-        "top1_agreement": (got.argmax(1) == expected.argmax(1)).double().mean().item(),
-        "logits_sqnr_db": (10 * torch.log10(expected.double().square().sum() / noise)).item(),
-        "mismatches": report.total_mismatches,
-        "float_ms": milliseconds(model, views[:1]),
-        "int8_ms": milliseconds(converted, views[:1]),
-    }
-    print(f"top-1 agreement   {result['top1_agreement']:.1%} of {len(views)} views")
-    print(f"logits SQNR       {result['logits_sqnr_db']:.1f} dB")
-    print(f"simulation        {report.total_mismatches} codes differ from it")
-    print(f"latency, batch 1  {result['float_ms']:.2f} ms float, {result['int8_ms']:.2f} ms int8")
+    float_ms, rows = milliseconds(model, views[:1]), {}
+    for recipe in options.recipe:
+        prepared = qkernels.prepare(model, calibration[:1], recipe)
+        qkernels.calibrate(prepared, calibration.split(16))
+        converted = qkernels.convert(prepared)
+        print(prepared.report)
+        report = qkernels.verify(prepared, converted, [views[:8]])
+        with torch.inference_mode():
+            got = torch.cat([converted(batch) for batch in views.split(16)])
+        noise = (got - expected).double().square().sum()
+        agreement = (got.argmax(1) == expected.argmax(1)).double().mean().item()
+        sqnr = (10 * torch.log10(expected.double().square().sum() / noise)).item()
+        rows[recipe] = {"top1_agreement": agreement, "logits_sqnr_db": sqnr, "mismatches": report.total_mismatches}
+        print(f"recipe            {recipe}")
+        print(f"top-1 agreement   {agreement:.1%} of {len(views)} views")
+        print(f"logits SQNR       {sqnr:.1f} dB")
+        print(f"simulation        {report.total_mismatches} codes differ from it")
+        print(f"latency, batch 1  {float_ms:.2f} ms float, {milliseconds(converted, views[:1]):.2f} ms int8")
     if options.save:
         qkernels.save(converted, options.save)
         print(f"saved             {options.save}")
-    return result
+    write_results(
+        options.json,
+        options.seed,
+        views=len(views),
+        calibration=len(calibration),
+        mismatches=sum(row["mismatches"] for row in rows.values()),
+        rows=rows,
+    )

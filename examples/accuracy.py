@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import add_json, write_results
+from _common import add_data, add_json, command_line, digits, write_results
 from torch import Tensor, nn
 
 import qkernels
+from qkernels.bench.harness import commit
+from qkernels.cli import output_file
 from qkernels.core.recipe import Match, Override, Recipe, make_recipe
-from qkernels.data import Images, load_images
+from qkernels.data import Images
 
 CALIBRATION = 1024
 
@@ -249,20 +251,25 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=sorted(SETUPS))
-    parser.add_argument("--data", help="digits, fashion-mnist or mnist-5k", default="fashion-mnist")
+    add_data(parser, default="fashion-mnist")
     parser.add_argument("--root", help="where the fashion-mnist files are")
     parser.add_argument("--runs", nargs="+", choices=sorted(RUNS), help="rows of the table (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autocast", action="store_true", help="the epoch after float training in bfloat16 autocast")
-    parser.add_argument("--float-weights", type=Path, help="keep the float network there, and take it from there")
+    parser.add_argument(
+        "--float-weights", type=output_file, help="keep the float network there, and take it from there"
+    )
     add_json(parser)  # rows of other runs in the file stay
     options = parser.parse_args()
-    images = load_images(options.data, options.root)
-    experiment = Experiment(SETUPS[options.network], images, options.seed, options.autocast)
-    model = experiment.float_model(options.float_weights)
     rows: dict[str, dict[str, Any]] = {}
     if options.json is not None and options.json.is_file():
-        rows = json.loads(options.json.read_text())["rows"]
+        written = json.loads(options.json.read_text())
+        if (written["network"], written["data"]) != (options.network, options.data):
+            parser.error(f"--json: {options.json} holds rows of {written['network']} on {written['data']}")
+        rows = written["rows"]
+    images = digits(options.data, root=options.root)
+    experiment = Experiment(SETUPS[options.network], images, options.seed, options.autocast)
+    model = experiment.float_model(options.float_weights)
     for name in options.runs or [name for name in RUNS if name != "bnn" or options.network == "wide"]:
         what, run = RUNS[name]
         print(name, flush=True)
@@ -270,14 +277,14 @@ def main() -> None:
         start = time.perf_counter()
         rows[name] = {
             "what": what,
+            "command": command_line(),
+            "commit": commit(),
             "autocast": options.autocast,
             **run(experiment, copy.deepcopy(model)),
             "seconds": round(time.perf_counter() - start, 1),
         }
         rows = {key: rows[key] for key in RUNS if key in rows}
-        command = f"python examples/accuracy.py {options.network} --data {options.data} --seed {options.seed}"
-        facts = {"network": options.network, "data": options.data, "rows": rows}
-        write_results(options.json, options.seed, command, **facts)
+        write_results(options.json, options.seed, network=options.network, data=options.data, rows=rows)
     print(table(rows))
 
 

@@ -8,12 +8,12 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from _common import add_json, milliseconds, write_results
+from _common import add_data, add_json, digits, milliseconds, write_results
 from torch.utils.data import DataLoader, TensorDataset
 
 import qkernels
 import qkernels.frontends.aimet as aimet
-from qkernels.data import load_images
+from qkernels.cli import positive
 from qkernels.frontends.aimet import batch_norm_fold, model_preparer, quantsim
 
 
@@ -58,10 +58,9 @@ def train(model, data_loader, epochs):
 
 
 def loaders(name, count=None):
-    images = load_images(name)
+    images = digits(name)
 
     def loader(x, y):
-        x = x if x.shape[-1] == 28 else F.interpolate(x, (28, 28), mode="bilinear")
         return DataLoader(TensorDataset(x[:count], y[:count]), batch_size=128, shuffle=True)
 
     return loader(images.train_x, images.train_y), loader(images.test_x, images.test_y)
@@ -69,9 +68,9 @@ def loaders(name, count=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=4, help="of float training (default: %(default)s)")
-    parser.add_argument("--data", help="digits, mnist-5k or fashion-mnist (default: the richest one that is here)")
-    parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
+    parser.add_argument("--epochs", type=positive, default=4, help="of float training (default: %(default)s)")
+    add_data(parser)
+    parser.add_argument("--images", type=positive, help="only so many for training and so many for testing")
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
     options = parser.parse_args()

@@ -27,8 +27,8 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0]).parse_args()
-    calibration = normalized(random_views(options.calibration, SIZE, seed=1))
-    views = normalized(random_views(options.views, SIZE, seed=2))
+    calibration = normalized(random_views(options.calibration, SIZE, seed=options.seed))
+    views = normalized(random_views(options.views, SIZE, seed=options.seed + 1))
     quantize_and_compare(load_model(), calibration, views, options)
 
 

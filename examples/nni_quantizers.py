@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import add_json, digits, fastest_float, milliseconds, write_results
+from _common import add_data, add_json, digits, fastest_float, milliseconds, write_results
 from torch import nn
 
 import qkernels
+from qkernels.cli import positive
 from qkernels.frontends.nni_v2 import (
     BNNQuantizer,
     DoReFaQuantizer,
@@ -98,9 +99,9 @@ def quantize(kind, config_list, model, images, epochs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3, help="of each training (default: %(default)s)")
-    parser.add_argument("--data", help="digits, mnist-5k or fashion-mnist (default: the richest one that is here)")
-    parser.add_argument("--images", type=int, help="of the training part (default: all)")
+    parser.add_argument("--epochs", type=positive, default=3, help="of each training (default: %(default)s)")
+    add_data(parser)
+    parser.add_argument("--images", type=positive, help="of the training part (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
     options = parser.parse_args()

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _common import add_json, digits, milliseconds, write_results
+from _common import add_data, add_json, digits, milliseconds, write_results
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import qkernels
 import qkernels.frontends.nni as nni
+from qkernels.cli import positive
 from qkernels.frontends.nni import SCHEDULER, QATQuantizer, TorchEvaluator
 
 
@@ -42,8 +43,8 @@ class Mnist(torch.nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--data", help="digits, mnist-5k or fashion-mnist (default: the richest one that is here)")
-parser.add_argument("--epochs", type=int, default=5)
+add_data(parser)
+parser.add_argument("--epochs", type=positive, default=5)
 parser.add_argument("--seed", type=int, default=0)
 add_json(parser)
 arguments = parser.parse_args()

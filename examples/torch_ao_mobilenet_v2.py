@@ -9,12 +9,12 @@ import argparse
 import io
 
 import torch.nn.functional as F
-from _common import add_json, milliseconds, random_views, write_results
+from _common import add_data, add_json, data_set, milliseconds, random_views, write_results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qkernels
-from qkernels.data import load_images
+from qkernels.cli import positive
 from qkernels.frontends import torch_ao
 from qkernels.frontends.torch_ao import DeQuantStub, QuantStub, torch
 
@@ -183,7 +183,7 @@ def time_scripted():
 
 def trained(options):
     """The tutorial from beginning to end."""
-    images = load_images(options.data)
+    images = data_set(options.data)
 
     def loader(x, y, shuffle):
         return DataLoader(
@@ -261,12 +261,14 @@ def trained(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8, help="of float training (default: %(default)s)")
-    parser.add_argument("--qat-epochs", type=int, default=4, help="of quantized training (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=8, help="of float training (default: %(default)s)")
+    parser.add_argument("--qat-epochs", type=positive, default=4, help="of quantized training (default: %(default)s)")
     parser.add_argument("--width", type=float, default=0.5, help="width of the network (default: %(default)s)")
-    parser.add_argument("--data", default="digits", help="digits, mnist-5k or fashion-mnist (default: %(default)s)")
-    parser.add_argument("--images", type=int, help="only so many for training and so many for testing")
-    parser.add_argument("--efficientnet", type=int, metavar="VIEWS", help="only EfficientNet-Lite0, on so many views")
+    add_data(parser, default="digits")
+    parser.add_argument("--images", type=positive, help="only so many for training and so many for testing")
+    parser.add_argument(
+        "--efficientnet", type=positive, metavar="VIEWS", help="only EfficientNet-Lite0, on so many views"
+    )
     parser.add_argument("--latency", action="store_true", help="only the time of the network for ImageNet")
     parser.add_argument("--seed", type=int, default=191009)
     add_json(parser)

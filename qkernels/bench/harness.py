@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ ISA_CAPS = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", **_AVX2_PEERS},
     "avxvnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", **_AVX2_PEERS},
     "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
 
 
@@ -122,6 +124,10 @@ class Worker:
         self.complaints.seek(0)
         last = self.complaints.read().strip().rpartition("\n")[2]
         return f"{self.engine}: the worker ended with code {code}" + (f": {last}" if last else "")
+
+    def interrupt(self) -> None:
+        """Ends what it is doing, for `close` not to wait for it."""
+        self.process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and `ask` has said so

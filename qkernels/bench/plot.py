@@ -1,4 +1,4 @@
-"""The picture of a benchmark run. matplotlib is imported when it is drawn."""
+"""The picture of a benchmark run."""
 
 import os
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 from qkernels.bench.engines import ENGINES
 from qkernels.bench.table import title
+from qkernels.report.picture import new_figure
 
 _OURS, _PEER, _FLOAT = "#2b6cb0", "#d9a441", "#9aa5b1"
 
@@ -14,15 +15,11 @@ def plot_networks(
     results: Mapping[str, Mapping[str, Mapping[str, Any]]], facts: Mapping[str, Any], path: str | os.PathLike
 ) -> None:
     """One group of bars a network: milliseconds an image of every engine (the format follows the ending of `path`)."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
-
     columns = min(len(results), 4)
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(4.6 * columns, 0.9 + rows * 2.6), layout="constrained")
+    figure = new_figure(4.6 * columns, 0.9 + rows * 2.6)
+    from matplotlib.patches import Patch
+
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (case, row) in zip(grid, results.items(), strict=False):
         bars = [(name, cell["ms_per_image"]) for name, cell in row.items() if "ms_per_image" in cell]

@@ -1,5 +1,5 @@
 """How an integer network differs from its float one: numbers, tables, pictures."""
 
-from qkernels.report.compare import Comparison, LayerComparison, compare
+from qkernels.report.comparison import Comparison, LayerComparison, compare
 
 __all__ = ["Comparison", "LayerComparison", "compare"]

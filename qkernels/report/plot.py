@@ -1,10 +1,11 @@
-"""Pictures of a comparison. matplotlib is imported when one is drawn; it is not a dependency of qkernels."""
+"""Pictures of a comparison."""
 
 import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from qkernels.report.compare import Comparison
+from qkernels.report.comparison import Comparison
+from qkernels.report.picture import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,11 +14,7 @@ _COLOURS = ("#9aa5b1", "#d9a441", "#2b6cb0")
 
 
 def _figure(width: float, height: float, columns: int = 1, ratios: tuple[float, ...] = (1,)) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     return figure, figure.subplots(1, columns, width_ratios=ratios, squeeze=False)[0]
 
 

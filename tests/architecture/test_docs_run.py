@@ -1,9 +1,14 @@
 """The documentation is true: its Python blocks run, its links lead somewhere, the make targets it names exist."""
 
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from qkernels.core.recipe import TensorRecipe, make_recipe
+from qkernels.core.verify import LayerCheck, VerifyReport
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -39,6 +44,33 @@ def test_make_targets_exist(page):
         re.findall(r"\bmake ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`|^    .*$", page.read_text(), re.MULTILINE)))
     )
     assert named <= targets
+
+
+def test_every_option_of_a_recipe_is_in_the_list():
+    text = (ROOT / "docs" / "ptq.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    options = [name for name, p in inspect.signature(make_recipe).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert not set(options) - listed
+    named = re.findall(r"`(\w+)`", text.split("`Recipe(activation", 1)[1].split("\n\n", 1)[0])
+    assert {field.name for field in dataclasses.fields(TensorRecipe)} <= set(named)
+
+
+def test_every_field_of_a_verify_report_is_in_the_list():
+    text = (ROOT / "docs" / "ptq.md").read_text()
+    names = [*VerifyReport.__annotations__, *LayerCheck.__annotations__]
+    names += [name for name, value in vars(VerifyReport).items() if isinstance(value, property)]
+    assert not [name for name in names if f"`{name}`" not in text]
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_source():
+    """In its tables the left column quotes what is said word for word."""
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 20
+    files = [*ROOT.glob("qkernels/**/*.py"), *ROOT.glob("build_backend/*.py"), ROOT / "setup.py"]
+    source = "\n".join(re.sub(r'"\s+f?"', "", file.read_text()) for file in files)
+    assert not [text for text in quoted if text not in source]
 
 
 def test_quick_start_is_short():

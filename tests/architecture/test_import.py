@@ -1,6 +1,9 @@
 """`import qkernels` works everywhere, lightly, and a wrong QKERNELS_ISA is a clear error."""
 
+import importlib
+import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -49,3 +52,12 @@ def test_import_brings_in_nothing_heavy_beyond_torch():
 def test_import_prints_nothing():
     result = run_python("import qkernels")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("package", ["qkernels", "qkernels.report"])
+def test_no_function_shares_its_name_with_a_submodule(package):
+    """Type checkers would take it for the module."""
+    exported = importlib.import_module(package)
+    functions = [name for name in exported.__all__ if not inspect.ismodule(getattr(exported, name))]
+    submodules = {info.name for info in pkgutil.iter_modules(exported.__path__)}
+    assert not submodules.intersection(functions)

@@ -1,7 +1,9 @@
 """setup.py decides about CUDA as documented, and the build backend answers a missing tool with one line."""
 
+import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -175,3 +177,30 @@ def test_without_ninja_files_are_compiled_side_by_side(build, tmp_path, monkeypa
     Path(sources[2]).write_text("int broken(")
     with pytest.raises(Exception, match="exit"):
         compile_all(sources, output_dir="out", macros=[("VALUE", "7")])
+
+
+def test_the_source_distribution_holds_every_tracked_file(monkeypatch):
+    from setuptools.command.egg_info import FileList
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    monkeypatch.chdir(ROOT)
+    files = FileList()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        files.process_template_line(line)
+    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    by_itself = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py", ".gitignore"}
+    left_out = tracked - set(files.files) - by_itself
+    assert not [name for name in left_out if not name.startswith("qkernels/")]
+
+
+def test_the_installed_command_is_a_function():
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        from pip._vendor import tomli as tomllib
+    [(name, target)] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
+    module, _, function = target.partition(":")
+    assert name == "qkernels"
+    assert callable(getattr(importlib.import_module(module), function))

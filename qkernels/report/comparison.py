@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 
 from qkernels.core import graph as g
 from qkernels.core.convert import ConvertedModel
+from qkernels.core.expect import expect_batches, expect_converted, expect_inputs, expect_module
 from qkernels.core.noise import SignalToNoise
+from qkernels.core.outputs import output_tensors
 from qkernels.core.plain import plain_copy
 from qkernels.errors import InvalidArgument
 
@@ -58,11 +60,15 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
     Args:
         float_model: the model given to `prepare`; it runs in eval mode and is not changed.
         converted: what `convert` made of it.
-        batches: inputs: tensors, tuples of arguments, or dicts of keyword arguments.
+        batches: an iterable of batches: tensors, tuples or lists of arguments, or dicts of keyword arguments.
 
     Raises:
         InvalidArgument: there is no batch, or the models do not belong together.
+        InvalidType: `batches` is one tensor or dict or no iterable, or a batch or an output holds no tensor.
     """
+    expect_module("compare", float_model, "float_model")
+    expect_converted("compare", converted)
+    expect_batches("compare", batches)
     if not any(isinstance(module, ConvertedModel) for module in converted.modules()):
         raise InvalidArgument("compare: the second model must come from `convert`")
     was_training = [module for module in float_model.modules() if module.training]
@@ -71,11 +77,13 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
     output, agreeing, rows, traces = SignalToNoise(), 0, 0, {}
     try:
         for batch in batches:
+            expect_inputs("compare", batch)
             args, kwargs = g.batch_arguments(float_model, batch)
-            expected, got = float_model(*args, **kwargs), converted(*args, **kwargs)
-            for e, c in zip(_tensors(expected), _tensors(got), strict=True):
+            expected = output_tensors("compare", float_model(*args, **kwargs))
+            got = output_tensors("compare", converted(*args, **kwargs))
+            for e, c in zip(expected, got, strict=True):
                 output.add(e, c)
-            first, second = _tensors(expected)[0], _tensors(got)[0]
+            first, second = expected[0], got[0]
             if first.dim() >= 2:
                 same = first.flatten(1).argmax(1) == second.flatten(1).argmax(1)
                 agreeing, rows = agreeing + int(same.sum()), rows + len(same)
@@ -91,10 +99,6 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
         raise InvalidArgument("compare: needs at least one batch that reaches an integer layer")
     layers = tuple(LayerComparison(name, kind, power.db) for (name, kind), power in powers.items())
     return Comparison(layers, output.db, agreeing / rows if rows else math.nan, rows)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _parts(
