@@ -9,10 +9,9 @@ from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.registry import layer
-from qkernels.core.sizes import Sizes
 from qkernels.errors import InvalidType, Unsupported
 from qkernels.nn.base import QLayer
-from qkernels.nn.weighted import quantized_weight
+from qkernels.nn.weighted import OnLastDimension, quantized_weight
 from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue
 
 _FLOATS = [dtype for dtype in OUTPUT_DTYPES if dtype.is_floating_point]
@@ -20,7 +19,7 @@ _CODES = {"uint8": torch.uint8, "int8": torch.int8}
 
 
 @layer("dynamic_linear")
-class QDynamicLinear(QLayer):
+class QDynamicLinear(OnLastDimension, QLayer):
     """`x @ weight.T + bias` on 8-bit codes, each row of x on its own grid: floats in, floats of the same dtype out."""
 
     def __init__(self, weight: Tensor, grid: QParams, bias: Tensor | None, activation: QSpec) -> None:
@@ -66,15 +65,6 @@ class QDynamicLinear(QLayer):
         b = self._buffers
         weight = b["weight"], b["weight_scale"], self._zero_point(), b["bias"]
         return reference.linear_rows(codes, scale, zero_point, *weight, x.dtype)
-
-    def output_sizes(self, *inputs: Sizes) -> Sizes:
-        return (*inputs[0][:-1], self._buffers["weight"].shape[0])
-
-    def input_sizes(self) -> dict[int, int]:
-        return {-1: self._buffers["weight"].shape[1]}
-
-    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        return y.new_empty(y.shape)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise Unsupported(

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 from qkernels import ops, reference
 from qkernels.core.lowering import LoweringUnit, lowers
 from qkernels.core.registry import layer
-from qkernels.core.sizes import Sizes
 from qkernels.errors import InvalidArgument
-from qkernels.nn.weighted import WeightedLayer, quantized_weight
+from qkernels.nn.weighted import OnLastDimension, WeightedLayer, quantized_weight
 from qkernels.ops.script import ScriptedLinear
 
 
 @layer("linear")
-class QLinear(WeightedLayer):
+class QLinear(OnLastDimension, WeightedLayer):
     """`x @ weight.T + bias` over the last dimension, with the weight [out_features, in_features]."""
 
     def _derive(self) -> tuple[Any, ...]:
@@ -42,15 +41,6 @@ class QLinear(WeightedLayer):
         self._check_residual(residual)
         *arguments, _, epilogue = self._canonical()
         return reference.linear(x, *arguments, epilogue, residual)
-
-    def output_sizes(self, *inputs: Sizes) -> Sizes:
-        return (*inputs[0][:-1], self._buffers["weight"].shape[0])
-
-    def input_sizes(self) -> dict[int, int]:
-        return {-1: self._buffers["weight"].shape[1]}
-
-    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        return y.new_empty(y.shape)
 
     def extra_repr(self) -> str:
         out_features, in_features = self._buffers["weight"].shape

@@ -8,6 +8,7 @@ from torch import Tensor
 from qkernels import ops, reference
 from qkernels.core.lowering import Clamp
 from qkernels.core.qspec import QParams
+from qkernels.core.sizes import Sizes
 from qkernels.errors import InvalidArgument, InvalidType, Unsupported
 from qkernels.nn.base import QLayer
 from qkernels.ops.epilogue import Epilogue, ResidualAdd
@@ -29,6 +30,19 @@ def clamp_codes(grid: QParams, option: list[float | None] | None) -> tuple[int, 
     ends = torch.tensor([low, high], dtype=torch.float32)
     codes = reference.quantize(ends, grid.scale.cpu(), grid.zero_point.cpu(), None, grid.qmin, grid.qmax, grid.dtype)
     return int(codes[0]), int(codes[1])
+
+
+class OnLastDimension(QLayer):
+    """What replaces the last dimension: the weight is [out_features, in_features]."""
+
+    def output_sizes(self, *inputs: Sizes) -> Sizes:
+        return (*inputs[0][:-1], self._buffers["weight"].shape[0])
+
+    def input_sizes(self) -> dict[int, int]:
+        return {-1: self._buffers["weight"].shape[1]}
+
+    def output_memory(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y.new_empty(y.shape)
 
 
 class WeightedLayer(QLayer):
