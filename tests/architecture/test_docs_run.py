@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from qkernels.core.recipe import TensorRecipe, make_recipe
 from qkernels.core.verify import LayerCheck, VerifyReport
@@ -22,8 +23,15 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: match.start(1)].count("\n"), match.group(1)) for match in found]
 
 
+@pytest.fixture
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch, threads_restored):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "docs"}  # the blocks of a page continue one another
     for line, code in python_blocks(page):

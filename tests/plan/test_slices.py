@@ -61,7 +61,8 @@ class MixesImages(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [8, 12])
-def test_operations_that_mix_images_see_the_whole_batch(batch):
+def test_operations_that_mix_images_see_the_whole_batch(batch, threads):
+    threads(2)
     images = torch.randn(batch, 3, 12, 12)
     int8 = converted(MixesImages(), images)
     data = qkernels.compile(int8, (images,))._native.data
