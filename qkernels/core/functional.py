@@ -134,7 +134,7 @@ def _to_module(prepared: fx.GraphModule, node: fx.Node, note: Callable[[str, str
     if _is_in_place(node) and (node.target in MODULES or node.target in FUNCTIONALS) and _keeps_writing(node):
         return
     if node.target in MODULES:
-        cls, kwargs = MODULES[node.target], dict(node.kwargs)
+        cls, kwargs = MODULES[node.target], o.torch_names(node.kwargs)
         if "input" in kwargs and not node.args:
             node.args = (kwargs.pop("input"),)
         known = inspect.signature(cls).parameters
@@ -146,7 +146,7 @@ def _to_module(prepared: fx.GraphModule, node: fx.Node, note: Callable[[str, str
         positional = {n: v for n, v in zip(names, node.args[1:], strict=False) if n in known}
         module, args, kwargs = cls(**positional, **kwargs), node.args[:1], {}
     elif node.target in FUNCTIONALS:
-        module, args, kwargs = FUNCTIONALS[node.target](), node.args, dict(node.kwargs)
+        module, args, kwargs = FUNCTIONALS[node.target](), node.args, o.torch_names(node.kwargs)
         args += tuple(kwargs.pop(name) for name in OPERANDS if name in kwargs)  # quantizers are told by position
         if isinstance(module, Concat):
             tensors = args[0] if args else kwargs.pop("tensors")

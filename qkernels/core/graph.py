@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qkernels.core.buffers import buffers_kept, buffers_watched
 from qkernels.core.in_place import drop_in_place
-from qkernels.core.operations import BATCH_NORMS, CONVS, Value, operation
+from qkernels.core.operations import BATCH_NORMS, CONVS, Value, is_dtype, operation
 from qkernels.core.plain import has_hooks
 from qkernels.errors import InvalidArgument, InvalidType
 
@@ -311,7 +311,7 @@ def _reshapes_for_views(traced: fx.GraphModule) -> None:
     """`x.view(sizes)` becomes `x.reshape(sizes)`: integer layers store images channels-last, where floats may not."""
     for node in traced.graph.nodes:
         is_view = node.op == "call_method" and node.target in ("view", "view_as") and not node.kwargs
-        if is_view and not any(isinstance(a, torch.dtype) for a in node.args):
+        if is_view and not any(map(is_dtype, node.args)):
             node.target = node.target.replace("view", "reshape")
 
 

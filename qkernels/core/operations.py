@@ -182,11 +182,16 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation | No
     return None if found is None else _call(node, *found)
 
 
+def torch_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments by torch's own names."""
+    return {NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+
+
 def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:
-    named = {NUMPY_NAMES.get(name, name): value for name, value in node.kwargs.items()}
+    named = torch_names(node.kwargs)
     if kind == PASS:
         first = node.args[0] if node.args else named.get("input")
-        is_pass = isinstance(first, fx.Node) and not any(map(_is_dtype, (*node.args, *named.values())))
+        is_pass = isinstance(first, fx.Node) and not any(map(is_dtype, (*node.args, *named.values())))
         return Operation(PASS, (first,)) if is_pass else None
     names = parameters.split()
     if len(node.args) > len(names) or not named.keys() <= set(names):
@@ -207,7 +212,7 @@ def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:
     return Operation(kind, (first,), bound) if isinstance(first, fx.Node) else None
 
 
-def _is_dtype(value: Any) -> bool:
+def is_dtype(value: Any) -> bool:
     """Whether the argument is a dtype, or reads that of a tensor: codes seen as another dtype are other numbers."""
     if isinstance(value, fx.Node):
         return value.target is getattr and value.args[1] == "dtype"

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 import qkernels
 from qkernels.core.operations import operation
+from qkernels.frontends.aimet.model_preparer import prepare_model
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -64,3 +65,27 @@ def test_a_window_of_computed_size_is_float():
     assert row.reason == "an argument of avg_pool is computed at run time"
     other = torch.randn(2, 3, 5, 7)
     assert int8(other).shape == model(other).shape
+
+
+MODULE_CALLS = {
+    "cat": lambda y: torch.cat([y, -y], axis=1),
+    "mean": lambda y: torch.mean(y, axis=(2, 3), keepdims=True),
+    "sum": lambda y: y.sum(axis=1),
+    "softmax": lambda y: torch.softmax(y, axis=1),
+    "add": lambda y: torch.add(x1=y, x2=y.sigmoid()),
+}
+
+
+@pytest.mark.parametrize("name", MODULE_CALLS)
+def test_calls_that_become_modules_know_numpys_names(name):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return MODULE_CALLS[name](x)
+
+    assert torch.equal(prepare_model(Calls())(X), MODULE_CALLS[name](X))
+
+
+def test_a_view_as_the_dtype_of_a_tensor_is_no_reshape():
+    model, prepared, int8 = converted(lambda s, y: s.b(y.view(y.dtype)))
+    assert qkernels.verify(prepared, int8, [X]).total_mismatches == 0
+    assert torch.allclose(prepared(X), model(X), atol=0.2)
