@@ -10,8 +10,7 @@
 //   reuse: taps follow each other without a gap, zero up to a whole tile, and what B holds there
 //   does not matter (the packed bytes end with kAmxTailBytes of slack).
 //   The sums of a panel go to memory, and their epilogue runs row by row between the tile products
-//   of the next panel: the tile unit and the vector units work side by side. They start from init
-//   by a tile load with stride 0.
+//   of the next panel (x86_amx_finish.h): the tile unit and the vector units work side by side.
 #include <immintrin.h>
 
 #include <initializer_list>
@@ -29,13 +28,26 @@ namespace {
 
 #include "csrc/gemm/x86_avx512_store.h"
 
-constexpr int64_t kTileRows = 16, kTileBytes = 64, kPairRows = 2 * kTileRows;
+#include "csrc/gemm/x86_amx_finish.h"
+
+// Behind a tile instruction of a step: where the other thread of the core is busy, two of them in a
+// row wait for each other. With seven micro-operations in between a step of 2 x 2 tiles takes 160
+// cycles instead of 260 there, and 63 either way on a core alone.
+#define QK_APART "\n\t.nops 8, 1"
+#define QK_LOAD_TILE(operands, from, stride) \
+  __asm__ volatile("tileloadd " operands QK_APART ::"r"(from), "r"(stride) : "memory")
+#define QK_MULTIPLY_TILES(operands) __asm__ volatile("tdpbusd " operands QK_APART ::: "memory")
+#define QK_STORE_TILE(operands, to, stride) \
+  __asm__ volatile("tilestored " operands::"r"(to), "r"(stride) : "memory")
+
+constexpr int64_t kTileBytes = 64;
 // Copies of A on the stack; longer rows go to AVX512-VNNI.
 constexpr int64_t kMostCopied = 256 * 1024;
 // Shorter stretches leave too much of a tile empty: copied.
 constexpr int64_t kMinStretch = 4;
-// The fewest rows of an epilogue that are worth its call.
-constexpr int64_t kMinSlice = 4;
+// The most vectors of an epilogue between two products. Where there would be more, they all come
+// behind the four products of a step: beside products only one of two ports for float32 is free.
+constexpr int64_t kMostBetween = 16;
 // The most bytes that are fetched between two steps: about what comes from L3 meanwhile.
 constexpr int64_t kMostAhead = 1024;
 // The weights of a panel that pay for copies of A.
@@ -57,36 +69,6 @@ struct alignas(64) TileConfig {
 struct TileRows {
   const uint8_t* a;
   int64_t stride;
-};
-
-// A panel's sums that wait for their epilogue, and where it goes.
-struct Pending {
-  StoreRows store = nullptr;
-  const int32_t* acc = nullptr;
-  int64_t next = 0, rows = 0;
-  IgemmTile tile = {};
-  uint8_t* out[kPairRows];
-  const uint8_t* residual[kPairRows];
-  uint32_t row_sums[kPairRows];
-  // Of each `pitch` rows only the first `width` are outputs; row 0 is row `phase` of them.
-  int64_t width = 1, pitch = 1, phase = 0;
-
-  inline __attribute__((always_inline)) void run(int64_t count) {
-    if (next == rows) return;
-    const int64_t end = rows - next < count ? rows : next + count;
-    width == pitch ? store(tile, acc, next, end) : store_outputs(end);
-    next = end;
-  }
-
-  __attribute__((noinline)) void store_outputs(int64_t end) const {
-    for (int64_t i = next; i < end;) {
-      const int64_t x = (phase + i) % pitch;
-      const int64_t last = end - i < pitch - x ? end : i + pitch - x;
-      const int64_t outputs = last - i < width - x ? last : i + width - x;
-      if (outputs > i) store(tile, acc, i, outputs);
-      i = last;
-    }
-  }
 };
 
 // Copies rows of A; int8 becomes uint8.
@@ -156,9 +138,10 @@ class AmxRows {
         buffer_(buffer),
         in_place_(in_place),
         row_bytes_(joined_bytes(header_)),
-        element_(output_bytes(header_.epilogue.output)),
         rows_(block.row_end - block.row_begin),
-        stretches_(cut_stretches(rows_, in_place && args_.pointers ? args_.run : rows_)) {
+        stretches_(cut_stretches(rows_, in_place && args_.pointers ? args_.run : rows_)),
+        context_{args_.matrix, args_.residual_signed, block.lookup,
+                 output_bytes(header_.epilogue.output)} {
     if (in_place) {
       step_bytes_ = tile_step(header_.depth);
       steps_ = header_.depth / step_bytes_;
@@ -178,10 +161,11 @@ class AmxRows {
         find_half(tile + half, half);
         find_rows(half);
       }
-      stored_ = halves_[0].rows + (halves == 2 ? halves_[1].rows : 0);
-      halves == 2 ? all_panels<2>() : all_panels<1>();
+      Places& places = places_[tile / 2 % 2];
+      find_places(halves_[0].rows + (halves == 2 ? halves_[1].rows : 0), places);
+      halves == 2 ? all_panels<2>(places) : all_panels<1>(places);
     }
-    pending_[next_ ^ 1].run(kPairRows);
+    with_finish([&](auto finish) { this->rest<typename decltype(finish)::Type>(); });
     __asm__ volatile("tilerelease");
   }
 
@@ -276,79 +260,136 @@ class AmxRows {
   }
 
   template <int R>
-  void all_panels() {
+  void all_panels(const Places& places) {
     for (int64_t panel = block_.panel_begin; panel < block_.panel_end; ++panel) {
       const int64_t column = panel * 64, rest = header_.n - column;
-      const int64_t columns = rest < 64 ? rest : 64, vectors = (columns + 15) / 16;
-      int32_t* c = sums_[next_];
-      const int64_t products = segments_ * steps_ * ((vectors + 1) / 2);
-      Pending& before = pending_[next_ ^ 1];
-      const int64_t left = before.rows - before.next, share = (left + products - 1) / products;
-      slice_ = share < kMinSlice ? kMinSlice : share;
-      const int8_t* b = args_.matrix.panels + panel * header_.panel_bytes;
-      const int32_t* init = args_.matrix.init + column;
-      for (int64_t j = 0; j < vectors; j += 2) {
-        if (vectors - j >= 2) {
-          multiply<R, 2>(b + 64 * j, 64 * vectors, init + 16 * j, c + 16 * j);
-        } else {
-          multiply<R, 1>(b + 64 * j, 64 * vectors, init + 16 * j, c + 16 * j);
-        }
-      }
-      before.run(kPairRows);
-      wait_for_epilogue(column, columns, vectors);
+      const int64_t vectors = ((rest < 64 ? rest : 64) + 15) / 16;
+      const Pending now{&places, sums_[next_], column, vectors};
+      with_finish([&](auto finish) { this->one_panel<R, typename decltype(finish)::Type>(now); });
+      pending_ = now;
+      next_ ^= 1;
     }
   }
 
-  // c = init + a * b, for R tiles of rows and C * 16 columns, R and C in {1, 2}; between the steps
-  // of K rows of the panel before are finished.
-  template <int R, int C>
-  inline __attribute__((always_inline)) void multiply(const int8_t* b, int64_t b_stride,
-                                                      const int32_t* init, int32_t* c) {
-    const int64_t zero = 0, c_stride = 256, a_stride = a_stride_;
+  // The products of `now` beside the epilogue of pending_.
+  template <int R, class Finish>
+  __attribute__((noinline)) void one_panel(const Pending& now) {
+    Finish finish(pending_, context_);
+    const int64_t between = 2 * segments_ * steps_ * ((now.vectors + 1) / 2);
+    const int64_t share = (pending_.rows() + between - 1) / between;
+    const int64_t early = share * Finish::kCost > kMostBetween ? 0 : share;
+    const int64_t late = 2 * share - early;
+    const int8_t* const b = args_.matrix.panels + now.column / 64 * header_.panel_bytes;
+    for (int64_t j = 0; j < now.vectors; j += 2) {
+      if (now.vectors - j >= 2) {
+        multiply<R, 2>(b + 64 * j, now, j, early, late, finish);
+      } else {
+        multiply<R, 1>(b + 64 * j, now, j, early, late, finish);
+      }
+    }
+    finish.run(kPairRows);
+  }
+
+  template <class Finish>
+  __attribute__((noinline)) void rest() {
+    Finish(pending_, context_).run(kPairRows);
+  }
+
+  template <class T>
+  struct Tag {
+    using Type = T;
+  };
+
+  // Calls `use` with the type of the epilogue of pending_.
+  template <class Use>
+  void with_finish(Use use) const {
+    if (!header_.stores_plain_bytes()) {
+      use(Tag<FinishAny>());
+    } else if (pending_.vectors > 2) {
+      with_bytes<4>(use);
+    } else if (pending_.vectors == 2) {
+      with_bytes<2>(use);
+    } else {
+      with_bytes<1>(use);
+    }
+  }
+
+  template <int V, class Use>
+  void with_bytes(Use use) const {
+    if (!header_.epilogue.has_residual) {
+      use(Tag<FinishBytes<V, Residual::kNone>>());
+    } else if (args_.residual_signed) {
+      use(Tag<FinishBytes<V, Residual::kS8>>());
+    } else {
+      use(Tag<FinishBytes<V, Residual::kU8>>());
+    }
+  }
+
+  // Sums = a * b, for R tiles of rows and C * 16 columns from vector j on, R and C in {1, 2}, plus
+  // init where `finish` does not add it; between the products `early` rows are finished, behind
+  // them `late`.
+  template <int R, int C, class Finish>
+  inline __attribute__((always_inline)) void multiply(const int8_t* b, const Pending& now,
+                                                      int64_t j, int64_t early, int64_t late,
+                                                      Finish& finish) {
+    const int64_t a_stride = a_stride_, b_stride = 64 * now.vectors;
     const int64_t step_bytes = step_bytes_, b_step = step_bytes / 4 * b_stride;
-    Pending& before = pending_[next_ ^ 1];
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(init), "r"(zero) : "memory");
-    if (R == 2) __asm__ volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(init), "r"(zero) : "memory");
-    if (C == 2) {
-      __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm1" ::"r"(init), "r"(zero) : "memory");
-      if (R == 2)
-        __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm3" ::"r"(init), "r"(zero) : "memory");
+    if (header_.stores_plain_bytes()) {
+      start_at_zero();
+    } else {
+      start_at<R, C>(args_.matrix.init + now.column + 16 * j);
     }
     for (int64_t segment = 0; segment < segments_; ++segment) {
       const uint8_t* upper = a_[segment][0];
       const uint8_t* lower = a_[segment][1];
       for (int64_t step = 0; step < steps_; ++step) {
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(b_stride) : "memory");
-        if (R == 2) {
-          __asm__ volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(lower), "r"(a_stride) : "memory");
-        }
-        if (C == 2) {
-          __asm__ volatile("tileloadd 64(%0,%1,1), %%tmm7" ::"r"(b), "r"(b_stride) : "memory");
-        }
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(upper), "r"(a_stride) : "memory");
-        if (R == 2) __asm__ volatile("tdpbusd %%tmm6, %%tmm5, %%tmm2" ::: "memory");
-        if (R == 2 && C == 2) __asm__ volatile("tdpbusd %%tmm7, %%tmm5, %%tmm3" ::: "memory");
-        __asm__ volatile("tdpbusd %%tmm6, %%tmm4, %%tmm0" ::: "memory");
-        if (C == 2) __asm__ volatile("tdpbusd %%tmm7, %%tmm4, %%tmm1" ::: "memory");
+        QK_LOAD_TILE("(%0,%1,1), %%tmm4", upper, a_stride);
+        if (R == 2) QK_LOAD_TILE("(%0,%1,1), %%tmm5", lower, a_stride);
+        QK_LOAD_TILE("(%0,%1,1), %%tmm6", b, b_stride);
+        if (C == 2) QK_LOAD_TILE("64(%0,%1,1), %%tmm7", b, b_stride);
+        QK_MULTIPLY_TILES("%%tmm6, %%tmm4, %%tmm0");
+        if (R == 2) QK_MULTIPLY_TILES("%%tmm6, %%tmm5, %%tmm2");
+        finish.run(early);
+        if (C == 2) QK_MULTIPLY_TILES("%%tmm7, %%tmm4, %%tmm1");
+        if (R == 2 && C == 2) QK_MULTIPLY_TILES("%%tmm7, %%tmm5, %%tmm3");
         upper += step_bytes;
         lower += step_bytes;
         b += b_step;
-        before.run(slice_);
+        finish.run(late);
         fetch_ahead();
       }
     }
-    // The lower tile first: the rows that it repeats are overwritten with the same sums.
+    store<R, C>(now.sums + 16 * j);
+  }
+
+  static void start_at_zero() {
+    __asm__ volatile("tilezero %tmm0");
+    __asm__ volatile("tilezero %tmm1");
+    __asm__ volatile("tilezero %tmm2");
+    __asm__ volatile("tilezero %tmm3");
+  }
+
+  // All rows of a tile are the same 16 sums.
+  template <int R, int C>
+  static void start_at(const int32_t* init) {
+    const int64_t stride = 0;
+    QK_LOAD_TILE("(%0,%1,1), %%tmm0", init, stride);
+    if (R == 2) QK_LOAD_TILE("(%0,%1,1), %%tmm2", init, stride);
+    if (C == 2) QK_LOAD_TILE("64(%0,%1,1), %%tmm1", init, stride);
+    if (R == 2 && C == 2) QK_LOAD_TILE("64(%0,%1,1), %%tmm3", init, stride);
+  }
+
+  // The lower tile first: the rows that it repeats are overwritten with the same sums.
+  template <int R, int C>
+  inline __attribute__((always_inline)) void store(int32_t* c) const {
+    const int64_t stride = 256;
     if (R == 2) {
-      int32_t* half = c + (stretches_.height - halves_[1].skip) * 64;
-      __asm__ volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(half), "r"(c_stride) : "memory");
-      if (C == 2) {
-        __asm__ volatile("tilestored %%tmm3, 64(%0,%1,1)" ::"r"(half), "r"(c_stride) : "memory");
-      }
+      int32_t* const half = c + (stretches_.height - halves_[1].skip) * 64;
+      QK_STORE_TILE("%%tmm2, (%0,%1,1)", half, stride);
+      if (C == 2) QK_STORE_TILE("%%tmm3, 64(%0,%1,1)", half, stride);
     }
-    __asm__ volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
-    if (C == 2) {
-      __asm__ volatile("tilestored %%tmm1, 64(%0,%1,1)" ::"r"(c), "r"(c_stride) : "memory");
-    }
+    QK_STORE_TILE("%%tmm0, (%0,%1,1)", c, stride);
+    if (C == 2) QK_STORE_TILE("%%tmm1, 64(%0,%1,1)", c, stride);
   }
 
   // A step's share of the weights that the next call reads, on their way to L2.
@@ -358,69 +399,62 @@ class AmxRows {
     }
   }
 
-  // The stored rows follow each other, from half to half.
-  void wait_for_epilogue(int64_t column, int64_t columns, int64_t vectors) {
-    Pending& now = pending_[next_];
+  // The stored rows follow each other, from half to half; of each run_pitch rows only the first
+  // run_width are outputs.
+  void find_places(int64_t stored, Places& places) const {
     const int64_t first = halves_[0].first + halves_[0].skip;
-    now.store = select_store(header_, vectors, args_.residual_signed);
-    now.acc = sums_[next_] + halves_[0].skip * 64;
-    now.next = 0;
-    now.rows = stored_;
-    find_outputs(first, column, now);
-    if (args_.matrix.weight_zero_point != nullptr) {
-      for (int64_t i = 0; i < stored_; ++i) now.row_sums[i] = row_sum(first + i);
-    }
-    now.tile = {.matrix = &args_.matrix,
-                .first_column = column,
-                .columns = columns,
-                .row_sums = now.row_sums,
-                .out = now.out,
-                .residual = now.residual,
-                .residual_signed = args_.residual_signed,
-                .lookup = block_.lookup};
-    next_ ^= 1;
-  }
-
-  // Where the rows of a run that are outputs lie; the others keep what they have, unused.
-  void find_outputs_in_runs(int64_t first, int64_t column, Pending& now) const {
-    const int64_t width = args_.run_width, pitch = args_.run_pitch;
-    now.width = width;
-    now.pitch = pitch;
-    now.phase = first % pitch;
-    int64_t row = first / pitch * width + (now.phase < width ? now.phase : width);
-    for (int64_t i = 0, x = now.phase; i < stored_; ++i) {
-      if (x < width) {
-        now.out[i] =
-            static_cast<uint8_t*>(args_.out) + column * element_ + row * args_.out_row_stride;
-        if (args_.residual != nullptr) {
-          now.residual[i] = args_.residual + column + row * args_.residual_row_stride;
-        }
-        ++row;
-      }
-      if (++x == pitch) x = 0;
-    }
-  }
-
-  void find_outputs(int64_t first, int64_t column, Pending& now) const {
-    if (args_.run_pitch != 0) return find_outputs_in_runs(first, column, now);
-    uint8_t* out = static_cast<uint8_t*>(args_.out) + column * element_;
-    if (args_.out_row_offset == nullptr) {
-      out += first * args_.out_row_stride;
-      for (int64_t i = 0; i < kPairRows; ++i) now.out[i] = out + i * args_.out_row_stride;
+    if (args_.run_pitch == 0) {
+      fill(places.sums, halves_[0].skip, 1);
+      places.rows = stored;
+      find_outputs(first, places);
     } else {
-      for (int64_t i = 0; i < stored_; ++i) now.out[i] = out + args_.out_row_offset[first + i];
+      const int64_t width = args_.run_width, pitch = args_.run_pitch, phase = first % pitch;
+      places.rows = 0;
+      for (int64_t i = 0, x = phase; i < stored; ++i) {
+        if (x < width) places.sums[places.rows++] = halves_[0].skip + i;
+        if (++x == pitch) x = 0;
+      }
+      find_outputs(first / pitch * width + (phase < width ? phase : width), places);
+    }
+    if (args_.matrix.weight_zero_point != nullptr) {
+      for (int64_t i = 0; i < places.rows; ++i) {
+        places.row_sums[i] = row_sum(halves_[0].first + places.sums[i]);
+      }
+    }
+  }
+
+  // to[i] = from + i * step, numbers or addresses.
+  template <class T>
+  static void fill(T (&to)[kPairRows], int64_t from, int64_t step) {
+    __m512i now = _mm512_add_epi64(
+        _mm512_set1_epi64(from),
+        _mm512_mullo_epi64(_mm512_set1_epi64(step), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)));
+    for (int64_t i = 0; i < kPairRows; i += 8) {
+      _mm512_storeu_si512(to + i, now);
+      now = _mm512_add_epi64(now, _mm512_set1_epi64(8 * step));
+    }
+  }
+
+  // Of the outputs from row `first` on.
+  void find_outputs(int64_t first, Places& places) const {
+    auto* const out = static_cast<uint8_t*>(args_.out);
+    if (args_.out_row_offset != nullptr) {
+      for (int64_t i = 0; i < places.rows; ++i) {
+        places.out[i] = out + args_.out_row_offset[first + i];
+      }
+    } else {
+      fill(places.out, reinterpret_cast<int64_t>(out) + first * args_.out_row_stride,
+           args_.out_row_stride);
     }
     if (args_.residual == nullptr) return;
-    const uint8_t* residual = args_.residual + column;
-    if (args_.residual_row_offset == nullptr) {
-      residual += first * args_.residual_row_stride;
-      for (int64_t i = 0; i < kPairRows; ++i) {
-        now.residual[i] = residual + i * args_.residual_row_stride;
+    if (args_.residual_row_offset != nullptr) {
+      for (int64_t i = 0; i < places.rows; ++i) {
+        places.residual[i] = args_.residual + args_.residual_row_offset[first + i];
       }
     } else {
-      for (int64_t i = 0; i < stored_; ++i) {
-        now.residual[i] = residual + args_.residual_row_offset[first + i];
-      }
+      fill(places.residual,
+           reinterpret_cast<int64_t>(args_.residual) + first * args_.residual_row_stride,
+           args_.residual_row_stride);
     }
   }
 
@@ -431,18 +465,18 @@ class AmxRows {
   uint8_t* const buffer_;
   const bool in_place_;
   const int64_t row_bytes_;
-  const int64_t element_;
   const int64_t rows_;
   const Stretches stretches_;
+  const FinishContext context_;
   int64_t segments_ = 1, steps_, step_bytes_ = kTileBytes;
   Half halves_[2] = {};
   const uint8_t* a_[kMaxTileTaps][2] = {};
-  int64_t a_stride_ = 0, slice_ = 0;
-  int64_t stored_ = 0;
+  int64_t a_stride_ = 0;
   const int8_t* ahead_ = nullptr;
   int64_t ahead_step_ = 0, ahead_line_ = 64;
   int next_ = 0;
-  Pending pending_[2];
+  Pending pending_;
+  Places places_[2];
   alignas(64) int32_t sums_[2][kPairRows * 64];
 };
 

@@ -29,6 +29,7 @@ def hot_loops(pattern: re.Pattern, only: str = "") -> list[tuple[Function, list[
         pytest.param(STREAM, "fake_quant", id="fake_quant"),
         pytest.param(STREAM, "quantize", id="quantize"),
         pytest.param(STREAM, "norm_", id="batch norm"),
+        pytest.param(STREAM, "one_panel", id="amx epilogue"),
         pytest.param(STREAM, "add_avx", id="add"),
         pytest.param(STREAM, "mul_avx", id="mul"),
         pytest.param(LOOKUP, "lookup_avx512", id="lookup"),
