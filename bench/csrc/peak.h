@@ -2,19 +2,13 @@
 // independent sums in one asm block. Shared by the benches that report fractions of it.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 
+#include "bench/csrc/clock.h"
 #include "csrc/base/cpu.h"
 
 namespace qk {
 namespace {
-
-double now_ns() {
-  return static_cast<double>(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                 std::chrono::steady_clock::now().time_since_epoch())
-                                 .count());
-}
 
 #define SUMS12(one) \
   one(0) one(1) one(2) one(3) one(4) one(5) one(6) one(7) one(8) one(9) one(10) one(11)

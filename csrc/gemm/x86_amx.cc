@@ -31,8 +31,8 @@ namespace {
 #include "csrc/gemm/x86_amx_finish.h"
 
 // Behind a tile instruction of a step: where the other thread of the core is busy, two of them in a
-// row wait for each other. With seven micro-operations in between a step of 2 x 2 tiles takes 160
-// cycles instead of 260 there, and 63 either way on a core alone.
+// row wait for each other. With seven micro-operations in between a step of 2 x 2 tiles takes 170
+// cycles instead of 300 there, and 65 either way on a core alone (bench/csrc/bench_tiles.cc).
 #define QK_APART "\n\t.nops 8, 1"
 #define QK_LOAD_TILE(operands, from, stride) \
   __asm__ volatile("tileloadd " operands QK_APART ::"r"(from), "r"(stride) : "memory")
