@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import statistics
 import time
-from pathlib import Path
 
 import harness
 import torch
@@ -233,7 +232,7 @@ def cases(megabytes: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--json", type=harness.output_file, help="also write the results to this file")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 200], help="MiB of the larger tensor")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=15)
@@ -255,7 +254,7 @@ def main() -> None:
             )
     if options.json:
         facts = {"isa": qkernels._C.isa_active(), "torch": torch.__version__}
-        harness.write_json(Path(options.json), facts | {"results": results})
+        harness.write_json(options.json, facts | {"results": results})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import harness
 
@@ -15,7 +14,9 @@ CODE = "import time, torch; t = time.perf_counter(); import qkernels; print(time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--json", help="also write the result, with machine and commit, to this file")
+    parser.add_argument(
+        "--json", type=harness.output_file, help="also write the result, with machine and commit, to this file"
+    )
     options = parser.parse_args()
     runs = [
         subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
@@ -25,7 +26,7 @@ def main() -> None:
     result = {"import_s": {"median": statistics.median(seconds), "min": min(seconds), "runs": options.repeats}}
     print(json.dumps(result))
     if options.json:
-        harness.write_json(Path(options.json), result)
+        harness.write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import BENCH, ISA_CAPS, Worker, isa_environment, measure, read_shapes, serve, write_json
+from harness import BENCH, ISA_CAPS, Worker, isa_environment, measure, output_file, read_shapes, serve, write_json
 
 ENGINES = ("qkernels", "torch_fbgemm", "torch_x86", "torch_onednn", "ort")
 
@@ -270,7 +270,7 @@ def main() -> None:
         choices=["", *ISA_CAPS],
         help="limit every engine to this instruction set (ONNX Runtime, which cannot be limited, is left out)",
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -13,11 +13,10 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import commit, machine, write_json
+from harness import commit, machine, output_file, write_json
 from torch import nn
 
 import qkernels
@@ -114,7 +113,7 @@ def measure(model: str, engines: list[str], rounds: int, clock: Callable[[], flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     parser.add_argument("--model", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--engine", nargs="+", choices=sorted(ENGINES), default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=0, help="0: 60 for mnist, 8 for mobilenet_v2")

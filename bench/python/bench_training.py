@@ -16,7 +16,6 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import harness
 import torch
@@ -163,7 +162,7 @@ PARTS = {"memory": memory, "weights": weights, "torch": peers}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=harness.output_file)
     parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from qkernels.bench.harness import (  # noqa: E402
     serve,
     write_json,
 )
+from qkernels.cli import output_file  # noqa: E402
 
 __all__ = [
     "BENCH",
@@ -25,6 +26,7 @@ __all__ = [
     "isa_environment",
     "machine",
     "measure",
+    "output_file",
     "read_shapes",
     "serve",
     "write_json",

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ from torch import Tensor, nn
 
 from qkernels.core.files import write_atomically
 from qkernels.errors import CheckpointError, InvalidArgument, Unsupported
+from qkernels.ops.machine import active_isa
 from qkernels.ops.plan import NativePlan
-from qkernels.plan.profile import Profile, kernel_and_slice, take_profile
+from qkernels.plan.profile import (
+    Profile,
+    checked_runs,
+    island_step,
+    kernel_and_slice,
+    native_steps,
+    profile_of,
+    take_profile,
+)
 
 
 class Plan(nn.Module):
@@ -111,10 +121,16 @@ class PlanWithIslands(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         values = dict(zip(self._keys, bound(self._names, args, kwargs), strict=True))
-        for part, (inputs, outputs) in zip(self.parts, self._wiring, strict=True):
-            results = part(*(values[name] for name in inputs))
-            values.update(zip(outputs, results, strict=True))
+        for _ in self._run_parts(values):
+            pass
         return self.result(*(values[name] for name in self._result_inputs))
+
+    def _run_parts(self, values: dict[str, Any]) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
+        """Every part with its inputs, once it has run; `values` gets the outputs."""
+        for part, (inputs, outputs) in zip(self.parts, self._wiring, strict=True):
+            given = tuple(values[name] for name in inputs)
+            values.update(zip(outputs, part(*given), strict=True))
+            yield part, given
 
     def save(self, path: str | os.PathLike) -> None:
         """A file holds no code of torch: refused."""
@@ -124,13 +140,56 @@ class PlanWithIslands(nn.Module):
             "after loading"
         )
 
+    @torch.no_grad()
     def profile(self, *args: Tensor, runs: int = 20, **kwargs: Tensor) -> Profile:
-        """Profiles need a plan without islands: refused."""
-        raise Unsupported("plan.profile: this plan has float islands; profile its parts, plan.parts, one by one")
+        """As `Plan.profile`; what torch runs between two parts of the plan is one step, `torch`."""
+        checked_runs(runs)
+        steps, arena_bytes = [], 0
+        for part, inputs in self._run_parts(dict(zip(self._keys, bound(self._names, args, kwargs), strict=True))):
+            if isinstance(part, Plan):
+                more, more_bytes = native_steps(part._native, inputs, runs)
+                steps, arena_bytes = steps + more, arena_bytes + more_bytes
+            else:
+                steps.append(island_step(_operations(part), partial(part, *inputs), inputs, runs))
+        return profile_of(steps, partial(self, *args, **kwargs), runs, arena_bytes)
+
+    @torch.no_grad()
+    def describe(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
+        """As `Plan.describe`, for these inputs: it runs them once. What torch runs is a step of the kind `torch`."""
+        facts: dict[str, Any] = {"steps": [], "arena_bytes": 0, "packed_bytes": 0, "isa": active_isa()}
+        values = dict(zip(self._keys, bound(self._names, args, kwargs), strict=True))
+        for part, inputs in self._run_parts(values):
+            if isinstance(part, Plan):
+                more = part.describe(*inputs)
+                facts["steps"] += more["steps"]
+                facts["arena_bytes"] += more["arena_bytes"]
+                facts["packed_bytes"] += more["packed_bytes"]
+            else:
+                facts["steps"].append(_described_island(part, inputs))
+        return facts
 
     def extra_repr(self) -> str:
         lines = ["float islands, run by torch:", *(f"  {name}: {why}" for name, why in self.islands.items())]
         return "\n".join(lines)
+
+
+def _operations(island: nn.Module) -> str:
+    """The names of what torch runs."""
+    return ", ".join(node.name for node in island.graph.nodes if node.op.startswith("call_"))
+
+
+def _described_island(island: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    step = island_step(_operations(island), partial(island, *inputs), inputs, 1)
+    return {
+        "name": step.name,
+        "kind": step.kind,
+        "kernel": step.kernel,
+        "inputs": list(step.inputs),
+        "output": step.output,
+        "macs": 0,
+        "bytes": step.bytes,
+        "images": 0,
+    }
 
 
 def load_plan(path: str | os.PathLike) -> Plan:

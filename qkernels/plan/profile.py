@@ -4,10 +4,11 @@ import html
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,28 +121,56 @@ def kernel_and_slice(kernel: str, images: int) -> str:
 
 def take_profile(native: NativePlan, inputs: Sequence[Tensor], runs: int) -> Profile:
     """Medians of `runs` calls."""
+    checked_runs(runs)
+    steps, arena_bytes = native_steps(native, inputs, runs)
+    return profile_of(steps, lambda: native(inputs), runs, arena_bytes)
+
+
+def checked_runs(runs: int) -> int:
     if not isinstance(runs, int) or runs < 1:
         raise InvalidArgument(f"plan.profile: runs must be a positive integer, got {runs!r}")
+    return runs
+
+
+def native_steps(native: NativePlan, inputs: Sequence[Tensor], runs: int) -> tuple[list[StepTime], int]:
+    """The steps with the medians of `runs` calls, and the bytes of the arena."""
     facts = native.describe(inputs)
     for _ in range(_WARM_UP):
         native.profile(inputs)
     samples = [native.profile(inputs) for _ in range(runs)]
-    calls = [_seconds(native, inputs) for _ in range(runs)]
-    steps = tuple(
+    steps = [
         StepTime(
             s["name"], s["kind"], s["kernel"], tuple(s["inputs"]), s["output"], statistics.median(ns) / 1e3, s["macs"],
             s["bytes"], s["images"],
         )
         for s, ns in zip(facts["steps"], zip(*samples, strict=True), strict=True)
-    )  # fmt: skip
-    peak = peak_gmacs(active_isa(), torch.get_num_threads())
-    call = statistics.median(calls) * 1e6
-    return Profile(steps, call, peak, facts["isa"], torch.get_num_threads(), facts["arena_bytes"])
+    ]  # fmt: skip
+    return steps, facts["arena_bytes"]
 
 
-def _seconds(native: NativePlan, inputs: Sequence[Tensor]) -> float:
+def island_step(name: str, call: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], runs: int) -> StepTime:
+    """What torch runs, as one step: the median of `runs` calls; its multiplications are not counted."""
+    outputs = call()
+    microseconds = statistics.median(_seconds(call) for _ in range(runs)) * 1e6
+    moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
+    shown = tuple(map(shown_tensor, inputs))
+    return StepTime(name, "torch", "torch", shown, ", ".join(map(shown_tensor, outputs)), microseconds, 0, moved)
+
+
+def shown_tensor(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def profile_of(steps: Sequence[StepTime], call: Callable[[], Any], runs: int, arena_bytes: int) -> Profile:
+    """The profile of `steps`, of which `call` runs all."""
+    whole = statistics.median(_seconds(call) for _ in range(runs)) * 1e6
+    threads = torch.get_num_threads()
+    return Profile(tuple(steps), whole, peak_gmacs(active_isa(), threads), active_isa(), threads, arena_bytes)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    native(inputs)
+    call()
     return time.perf_counter() - start
 
 

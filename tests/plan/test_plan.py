@@ -380,8 +380,22 @@ def test_float_islands_run_in_torch_and_are_listed(tmp_path):
     assert torch.equal(copy.deepcopy(plan)(*example)[0], model(*example)[0])
     with pytest.raises(Unsupported, match=r"plan.save.*softmax"):
         plan.save(tmp_path / "plan")
-    with pytest.raises(Unsupported, match="islands"):
-        plan.profile(*example)
+    profile, facts = plan.profile(*example, runs=2), plan.describe(*example)
+    assert [(s.name, s.kind, s.inputs, s.output) for s in profile.steps] == [
+        (s["name"], s["kind"], tuple(s["inputs"]), s["output"]) for s in facts["steps"]
+    ]
+    islands = [s for s in profile.steps if s.kind == "torch"]
+    assert any("softmax" in s.name for s in islands)
+    assert all(s.microseconds > 0 and s.bytes > 0 for s in islands)
+    assert {"conv", "torch"} <= {s.kind for s in profile.steps}
+    assert profile.arena_bytes == facts["arena_bytes"] > 0
+    assert "softmax" in str(profile)
+    profile.save(tmp_path / "profile.html")
+    assert "softmax" in (tmp_path / "profile.html").read_text()
+    with pytest.raises(InvalidArgument, match="runs must be"):
+        plan.profile(*example, runs=0)
+    with pytest.raises(InvalidArgument, match="missing"):
+        plan.describe()
 
 
 class Embedded(nn.Module):
