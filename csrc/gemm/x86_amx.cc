@@ -65,12 +65,6 @@ struct alignas(64) TileConfig {
                       kTileRows, kTileRows, kTileRows, kTileRows};
 };
 
-// Rows of A of one tile, evenly spaced.
-struct TileRows {
-  const uint8_t* a;
-  int64_t stride;
-};
-
 // Copies rows of A; int8 becomes uint8.
 class RowCopier {
  public:
