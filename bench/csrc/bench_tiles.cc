@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bench/csrc/clock.h"
+#include "bench/csrc/tiles.h"
 #include "csrc/base/cpu.h"
 
 namespace {
@@ -71,11 +72,7 @@ const Case kCases[] = {
 };
 
 void configure() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
+  const qk::WholeTiles config;
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 

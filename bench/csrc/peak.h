@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "bench/csrc/clock.h"
+#include "bench/csrc/tiles.h"
 #include "csrc/base/cpu.h"
 
 namespace qk {
@@ -43,11 +44,7 @@ void ymm_dots() { PEAK_LOOP(YMM_DOT); }
 void ymm_steps() { PEAK_LOOP(YMM_STEP); }
 
 void tile_dots() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
+  const WholeTiles config;
   long n = kLoops;
   __asm__ volatile("ldtilecfg %1\n\t1:\n\t" TILE_DOTS "dec %0\n\tjne 1b\n\ttilerelease"
                    : "+r"(n)

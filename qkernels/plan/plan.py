@@ -155,7 +155,7 @@ class PlanWithIslands(nn.Module):
 
     @torch.no_grad()
     def describe(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
-        """As `Plan.describe`, for these inputs: it runs them once. What torch runs is a step of the kind `torch`."""
+        """As `Plan.describe`, for these inputs, which it runs. What torch runs is a step of the kind `torch`."""
         facts: dict[str, Any] = {"steps": [], "arena_bytes": 0, "packed_bytes": 0, "isa": active_isa()}
         values = dict(zip(self._keys, bound(self._names, args, kwargs), strict=True))
         for part, inputs in self._run_parts(values):
