@@ -128,6 +128,17 @@ def decide_cuda() -> tuple[Cuda | None, str]:
     return cuda, f"{why}; toolkit {cuda.version} in {home}; {names}"
 
 
+def too_new_for_driver(cuda: Cuda) -> str:
+    """What may go wrong with a toolkit of a later major version than torch's CUDA, or nothing."""
+    ours, theirs = cuda.version, torch.version.cuda
+    if theirs is None or int(ours.split(".")[0]) <= int(theirs.split(".")[0]):
+        return ""
+    return (
+        f"the CUDA {ours} runtime is linked statically and needs a driver for it, which one that serves this torch "
+        f"(CUDA {theirs}) may not be; CUDA_HOME chooses another toolkit"
+    )
+
+
 def dependencies(makefile_rule: str) -> list[str]:
     """The files that a rule of the form `target: file file ...` names, as `nvcc -MD` writes it."""
     _, _, names = makefile_rule.replace("\\\n", " ").partition(": ")
@@ -227,6 +238,8 @@ def make_extension(cuda: Cuda | None) -> Extension:
         language="c++",
         include_dirs=[str(ROOT)],
         define_macros=macros,
+        # What setuptools does not know to be read: without ninja it compares these with what is built.
+        depends=files("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cu", "csrc/**/*.cuh", "python/**/*.h"),
         # Warnings of other people's headers are not ours: -isystem.
         extra_compile_args=[*cxx_flags(), *(f"-isystem{path}" for path in system_includes)],
         library_dirs=library_dirs,
@@ -242,6 +255,8 @@ def make_extension(cuda: Cuda | None) -> Extension:
 def main() -> None:
     cuda, reason = decide_cuda()
     print(f"qkernels: building {'with CUDA' if cuda else 'for the CPU only'} ({reason})", flush=True)
+    if cuda and (caution := too_new_for_driver(cuda)):
+        print(f"qkernels: {caution}", flush=True)
     BuildQKernels.cuda = cuda
     setup(ext_modules=[make_extension(cuda)], cmdclass={"build_ext": BuildQKernels})
 

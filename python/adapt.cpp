@@ -2,6 +2,33 @@
 
 namespace qk::seam {
 
+std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return "torch.bool";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
 std::string device_text(const Tensor& t) {
   if (t.is_cpu()) return "the CPU";
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
@@ -36,10 +63,10 @@ GridView check_grid(const char* op, const Tensor& x, const Tensor& scale, const 
   const int64_t channels = axis.has_value() ? x.size(*axis) : 1;
   check_device(op, "scale", scale, x);
   check_device(op, "zero_point", zero_point, x);
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32, got ",
-                  dtype_text(scale.scalar_type()));
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op,
+                  ": scale must be torch.float32, got ", dtype_text(scale.scalar_type()));
   STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Int, op,
-                  ": zero_point must be int32, got ", dtype_text(zero_point.scalar_type()));
+                  ": zero_point must be torch.int32, got ", dtype_text(zero_point.scalar_type()));
   STD_TORCH_CHECK(scale.numel() == channels, op, ": scale must have ", channels,
                   axis.has_value() ? " elements (one a channel)" : " element (per tensor)",
                   ", got shape ", shape_text(scale));

@@ -6,11 +6,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "csrc/base/parallel.h"
 
@@ -18,10 +22,58 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
+// Torch's macro puts the C++ function, file and line before the message, which is for users of
+// Python and names the op and the argument.
+#undef STD_TORCH_CHECK
+#define STD_TORCH_CHECK(condition, ...)                              \
+  if (!(condition)) [[unlikely]] {                                   \
+    throw std::runtime_error(::qk::seam::message_text(__VA_ARGS__)); \
+  }
+
 namespace qk::seam {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <typename... Parts>
+std::string message_text(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// The name of an op as a template argument, from what stands in TORCH_BOX.
+template <size_t kSize>
+struct OpName {
+  consteval OpName(const char (&function)[kSize]) {
+    std::copy(function + (function[0] == '&'), function + kSize, text);
+  }
+  char text[kSize] = {};
+};
+
+// None comes through a schema's `Tensor` as an undefined one, of which torch says nothing useful.
+inline void check_defined(const char* op, int position, const Tensor& t) {
+  STD_TORCH_CHECK(t.defined(), op, ": argument ", position, " must be a tensor, got None");
+}
+template <typename T>
+void check_defined(const char*, int, const T&) {}
+
+template <OpName op, auto function>
+struct Boxed;
+
+template <OpName op, typename Result, typename... Parameters, Result (*function)(Parameters...)>
+struct Boxed<op, function> {
+  static Result call(Parameters... arguments) {
+    int position = 0;
+    (check_defined(op.text, ++position, arguments), ...);
+    return function(std::forward<Parameters>(arguments)...);
+  }
+  static constexpr auto kFunction = TORCH_BOX(&call);
+};
+
+// A function named as its op.
+#undef TORCH_BOX
+#define TORCH_BOX(function) (::qk::seam::Boxed<#function, function>::kFunction)
 
 // Whether this process was forked from one with several threads: the threads of torch's pool stayed
 // behind in that one, and the first call that waited for them would wait for ever.
@@ -44,7 +96,8 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
-inline const char* dtype_text(ScalarType type) { return torch::headeronly::toString(type); }
+// As Python shows it: "torch.uint8".
+std::string dtype_text(ScalarType type);
 
 // "the CPU", "cuda:0".
 std::string device_text(const Tensor& t);

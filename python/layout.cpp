@@ -203,14 +203,15 @@ FloatType check_float_type(const char* op, const char* name, const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
-      ": ", name, " must be float32, bfloat16 or float16, got ", dtype_text(type));
+      ": ", name, " must be torch.float32, torch.bfloat16 or torch.float16, got ",
+      dtype_text(type));
   if (type == ScalarType::Float) return FloatType::kFloat32;
   return type == ScalarType::Half ? FloatType::kFloat16 : FloatType::kBFloat16;
 }
 
 bool check_code_type(const char* op, const char* name, ScalarType type) {
   STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Char, op, ": ", name,
-                  " must be uint8 or int8, got ", dtype_text(type));
+                  " must be torch.uint8 or torch.int8, got ", dtype_text(type));
   return type == ScalarType::Char;
 }
 

@@ -3,6 +3,8 @@
 `prepare`, `calibrating`, `convert`, `verify`, `save` and `load` are the main verbs; `qkernels.ops` holds the kernels.
 """
 
+import sys
+
 import torch  # noqa: F401  (loads the libraries that the compiled part links to)
 
 try:
@@ -14,8 +16,12 @@ except ModuleNotFoundError as error:
         "qkernels was imported from a source tree without its compiled part. Build it with "
         "`pip install --no-build-isolation .` or, in place, `python setup.py build_ext --inplace`."
     ) from error
+except ImportError as error:
+    if sys.argv[:1] == ["-m"] and "QKERNELS_ISA" in str(error):  # `python -m qkernels`: a line, no traceback
+        sys.exit(f"qkernels: {error}")
+    raise
 
-from qkernels import nn, ops
+from qkernels import errors, nn, ops, testing
 from qkernels.core.convert import convert
 from qkernels.core.exact import exact
 from qkernels.core.phases import calibrate, calibrating, non_finite_counts
@@ -54,6 +60,7 @@ __all__ = [
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    "errors",
     "exact",
     "freeze",
     "freeze_bn",
@@ -68,6 +75,7 @@ __all__ = [
     "prepare_qat",
     "reestimate_bn",
     "save",
+    "testing",
     "unfreeze_bn",
     "verify",
 ]

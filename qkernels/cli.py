@@ -72,11 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--isa",
         default="",
         choices=["", *ISAS[1:]],
-        help="limit every engine to this instruction set (ONNX Runtime, which cannot be limited, is left out)",
+        help="limit every engine to this instruction set (ONNX Runtime, which cannot be limited, is left out; scalar "
+        "is no choice, as no other engine can be limited to it)",
     )
     command.add_argument("--json", type=output_file, help="also write the numbers there")
     command.add_argument("--plot", type=output_file, help="also draw them there (needs matplotlib)")
-    command.add_argument("--show", help="measure nothing: print (and draw) what --json wrote to this file")
+    command.add_argument(
+        "--show", type=existing_file, help="measure nothing: print (and draw) what --json wrote to this file"
+    )
     command.set_defaults(run=_bench)
 
     options = parser.parse_args(arguments)
@@ -104,6 +107,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return number
+
+
+def existing_file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"must be a file that exists, got {text!r}")
+    return path
 
 
 def output_file(text: str) -> Path:

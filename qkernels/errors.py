@@ -1,7 +1,9 @@
 """What qkernels raises. Every class is also a built-in error, so that `except ValueError` keeps working."""
 
 import difflib
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class QKernelsError(Exception):
@@ -39,3 +41,26 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     return f"; there are {sorted(known)}" if len(known) <= 20 else ""
+
+
+# --- checks of plain values; `what` names the verb and the argument ---------------------------------------------------
+
+
+def integer(what: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int, if it is an integer of any library."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InvalidType(f"{what} must be an integer, got {value!r}")
+    if least is not None and number < least:
+        raise InvalidArgument(f"{what} must be at least {least}, got {number}")
+    return number
+
+
+def boolean(what: str, value: Any) -> bool:
+    """Refuses what is only true or false in a condition: "no" would be True."""
+    if not isinstance(value, bool):
+        raise InvalidType(f"{what} must be True or False, got {value!r}")
+    return value

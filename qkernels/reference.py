@@ -524,7 +524,7 @@ def linear(
 def quantize_rows(
     x: Tensor, qmin: int, qmax: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = torch.cat([x.float(), torch.zeros(*x.shape[:-1], 1)], dim=-1)  # zero is on every grid
+    rows = torch.cat([x.float(), torch.zeros(*x.shape[:-1], 1, dtype=torch.float32)], dim=-1)  # zero is on every grid
     low, high = rows.amin(dim=-1) + 0.0, rows.amax(dim=-1) + 0.0
     scale = torch.maximum(-low, high) / ((qmax - qmin) * 0.5) if symmetric else (high - low) / (qmax - qmin)
     scale = torch.where(scale > 0, scale.clamp(2.0**-60, 2.0**50), torch.ones_like(scale))
@@ -551,7 +551,7 @@ def linear_rows(
     centered = input.double() - row_zero_point.unsqueeze(-1)
     sums = centered @ (weight.double() - zero_points.double().reshape(-1, 1)).T
     value = sums.float() * (row_scale.unsqueeze(-1) * weight_scale.expand(len(weight)))
-    return (value + (torch.zeros(1) if bias is None else bias)).to(dtype)
+    return (value + (torch.zeros(1, dtype=torch.float32) if bias is None else bias)).to(dtype)
 
 
 # -- convolution -------------------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_an_unknown_command_is_an_error(capsys):
         (["demo", "--root", "/nowhere"], "demo: error: data: no fashion-mnist idx files in /nowhere"),
         (["demo", "--out", "/nowhere/x.png"], "--out: must lie in a folder that can be written to"),
         (["demo", "--json", "/dev/null"], "--json: must be a file"),
+        (["bench", "--show", "/nowhere/x.json"], "--show: must be a file that exists, got '/nowhere/x.json'"),
     ],
 )
 def test_bad_arguments_are_one_line_and_nothing_is_measured(arguments, message, capsys):

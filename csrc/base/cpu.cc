@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -108,12 +109,22 @@ struct Environment {
   const char* invalid = nullptr;
 };
 
+// In small letters and without blanks around it, as shells and configuration files may give it.
+std::string plain_name(const char* value) {
+  std::string name(value);
+  constexpr const char* kBlanks = " \t\r\n";
+  name.erase(name.find_last_not_of(kBlanks) + 1);
+  name.erase(0, name.find_first_not_of(kBlanks));
+  for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  return name;
+}
+
 Environment read_environment() {
   Environment environment;
-  const char* name = std::getenv("QKERNELS_ISA");
-  if (name != nullptr && *name != '\0' && !parse_isa(name, &environment.cap)) {
-    environment.invalid = name;
-  }
+  const char* value = std::getenv("QKERNELS_ISA");
+  if (value == nullptr) return environment;
+  const std::string name = plain_name(value);
+  if (!name.empty() && !parse_isa(name.c_str(), &environment.cap)) environment.invalid = value;
   return environment;
 }
 

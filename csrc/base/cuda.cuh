@@ -208,14 +208,19 @@ QK_DEVICE uint4 load_16_shared_by_blocks(const void* from) {
 }
 QK_DEVICE void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
 
-// Starts a kernel; it may use more than the default 48 KiB of shared memory.
+// Lets a kernel use more than the default 48 KiB of shared memory.
+template <typename... Parameters>
+cudaError_t allow_shared_memory(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= (48 << 10)) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
-  if (shared_bytes > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared_memory(kernel, shared_bytes); error != cudaSuccess) {
+    return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -281,6 +286,11 @@ void store_vector(T* to, const Vector<T, kCount>& v) {
 inline uint4 load_16_once(const void* from) { return simt::global_load<uint4>(from); }
 inline uint4 load_16_shared_by_blocks(const void* from) { return simt::global_load<uint4>(from); }
 inline void store_16(void* to, uint4 v) { simt::global_store(to, v); }
+
+template <typename... Parameters>
+cudaError_t allow_shared_memory(void (*)(Parameters...), size_t) {
+  return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -32,7 +32,7 @@ using TensorMap = CUtensorMap;
 
 // A matrix of bytes of which boxes of kBoxBytes by `box_rows` are copied; what lies outside is
 // zero. `matrix` and `row_bytes` are multiples of 16. The function of the driver is looked up at
-// run time: nothing is linked to libcuda.
+// run time: nothing is linked to libcuda. The calling thread must have a current context.
 inline cudaError_t make_tensor_map(TensorMap* map, const void* matrix, int64_t depth, int64_t rows,
                                    int64_t row_bytes, int box_rows) {
   void* encode = nullptr;

@@ -83,6 +83,19 @@ int64_t parts_bytes(const ConvShape& shape) {
   return end;
 }
 
+int64_t fingerprint_of(const ConvShape& s) {
+  uint64_t geometry = 0;  // and stays so for one tap: a linear layer
+  const auto add = [&geometry](int64_t number) {
+    geometry = geometry * 1000003 + static_cast<uint64_t>(number);
+  };
+  for (int d = 0; d < kConvDims; ++d) {
+    add(s.kernel[d] - 1), add(s.stride[d] - 1), add(s.dilation[d] - 1);
+    add(s.pad_lo[d]), add(s.pad_hi[d]);
+  }
+  add(s.groups - 1), add(s.transposed), add(static_cast<int64_t>(s.padding_mode));
+  return cuda_fingerprint(s.out_channels, s.in_per_group(), geometry);
+}
+
 }  // namespace
 
 ConvCudaPart conv_cuda_part(const ConvShape& shape, int64_t index, int64_t offset) {
@@ -112,7 +125,7 @@ CudaPackedFacts conv_cuda_facts(const ConvSource& source) {
 }
 
 int64_t packed_conv_cuda_bytes(const ConvShape& shape, const CudaPackedFacts& facts) {
-  return parts_bytes(shape) + facts.code();
+  return cuda_packed_length(parts_bytes(shape), fingerprint_of(shape), facts);
 }
 
 Status pack_conv_cuda(const ConvSource& source, void* dst) {
@@ -129,8 +142,8 @@ Status pack_conv_cuda(const ConvSource& source, void* dst) {
   return Status::kOk;
 }
 
-Status read_conv_cuda_facts(int64_t bytes, const ConvShape& shape, CudaPackedFacts* facts) {
-  return facts_of_code(bytes - parts_bytes(shape), facts);
+Status read_conv_cuda_facts(int64_t length, const ConvShape& shape, CudaPackedFacts* facts) {
+  return facts_of_length(length, parts_bytes(shape), fingerprint_of(shape), facts);
 }
 
 }  // namespace qk

@@ -4,8 +4,8 @@
 // Layout: row [tap][depth]. Usually depth is the channels of a group and taps are all of the
 //   phase's; where the channels do not fill chunks and a row of the window is contiguous in memory
 //   (a "run", as for a 3-channel stem), depth is a whole row of the window. Depthwise: [tap][output
-//   channel] instead of rows. At the very end 0 to 63 bytes whose number is the code of
-//   CudaPackedFacts.
+//   channel] instead of rows. The length ends as a GEMM's, its fingerprint being of the geometry
+//   too.
 // Memory: made on the host, then copied to the device as it is.
 #pragma once
 
@@ -36,7 +36,7 @@ int64_t packed_conv_cuda_bytes(const ConvShape& shape, const CudaPackedFacts& fa
 CudaPackedFacts conv_cuda_facts(const ConvSource& source);
 // kKTooLarge and kBadScale as pack_conv.
 Status pack_conv_cuda(const ConvSource& source, void* dst);
-// kBadShape if `bytes` is not the length of the parts of this shape.
-Status read_conv_cuda_facts(int64_t bytes, const ConvShape& shape, CudaPackedFacts* facts);
+// kBadShape if `length` is not that of the parts of this shape.
+Status read_conv_cuda_facts(int64_t length, const ConvShape& shape, CudaPackedFacts* facts);
 
 }  // namespace qk

@@ -90,8 +90,8 @@ cudaError_t cuda_machine(CudaMachine* machine) {
 }
 
 CudaGemmPlan plan_linear_cuda(const LinearCudaArgs& args, const CudaMachine& machine) {
-  // Rows that overlap or lie too far apart are not for the TMA.
-  if (machine.wgmma && machine.capability == 90 && args.rows >= kCudaWgmmaRows &&
+  // Rows that are empty, overlap or lie too far apart are not for the TMA.
+  if (machine.wgmma && machine.capability == 90 && args.rows >= kCudaWgmmaRows && args.depth > 0 &&
       !is_general(args) && args.input_row_stride >= args.depth &&
       args.input_row_stride < int64_t{1} << 40) {
     return {.tile = kCudaWgmmaTile, .wgmma_blocks = machine.multiprocessors};

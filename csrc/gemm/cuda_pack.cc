@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "csrc/base/integers.h"
+
 namespace qk {
 
 CudaPackedLayout cuda_packed_layout(int64_t n, int64_t taps, int64_t depth) {
@@ -9,7 +11,7 @@ CudaPackedLayout cuda_packed_layout(int64_t n, int64_t taps, int64_t depth) {
   int64_t at = 0;
   const auto reserve = [&at](int64_t bytes) {
     const int64_t begin = at;
-    at += (bytes + kPackedAlign - 1) / kPackedAlign * kPackedAlign;
+    at += align_up(bytes, kPackedAlign);
     return begin;
   };
   reserve(sizeof(Epilogue));
@@ -32,8 +34,13 @@ CudaPackedFacts cuda_packed_facts(const PackSource& source) {
           .residual = source.epilogue.has_residual != 0};
 }
 
+int64_t cuda_packed_length(int64_t bytes, int64_t fingerprint, const CudaPackedFacts& facts) {
+  return align_up(bytes, kCudaPage) + fingerprint * kPackedAlign + facts.code();
+}
+
 int64_t packed_cuda_bytes(int64_t n, int64_t taps, int64_t depth, const CudaPackedFacts& facts) {
-  return cuda_packed_layout(n, taps, depth).bytes + facts.code();
+  return cuda_packed_length(cuda_packed_layout(n, taps, depth).bytes, cuda_fingerprint(n, depth, 0),
+                            facts);
 }
 
 Status pack_igemm_cuda(const PackSource& source, void* dst) {
@@ -66,7 +73,8 @@ Status pack_igemm_cuda(const PackSource& source, void* dst) {
   return Status::kOk;
 }
 
-Status facts_of_code(int64_t code, CudaPackedFacts* facts) {
+Status facts_of_length(int64_t length, int64_t bytes, int64_t fingerprint, CudaPackedFacts* facts) {
+  const int64_t code = length - cuda_packed_length(bytes, fingerprint, {});
   if (code < 0 || code >= kPackedAlign || (code & 7) > static_cast<int64_t>(OutputType::kF16)) {
     return Status::kBadShape;
   }
@@ -77,9 +85,10 @@ Status facts_of_code(int64_t code, CudaPackedFacts* facts) {
   return Status::kOk;
 }
 
-Status read_cuda_facts(int64_t bytes, int64_t n, int64_t taps, int64_t depth,
+Status read_cuda_facts(int64_t length, int64_t n, int64_t taps, int64_t depth,
                        CudaPackedFacts* facts) {
-  return facts_of_code(bytes - cuda_packed_layout(n, taps, depth).bytes, facts);
+  return facts_of_length(length, cuda_packed_layout(n, taps, depth).bytes,
+                         cuda_fingerprint(n, depth, 0), facts);
 }
 
 }  // namespace qk

@@ -144,16 +144,20 @@ __global__ void __launch_bounds__(T::kBlockThreads, 1)
 cudaError_t launch_linear_wgmma(const IgemmCudaArgs& args, const RowSource& source,
                                 bool input_signed, int blocks, cudaStream_t stream) {
   using T = WgmmaTile;
+  const auto kernel = input_signed ? wgmma_kernel<T, true> : wgmma_kernel<T, false>;
   TensorMap a, w;
-  cudaError_t error =
-      make_tensor_map(&a, source.input, source.depth, args.m, source.row_stride, T::kRows);
+  // Before the maps: the driver makes them in the context of this thread, which has none before its
+  // first call of the runtime.
+  cudaError_t error = allow_shared_memory(kernel, kSharedBytes);
+  if (error == cudaSuccess) {
+    error = make_tensor_map(&a, source.input, source.depth, args.m, source.row_stride, T::kRows);
+  }
   if (error == cudaSuccess) {
     error = make_tensor_map(&w, args.weight, args.k, args.n, args.k, T::kColumns);
   }
   if (error != cudaSuccess) return error;
   const int64_t tiles = int64_t{args.tiles_m} * args.tiles_n;
-  return launch(input_signed ? wgmma_kernel<T, true> : wgmma_kernel<T, false>,
-                static_cast<unsigned>(tiles < blocks ? tiles : blocks), T::kBlockThreads,
+  return launch(kernel, static_cast<unsigned>(tiles < blocks ? tiles : blocks), T::kBlockThreads,
                 kSharedBytes, stream, args, a, w);
 }
 

@@ -3,8 +3,8 @@
 //   std::unique_ptr<Plan> plan;
 //   Error error = Plan::load(bytes, size, &plan);           // a saved plan, see format.h
 //   const InputLayout image = contiguous_input({1, 3, 224, 224});
-//   error = plan->outputs({image}, threads, &specs);        // what comes out, and how it is laid
-//   out error = plan->run({image}, inputs, outputs, threads);   // addresses in, nothing allocated
+//   error = plan->outputs({image}, threads, &specs);        // sizes and strides of what comes out
+//   error = plan->run({image}, inputs, outputs, threads);   // addresses in, nothing allocated
 //
 // Threads: a Plan is immutable after load; any number of threads may call it at once. Each running
 //   call has an arena of its own from a small pool. No locks: a process may fork at any time. The

@@ -75,9 +75,9 @@ struct ChannelRows {
   int64_t blocks, width;  // of columns
   int64_t chunk, chunks;  // of rows
 
-  ChannelRows(const GridLayout& grid, int64_t task_elements)
-      : grid(grid), channels(grid.strided.inner()), rows(grid.strided.rows()) {
-    const StridedLayout<2>& in = grid.strided;
+  ChannelRows(const GridLayout& layout, int64_t task_elements)
+      : grid(layout), channels(layout.strided.inner()), rows(layout.strided.rows()) {
+    const StridedLayout<2>& in = layout.strided;
     const bool dense = in.dims == 1 ||
                        (in.dims == 2 && in.stride[0][0] == channels && in.stride[1][0] == channels);
     fold = dense && channels <= kGridBlock / 2 ? kGridBlock / channels : 1;

@@ -37,10 +37,14 @@ Tensor to_device_of(const Tensor& like, const Tensor& t) {
 }
 
 CudaMachine check_machine(const char* op) {
+  // Read once: at every launch it would race with whoever changes the environment.
+  static const bool wgmma = [] {
+    const char* asked = std::getenv("QKERNELS_WGMMA");
+    return asked != nullptr && std::strcmp(asked, "1") == 0;
+  }();
   CudaMachine machine;
   check_launch(op, cuda_machine(&machine));
-  const char* asked = std::getenv("QKERNELS_WGMMA");
-  machine.wgmma = asked != nullptr && std::strcmp(asked, "1") == 0;
+  machine.wgmma = wgmma;
   constexpr int least = least_cuda_capability(QK_CUDA_ARCHS);
   STD_TORCH_CHECK(machine.capability >= least, op, ": needs a GPU of compute capability ",
                   least / 10, ".", least % 10, " or newer (built for ", QK_CUDA_ARCHS, "), got ",

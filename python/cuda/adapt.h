@@ -47,8 +47,8 @@ Tensor to_cpu(const Tensor& t);
 OptionalTensor to_cpu(const OptionalTensor& t);
 Tensor to_device_of(const Tensor& like, const Tensor& t);
 
-// The current device; an error if it is too old for the kernels. QKERNELS_WGMMA=1 asks for those of
-// sm_90a.
+// The current device; an error if it is too old for the kernels. QKERNELS_WGMMA=1, at the first
+// call of the process, asks for those of sm_90a.
 CudaMachine check_machine(const char* op);
 // Few enough blocks for one launch of a linear layer.
 void check_launch_size(const char* op, int64_t rows, int64_t out_features);

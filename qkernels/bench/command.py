@@ -71,7 +71,7 @@ def run(
     return int(any("error" in row[name] for row in results.values() for name in row if not ENGINES[name].peer))
 
 
-def show(json_path: str, plot_path: str | os.PathLike | None = None) -> int:
+def show(json_path: str | os.PathLike, plot_path: str | os.PathLike | None = None) -> int:
     """Prints and draws a run that was written before, on this machine or another."""
     try:
         saved = json.loads(Path(json_path).read_text())

@@ -114,7 +114,7 @@ class _Problem:
             v = start_of(self.position - self.below).requires_grad_()
             optimizer = torch.optim.Adam([v], lr=options.learning_rate)
             for step in range(options.steps):
-                chosen = torch.randint(count, (min(options.batch, count),), generator=generator)
+                chosen = torch.randint(count, (min(options.batch, count),), generator=generator, device="cpu")
                 up = rectified_sigmoid(v)
                 output = self.output(self.on_grid(self.below + up), self.inputs[chosen])
                 loss = (output - self.expected[chosen]).square().sum(channel).mean()

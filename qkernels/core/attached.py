@@ -188,7 +188,7 @@ def freeze(quantizer: Quantizer, grid: Grid) -> None:
         grid = replace(grid, per_channel=quantizer.spec.per_channel)
     quantizer.set_qparams(grid.qparams(quantizer.is_weight, quantizer.spec))
     for seen, end in zip((quantizer.observer.low, quantizer.observer.high), grid.ends(), strict=True):
-        seen.copy_(torch.tensor(end))
+        seen.copy_(torch.tensor(end, dtype=torch.float32, device="cpu"))
     quantizer.state = State.FROZEN
 
 

@@ -24,11 +24,13 @@ from qkernels.core.fusion import clamp_of, is_fused
 from qkernels.core.graph import NetworkGraph
 from qkernels.core.layers import Prepared
 from qkernels.core.lowering import Clamp, LoweringUnit, lower
+from qkernels.core.norm import as_torch_norm
 from qkernels.core.operations import Operation
 from qkernels.core.peephole import merge_layers
 from qkernels.core.placed import Leave
 from qkernels.core.placement import unit_of
-from qkernels.core.prepare import PreparedModel
+from qkernels.core.plain import compute_formulas
+from qkernels.core.prepare import PreparedModel, prepared_layers
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.registry import is_layer, layer_class
@@ -54,19 +56,29 @@ def convert(prepared: nn.Module) -> nn.Module:
     Raises:
         InvalidArgument: the model does not come from `prepare`, or is converted already.
         InvalidState: it was not calibrated.
+        CalibrationError: a weight or a bias holds NaN or an infinity.
     """
+    if isinstance(prepared, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        prepared = prepared.module
     expect_calibrated("convert", prepared)
+    compute_formulas(prepared)
+    for layer in prepared_layers(prepared):
+        layer.check_finite()
     parts = {path: m for path, m in prepared.named_modules() if isinstance(m, PreparedModel)}
-    converted = {id(part): _Converter(part, path).build() for path, part in parts.items()}
+    copies: dict[int, Any] = {}  # one for all: what is shared stays shared
+    converted = {id(part): _Converter(part, path, copies).build() for path, part in parts.items()}
     # The memo puts each converted part in the place of its prepared one.
-    return copy.deepcopy(prepared, dict(converted)).eval()
+    model = copy.deepcopy(prepared, copies | converted).eval()
+    for module in model.modules():
+        as_torch_norm(module)
+    return model
 
 
 class _Converter:
     """Builds the converted graph node by node. A prepared value has up to two forms in it, float and integer."""
 
-    def __init__(self, prepared: PreparedModel, prefix: str):
-        self.prepared, self.prefix = prepared, prefix
+    def __init__(self, prepared: PreparedModel, prefix: str, copies: dict[int, Any]):
+        self.prepared, self.prefix, self.copies = prepared, prefix, copies
         self.modules = g.modules_of(prepared)
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
@@ -150,7 +162,7 @@ class _Converter:
         if node.op == "call_module":
             self.root[node.target] = self._float_module(self.modules[node.target])
         elif node.op == "get_attr":
-            self.root[node.target] = _attribute(self.prepared, node.target)
+            self.root[node.target] = copy.deepcopy(_attribute(self.prepared, node.target), self.copies)
         elif node.target is getattr and node.args[1] == "dtype" and node.args[0] in self.codes:
             return node.args[0].meta["value"].dtype
         if o.reads_shape_only(node):
@@ -173,7 +185,7 @@ class _Converter:
 
     def _float_module(self, module: nn.Module) -> nn.Module:
         if not isinstance(module, Prepared):
-            return copy.deepcopy(module)
+            return copy.deepcopy(module, self.copies)
         return module.as_float()  # it reads a float tensor
 
     # -- nodes on codes
@@ -216,7 +228,7 @@ class _Converter:
         if o.is_contiguous_call(node):
             return self.codes[node.args[0]]  # layout is the layers' own business
         if node.op == "call_module":
-            self.root[node.target] = copy.deepcopy(self.modules[node.target])
+            self.root[node.target] = copy.deepcopy(self.modules[node.target], self.copies)
         return self.graph.node_copy(node, self._either)
 
     def _pad(self, node: fx.Node, op: Operation, grid: QParams) -> fx.Node:

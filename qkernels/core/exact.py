@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import nn
 
 from qkernels.core.convert import convert
@@ -20,7 +21,8 @@ class ReferenceLayer(nn.Module):
         self.layer = layer
 
     def forward(self, *args, **kwargs):
-        y = self.layer.reference_forward(*args, **kwargs)
+        with torch.device("cpu"):  # where the reference makes its constants, whatever torch's default is
+            y = self.layer.reference_forward(*args, **kwargs)
         # Where the kernels put it: a float operation after the layer may sum in memory order.
         memory = self.layer.output_memory(y, *args, **kwargs)
         return y if y.stride() == memory.stride() else memory.copy_(y)

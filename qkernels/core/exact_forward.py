@@ -6,7 +6,6 @@ Quantizer, which returns it in place of the simulated one. Both differ where a t
 integers compute by table.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +98,7 @@ class ExactUnit(nn.Module):
         super().__init__()
         # In tuples, so that they do not become children a second time.
         self.template, self.sources, self.target = template, sources, (target,)
-        self._made: tuple[Any, nn.Module] | None = None
+        self._made: tuple[Any, list[Tensor], nn.Module] | None = None
 
     def forward(self, *inputs: Tensor) -> Tensor | None:
         if not self.is_exact(inputs):
@@ -128,28 +127,20 @@ class ExactUnit(nn.Module):
         """The integer layer, made again when something that it is made of has changed."""
         weighted = self.template.module if isinstance(self.template.module, Prepared) else None
         grids = tuple(q.numbers() for q in (*(source for source, _ in self.sources), *self.target))
-        key = (*grids, *(() if weighted is None else _versions(weighted)))
-        if weighted is not None and not self.training:
-            key += tuple(_fingerprint(weighted))
-        if self._made is None or self._made[0] != key:
+        tensors = [] if weighted is None else [*weighted.parameters(), *weighted.buffers()]
+        if self._made is None or self._made[0] != grids or not _are_equal(self._made[1], tensors):
             inputs, output = tuple(source.qparams() for source, _ in self.sources), self.target[0].qparams()
             unit = replace(self.template, inputs=inputs, output=output)
             if weighted is not None:
                 weight, bias, grid = weighted.canonical()
                 unit = replace(unit, weight=weight, bias=bias, weight_qparams=grid)
-            self._made = key, lower(unit)
-        return self._made[1]
+            self._made = grids, [tensor.clone() for tensor in tensors], lower(unit)
+        return self._made[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}
 
 
-def _fingerprint(layer: nn.Module) -> Iterator[float]:
-    """Numbers that change with edits past autograd, through `.data`, which no version counts."""
-    for parameter in layer.parameters():
-        yield from (float(parameter.detach().sum()), float(torch.linalg.vector_norm(parameter.detach())))
-
-
-def _versions(layer: nn.Module) -> Iterator[int]:
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        yield -1 if tensor.is_inference() else tensor._version
+def _are_equal(known: list[Tensor], tensors: list[Tensor]) -> bool:
+    """By their numbers: no version counts an edit through `.data`, and other tensors may come in their place."""
+    return len(known) == len(tensors) and all(map(torch.equal, known, tensors))

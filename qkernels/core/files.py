@@ -2,28 +2,48 @@
 
 import os
 import secrets
+import stat
 from pathlib import Path
+from typing import Any
+
+from qkernels.errors import InvalidArgument, InvalidType
+
+
+def file_path(verb: str, path: Any) -> Path:
+    """What a verb takes as the name of a file: a string, bytes or os.PathLike."""
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        raise InvalidType(f"{verb}: path must be a string or os.PathLike, got {type(path).__name__}") from None
+    if not name:
+        raise InvalidArgument(f"{verb}: path must name a file, got {path!r}")
+    return Path(name)
 
 
 def write_atomically(path: Path, blob: bytes | bytearray) -> None:
     """Writes and syncs a file beside `path`, then takes its place: never a part of the new content, never none.
 
+    A symbolic link stays and the file that it leads to is replaced; a file that was there keeps its permissions.
+
     Raises:
         OSError: of the kind that the system says; it names `path`, not the file beside it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")  # short, for a long name is a good one too
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            if target.is_file():
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    directory = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

@@ -37,7 +37,8 @@ def clamp_of(op: Operation) -> Clamp:
         return Clamp(0.0, 6.0)
     if op.kind == "hardtanh":
         return Clamp(number("min_val", -1.0), number("max_val", 1.0))
-    return Clamp(number("min", -float("inf")), number("max", float("inf")))
+    high = number("max", float("inf"))
+    return Clamp(min(number("min", -float("inf")), high), high)  # torch gives the upper limit where they are crossed
 
 
 def has_constant_clamp(op: Operation) -> bool:

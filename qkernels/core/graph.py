@@ -3,6 +3,7 @@
 import copy
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from qkernels.core.buffers import buffers_kept, buffers_watched
-from qkernels.core.in_place import drop_in_place
-from qkernels.core.operations import BATCH_NORMS, CONVS, Value, is_dtype, operation
+from qkernels.core.in_place import drop_in_place, is_write
+from qkernels.core.operations import BATCH_NORMS, CONVS, DROPOUTS, Value, is_dtype, operation
 from qkernels.core.plain import has_hooks
+from qkernels.core.tracing import Tracer
 from qkernels.errors import InvalidArgument, InvalidType
 
 
@@ -56,20 +59,33 @@ def _detached(value: Any) -> Any:
     return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
 
 
-class _Tracer(fx.Tracer):
-    """Does not enter modules that say `traced_as_leaf`; `hooked` are the paths of those with hooks that it entered."""
+class _Tracer(Tracer):
+    """Does not enter modules that say `traced_as_leaf`; `hooked` are the paths of those with hooks that it entered.
+
+    `refused` says what it could not follow: forward may catch the error, and go on along one of its branches.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.hooked: list[str] = []
+        self.refused: str | None = None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refused = f"its forward branches on {obj.node.name}"
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refused = f"its forward iterates over {obj.node.name}"
+        return super().iter(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return getattr(m, "traced_as_leaf", False) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        path = self.path_of_module(m)
-        if has_hooks(m) and not self.is_leaf_module(m, path):
-            self.hooked.append(path)
+        if not self.is_elsewhere and has_hooks(m):
+            path = self.path_of_module(m)
+            if not self.is_leaf_module(m, path):
+                self.hooked.append(path)
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -112,16 +128,17 @@ def _captured(model: nn.Module, bound: Mapping[str, Any], given: Mapping[str, An
     tracer = _Tracer()
     try:
         graph = tracer.trace(model, concrete_args=constants)
+        if tracer.refused is not None:
+            raise Untraceable(f"{tracer.refused}, and goes on where that fails")
         if type(graph._codegen) is not fx.graph.CodeGen:
             fixed = next(name for name, value in constants.items() if isinstance(value, (tuple, list, dict)))
             raise Untraceable(f"its argument {fixed!r} is a {type(constants[fixed]).__name__} that holds no tensor")
         _tidy_constants(graph, list(bound), given, constants)
+        _drop_variadic(graph)
         traced = fx.GraphModule(model, graph, type(model).__name__)
         _locate(traced)
         inputs = graph.find_nodes(op="placeholder")
-        if any(node.users for node in inputs if node.target.startswith("*")):
-            raise Untraceable("its forward reads a variable number of arguments")
-        record_values(traced, [bound[node.target] for node in inputs if node.target in bound])
+        record_values(traced, [bound[node.target] for node in inputs])
     except Untraceable:
         raise
     except Exception as error:  # forward is foreign code: whatever stops it under tracing means "no static graph"
@@ -176,6 +193,14 @@ def _tidy_constants(graph: fx.Graph, names: list[str], given: Collection[str], c
                 check.target, check.args = torch._assert, (is_none, check.args[1])
 
 
+def _drop_variadic(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target.startswith("*"):
+            if node.users:
+                raise Untraceable("its forward reads a variable number of arguments")
+            graph.erase_node(node)
+
+
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Everything computed from the node, last first. For a fixed argument that is only the check of its value."""
     found: list[fx.Node] = []
@@ -190,6 +215,17 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_holds_tensor(v) for v in value)
     return isinstance(value, Tensor)
+
+
+def _without_tensors(value: Any) -> Any:
+    """What two values have in common that one graph takes, as something to compare."""
+    if isinstance(value, Mapping):
+        return {k: _without_tensors(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_without_tensors(v) for v in value]
+    if isinstance(value, Tensor):
+        return Tensor
+    return value if isinstance(value, (int, float, str, type(None))) else type(value)
 
 
 def _locate(traced: fx.GraphModule) -> None:
@@ -210,17 +246,30 @@ def _locate(traced: fx.GraphModule) -> None:
 
 
 class _Recorder(fx.Interpreter):
+    extra_traceback = False  # it would go into the reasons
+
     def run_node(self, node: fx.Node) -> Any:
+        before = {source: _versions(self.env[source]) for source in node.all_input_nodes}
         result = super().run_node(node)
         node.meta["value"] = Value.of(result)
-        if isinstance(result, Tensor) and result.layout == torch.strided:
-            node.meta["layout"] = (tuple(result.shape), result.stride(), result.storage_offset())
+        changed = next((s for s, versions in before.items() if _versions(self.env[s]) != versions), None)
+        if changed is not None and not is_write(node):
+            raise Untraceable(f"{node.name} writes in place to {changed.name}, which its name does not say")
         return result
 
 
+def _versions(value: Any) -> list[int]:
+    """Numbers that change when a tensor in the value is written to; tensors of inference mode have none."""
+    return [t._version for t in tree_leaves(value) if isinstance(t, Tensor) and not t.is_inference()]
+
+
 def record_values(traced: fx.GraphModule, arguments: list) -> None:
-    """Runs the example and notes what every node gave."""
-    with torch.no_grad():
+    """Runs the example and notes what every node gave.
+
+    Raises:
+        Untraceable: something writes in place that is not known to.
+    """
+    with torch.inference_mode(False), torch.no_grad():
         _Recorder(traced).run(*copy.deepcopy(arguments))
 
 
@@ -242,6 +291,8 @@ def close(expected: Any, got: Any, tolerance: float) -> bool:
         return isinstance(got, (tuple, list)) and len(got) == len(expected) and all(
             close(e, g, tolerance) for e, g in zip(expected, got, strict=True)
         )  # fmt: skip
+    if isinstance(expected, float) and expected != expected:
+        return isinstance(got, float) and got != got
     return expected == got if isinstance(expected, (int, float, str, bool, type(None))) else True
 
 
@@ -317,6 +368,7 @@ def _reshapes_for_views(traced: fx.GraphModule) -> None:
 
 def _drop_identities(traced: fx.GraphModule, keep_dropout: bool) -> None:
     modules = modules_of(traced)
+    left_out: list[str] = []
     for node in list(traced.graph.nodes):
         op = operation(node, modules)
         if node.op == "call_module" and has_hooks(modules[node.target]):
@@ -325,15 +377,36 @@ def _drop_identities(traced: fx.GraphModule, keep_dropout: bool) -> None:
             continue
         skippable = node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth"
         if op is not None and op.kind in ("identity", "dropout") and op.options.get("training", False) is not True:
-            if node.target is F.dropout and "training" not in op.options:
-                continue  # F.dropout drops by default, also in eval mode
+            if "training" not in op.options and node.target in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+                continue  # these drop by default, also in eval mode
             source = op.inputs[0]
         elif skippable and node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True) is False:
             source = node.args[0]
+            left_out.append(node.meta["path"])
+        elif keep_dropout and node.target is F.rrelu:
+            _as_random_relu_module(traced, node)
+            continue
         else:
+            if op is None and node.op == "call_function" and node.kwargs.get("training") is False:
+                left_out.append(node.meta["path"])
             continue
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
+    if keep_dropout and left_out:
+        warnings.warn(
+            f"prepare_qat: {', '.join(left_out[:3])} was captured with training=False and does in training what it "
+            "does in eval mode; torch.nn.Dropout and its kind stay random",
+            stacklevel=2,
+        )
+
+
+def _as_random_relu_module(traced: fx.GraphModule, node: fx.Node) -> None:
+    """F.rrelu that was off in eval mode is random again in training."""
+    given = inspect.signature(F.rrelu).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    x, lower, upper, training, _ = given.args
+    if training is False:
+        _call_module(traced, node, nn.RReLU(lower, upper), (x,))
 
 
 def _as_dropout_module(traced: fx.GraphModule, node: fx.Node, op: Any) -> bool:
@@ -342,11 +415,15 @@ def _as_dropout_module(traced: fx.GraphModule, node: fx.Node, op: Any) -> bool:
         return op.module.p > 0
     if op.options.get("training") is not False:
         return False
-    name = _free_name(traced, node.name)
-    cls = {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}.get(node.target, nn.Dropout)
-    traced.add_module(name, cls(op.options.get("p", 0.5)).eval())
-    node.op, node.target, node.args, node.kwargs = "call_module", name, op.inputs, {}
+    _call_module(traced, node, DROPOUTS[node.target](op.options.get("p", 0.5)), op.inputs)
     return True
+
+
+def _call_module(traced: fx.GraphModule, node: fx.Node, module: nn.Module, inputs: tuple[fx.Node, ...]) -> None:
+    """`node` becomes a call of `module`, which lies beside it from now on."""
+    name = _free_name(traced, node.name)
+    traced.add_module(name, module.eval())
+    node.op, node.target, node.args, node.kwargs = "call_module", name, inputs, {}
 
 
 def _modules_from_calls(traced: fx.GraphModule) -> None:
@@ -365,9 +442,7 @@ def _modules_from_calls(traced: fx.GraphModule) -> None:
         module = makers[op.kind](node, options)
         if module is None:
             continue
-        name = _free_name(traced, node.name)
-        traced.add_module(name, module.eval())
-        node.op, node.target, node.args, node.kwargs = "call_module", name, op.inputs, {}
+        _call_module(traced, node, module, op.inputs)
 
 
 def _attribute(traced: fx.GraphModule, value: Any) -> Any:
@@ -415,7 +490,7 @@ def _batch_norm_of(node: fx.Node, options: dict) -> nn.Module | None:
     if options.get("training", False) is not False or mean is None or var is None or not 2 <= rank <= 5:
         return None
     weight, bias = options.get("weight"), options.get("bias")
-    module = BATCH_NORMS[max(rank - 3, 0)](mean.numel(), eps=options.get("eps", 1e-5))
+    module = BATCH_NORMS[max(rank - 3, 0)](mean.numel(), eps=options.get("eps", 1e-5), device=mean.device)
     one, zero = torch.ones_like(mean), torch.zeros_like(mean)
     _holding(module, weight=one if weight is None else weight, bias=zero if bias is None else bias)
     module.running_mean, module.running_var = mean.detach(), var.detach()
@@ -506,10 +581,22 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 def first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[int, tuple[tuple, dict]]:
     """The arguments of the first call of every submodule, by the id of the module."""
-    calls: dict[int, tuple[tuple, dict]] = {}
+    return {module: calls[0] for module, calls in distinct_calls(model, args, kwargs).items()}
+
+
+def distinct_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[int, list[tuple[tuple, dict]]]:
+    """The arguments of every submodule, by the id of the module: of its first call, and of those that one graph does
+    not take as well, for they give other parameters or other values that are no tensors.
+    """
+    calls: dict[int, list[tuple[tuple, dict]]] = {}
+    known: dict[int, list[Any]] = {}
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.setdefault(id(module), (copy.deepcopy(args), copy.deepcopy(kwargs)))
+        _, bound = _signature(module, args, kwargs, "its arguments do")
+        given = _without_tensors(dict(bound.arguments))
+        if given not in known.setdefault(id(module), []):
+            known[id(module)].append(given)
+            calls.setdefault(id(module), []).append((copy.deepcopy(args), copy.deepcopy(kwargs)))
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if m is not model]
     try:

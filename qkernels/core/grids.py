@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT, attached
 from qkernels.core.graph import arguments
@@ -37,7 +38,7 @@ class Grid:
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
-        object.__setattr__(self, "scale", tuple(torch.tensor(self.scale, dtype=torch.float32).tolist()))
+        object.__setattr__(self, "scale", tuple(np.asarray(self.scale, dtype=np.float32).tolist()))
         object.__setattr__(self, "offset", tuple(self.offset))
 
     @classmethod
@@ -75,8 +76,12 @@ class Grid:
 
     def ends(self) -> tuple[list[float], list[float]]:
         """The lowest and the highest number of each channel."""
-        scale, offset = torch.tensor(self.scale), torch.tensor(self.offset)
+        scale, offset = self._tensors()
         return (offset * scale).tolist(), ((offset + self.codes - 1) * scale).tolist()
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        scale = torch.tensor(self.scale, dtype=torch.float32, device="cpu")
+        return scale, torch.tensor(self.offset, dtype=torch.int32, device="cpu")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,7 +101,7 @@ class Grid:
             dtype = torch.int32
         if spec is not None:
             lowest, dtype, block = spec.qmin, spec.dtype, spec.block
-        scale, offset = torch.tensor(self.scale), torch.tensor(self.offset, dtype=torch.int32)
+        scale, offset = self._tensors()
         axis, highest = 0 if self.per_channel else None, lowest + self.codes - 1
         return QParams(scale, lowest - offset, axis, lowest, highest, dtype, block)
 

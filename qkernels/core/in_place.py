@@ -42,12 +42,8 @@ def drop_in_place(traced: fx.GraphModule) -> str | None:
 
     Returns why that cannot be, if it cannot: the graph is of no use then.
     """
-    modules = dict(traced.named_modules(remove_duplicate=False))
-    in_place = {path for path, module in modules.items() if getattr(module, "inplace", False) is True}
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
-    for node in list(traced.graph.nodes):
-        if not (node.op == "call_module" and node.target in in_place) and not _is_write(node):
-            continue
+    for node in [n for n in order if is_write(n)]:
         written = node.kwargs.get("out") or (node.args[0] if node.args else node.kwargs.get("input"))
         if not isinstance(written, fx.Node):
             return f"{node.name} writes in place to several tensors"
@@ -58,7 +54,7 @@ def drop_in_place(traced: fx.GraphModule) -> str | None:
         if seen is not None:
             return f"{node.name} writes in place to what shares its memory with {seen.name}, which is read later"
         if node.op == "call_module":
-            modules[node.target].inplace = False
+            traced.get_submodule(node.target).inplace = False
         elif not _make_functional(node, written):
             return f"{node.name} writes in place by {_name(node)}, for which there is no form that does not"
         read_written(written, _in_dtype_of(written, node, order), node, order)
@@ -91,7 +87,10 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _is_write(node: fx.Node) -> bool:
+def is_write(node: fx.Node) -> bool:
+    """Whether the node is known to overwrite a tensor; it has its value already."""
+    if node.op == "call_module":
+        return getattr(node.graph.owning_module.get_submodule(node.target), "inplace", False) is True
     if node.op not in ("call_function", "call_method") or isinstance(node.target, type):
         return False
     if node.target in _OPERATORS:
@@ -122,18 +121,70 @@ def _base(node: fx.Node) -> fx.Node:
 
 
 def _overlap(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two views of one tensor share elements, by their layouts on the example; yes if these are not known."""
-    layouts = [node.meta.get("layout") for node in (a, b)]
-    if None in layouts:
-        return True
-    if any(0 in shape for shape, _, _ in layouts):
-        return False
-    last = (at + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) for shape, strides, at in layouts)
-    places = torch.arange(1 + max(last))
-    first, second = (places.as_strided(*layout).reshape(-1) for layout in layouts)
-    mine = torch.zeros(len(places), dtype=torch.bool)
-    mine[first] = True
-    return bool(mine[second].any())
+    """Whether two views of one tensor may share elements at some size: no only where they are pieces of one cut."""
+    first, second = _views_to(a), _views_to(b)
+    if any(_name(node) == "as_strided" for node in (*first, *second)):
+        return True  # it reaches beyond what it is a view of
+    for one, other in zip(first, second, strict=False):
+        if _what_is_viewed(one) != _what_is_viewed(other):
+            return not _are_apart(one, other)
+    return True
+
+
+def _views_to(node: fx.Node) -> list[fx.Node]:
+    """The views that lead from the base of the node to the node."""
+    found: list[fx.Node] = []
+    while _is_view(node):
+        found.append(node)
+        node = node.args[0]
+    return found[::-1]
+
+
+def _what_is_viewed(view: fx.Node) -> tuple:
+    return view.op, view.target, view.args[1:], view.kwargs
+
+
+def _are_apart(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two views of the same share no element, whatever its size."""
+    source = a.args[0]
+    if _name(source) in ("chunk", "split", "unbind") and _is_view(source):
+        pieces = [view.args[1] for view in (a, b) if _name(view) == "getitem" and isinstance(view.args[1], int)]
+        return len(pieces) == 2 and (pieces[0] < 0) == (pieces[1] < 0)
+    rank = len(source.meta["value"].shape)
+    first, second = _ranges(a, rank), _ranges(b, rank)
+    return any(_is_before(*pair) or _is_before(*pair[::-1]) for pair in zip(first, second, strict=False))
+
+
+def _is_before(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+    """Whether the range `a` ends where `b` starts or earlier: places counted from different ends say nothing."""
+    end, start = a[1], b[0]
+    if isinstance(end, int) and isinstance(start, int):
+        return (end < 0) == (start < 0) and end <= start
+    return end is not None and end is start
+
+
+def _ranges(view: fx.Node, rank: int) -> list[tuple[Any, Any]]:
+    """Where a piece starts and ends in each dimension, as slices say it; nothing if the view cuts out no piece."""
+    name, args = _name(view), view.args[1:]
+    ranges: list[tuple[Any, Any]] = [(0, None)] * rank
+    if name == "getitem":
+        index = args[0] if isinstance(args[0], tuple) else (args[0],)
+        if any(type(i) not in (int, slice, type(...), type(None)) for i in index):
+            return []
+        index = tuple(i for i in index if i is not None)
+        hidden = rank - sum(i is not ... for i in index)
+        at = index.index(...) if ... in index else len(index)
+        index = (*index[:at], *[slice(None)] * hidden, *index[at + 1 :])
+        return [(i.start or 0, i.stop) if isinstance(i, slice) else _piece(i, 1) for i in index]
+    if name in ("narrow", "select") and not view.kwargs and all(type(a) is int for a in args):
+        ranges[args[0]] = _piece(args[1], args[2] if name == "narrow" else 1)
+        return ranges
+    return []
+
+
+def _piece(start: int, length: int) -> tuple[int, int | None]:
+    end = start + length
+    return start, None if start < 0 and end == 0 else end
 
 
 def _make_functional(node: fx.Node, written: fx.Node) -> bool:
@@ -178,12 +229,14 @@ def _other_form(node: fx.Node, name: str) -> Any:
     if node.op == "call_method":
         return name if callable(getattr(torch.Tensor, name, None)) else None
     rooms = (F, torch, torch._C._nn)
+    if not any(getattr(room, _name(node), None) is node.target for room in rooms):
+        return None  # somebody else's function of such a name
     for function in (getattr(room, name, None) for room in rooms):
         if function in FUNCTIONS:
             known = [n for n in FUNCTIONS[function][1].split() if n != "inplace"]
             if len(node.args) <= len(known) and node.kwargs.keys() <= set(known):
                 return function
-    return next((getattr(room, name) for room in rooms[1:] if hasattr(room, name)), None)
+    return next((found for room in rooms[1:] if callable(found := getattr(room, name, None))), None)
 
 
 def _in_dtype_of(written: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkernels import ops
 from qkernels.core.quantizer import Quantizer
+from qkernels.ops.eager import once_differentiable
 
 
 def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
@@ -50,14 +51,21 @@ class IntegerForward(torch.autograd.Function):
         number: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, rounded)
-        ctx.layer = layer
+        ctx.layer, ctx.weight = layer, weight
         grid = source.grid()
         arguments = codes, scale, zero_point, number, *grid, source.spec.dtype
         return layer.compute_integer(source.codes(x, grid), *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return *ctx.layer.gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3]), *[None] * 7
+        x, rounded = ctx.saved_tensors  # once: what is recomputed is given once
+        return _gradients(ctx, grad, x, rounded, ctx.weight)
+
+
+@once_differentiable("forward='int8' of prepare_qat")
+def _gradients(ctx: Any, grad: Tensor, x: Tensor, rounded: Tensor, _weight: Tensor) -> tuple:
+    """Their second derivative would be one by the weight too, which therefore comes along."""
+    return *ctx.layer.gradients(grad, x, rounded, ctx.needs_input_grad[:3]), *[None] * 7
 
 
 class IntegerLinear:

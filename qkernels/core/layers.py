@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from qkernels.core.blocks import counts
 from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
-from qkernels.core.norm import Norm, scale_shift
+from qkernels.core.norm import Norm, scale_shift, watches_output
+from qkernels.core.observers import describe_non_finite
 from qkernels.core.qspec import MIN_SCALE, QParams
 from qkernels.core.quantizer import ROUNDING, Limits, Quantizer
 from qkernels.core.recipe import TensorRecipe
-from qkernels.errors import Unsupported
+from qkernels.errors import CalibrationError, InvalidState, Unsupported
 
 
 class Prepared:
@@ -66,6 +67,15 @@ class Prepared:
         prepared.trained, prepared.source, prepared.reader = trained, None, None
         prepared.norm = None if norm is None else Norm.of(norm)
         return prepared
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refuses what `nn.SyncBatchNorm.convert_sync_batchnorm` puts in the place of the norm."""
+        if name == "norm" and not isinstance(module, Norm):
+            raise InvalidState(
+                f"{self.quantizers['weight'].source}: its batch normalization is part of the layer and cannot become a "
+                f"{type(module).__name__}: call convert_sync_batchnorm on the float model, before prepare_qat"
+            )
+        super().add_module(name, module)
 
     def grid_count(self, recipe: TensorRecipe, path: str) -> int:
         """How many grids the weight has, if it does not have one."""
@@ -145,7 +155,7 @@ class Prepared:
 
     def with_live_norm(self, y: Tensor) -> Tensor:
         """Normalized by the statistics of the batch, and on the grid of its reader already if that is one step."""
-        if self.reader is not None and self.norm.can_be_fused(y):
+        if self.reader is not None and not watches_output(self) and self.norm.can_be_fused(y):
             reader, clamp = self.reader
             if reader.takes_norm(y, clamp):
                 return reader.normalized(y, self.norm, clamp)
@@ -231,6 +241,13 @@ class Prepared:
         """The first grid of a weight that is trained."""
         self.observe_weight()
         self.quantizers["weight"].choose(self.observed_weight().detach())
+
+    def check_finite(self) -> None:
+        """A learned grid would round NaN to a code without a word."""
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                path = self.quantizers["weight"].source.removesuffix(".weight")
+                raise CalibrationError(f"convert: {path}.{name} has {describe_non_finite(tensor)}")
 
     def weight_qparams(self) -> QParams:
         """The grid of the weight, its axis in the layout of `weight`."""

@@ -1,13 +1,38 @@
 """Batch normalization as part of the layer before it, while that layer is trained."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qkernels import ops
 
 
-class Norm(_BatchNorm):
+class Freezable:
+    """Mixin, in front of a batch normalization: while it is `frozen` it takes its running statistics in training too,
+    and leaves them alone.
+    """
+
+    frozen: bool = False
+
+    @property
+    def live(self) -> bool:
+        return self.training and not self.frozen
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.frozen and self.training) or self.running_mean is None:
+            return super().forward(input)
+        own = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(input, *own, training=False, eps=self.eps)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.frozen, dtype=torch.bool, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.frozen = bool(state)
+
+
+class Norm(Freezable, _BatchNorm):
     """Live in training (batch statistics, running statistics updated); folded into the weight when frozen or in eval.
 
     One that `folds` is folded in training too, by running statistics that follow the batches.
@@ -15,7 +40,6 @@ class Norm(_BatchNorm):
     Parameters and buffers are those of the batch normalization that it was made of, under their names.
     """
 
-    frozen: bool
     folds: bool = False
 
     @classmethod
@@ -25,15 +49,10 @@ class Norm(_BatchNorm):
         made.__dict__.update(norm.__dict__)
         for table in ("_parameters", "_buffers", "_modules"):
             made.__dict__[table] = dict(norm.__dict__[table])
-        made.frozen = False
         return made
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank: it was checked where the layer was."""
-
-    @property
-    def live(self) -> bool:
-        return self.training and not self.frozen
 
     def scale(self) -> Tensor:
         """The factor of each channel under the running statistics; differentiable by the weight."""
@@ -47,7 +66,7 @@ class Norm(_BatchNorm):
 
     def can_be_fused(self, x: Tensor) -> bool:
         """Whether `statistics` and an affine map are all that its forward does to `x`."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        hooks = watches_output(self) or self._forward_pre_hooks
         if not self.live or hooks or self.momentum is None or self.running_mean is None:
             return False
         own = (self.running_mean, self.running_var, self.weight, self.bias)
@@ -63,11 +82,43 @@ class Norm(_BatchNorm):
         running = self.running_mean, self.running_var, self.momentum, self.eps
         return ops.batch_norm_statistics(x, self.weight, self.bias, *running)
 
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.frozen)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.frozen = bool(state)
+class FreeBatchNorm1d(Freezable, nn.BatchNorm1d):
+    float_class = nn.BatchNorm1d
+
+
+class FreeBatchNorm2d(Freezable, nn.BatchNorm2d):
+    float_class = nn.BatchNorm2d
+
+
+class FreeBatchNorm3d(Freezable, nn.BatchNorm3d):
+    float_class = nn.BatchNorm3d
+
+
+class FreeSyncBatchNorm(Freezable, nn.SyncBatchNorm):
+    float_class = nn.SyncBatchNorm
+
+
+FREE: dict[type[nn.Module], type[Freezable]] = {
+    cls.float_class: cls for cls in (FreeBatchNorm1d, FreeBatchNorm2d, FreeBatchNorm3d, FreeSyncBatchNorm)
+}
+
+
+def make_freezable(module: nn.Module) -> None:
+    """A batch normalization of torch's, one that no layer has taken in, gets the class that can be frozen."""
+    module.__class__ = FREE.get(type(module), type(module))
+
+
+def as_torch_norm(module: nn.Module) -> None:
+    """Undoes `make_freezable`."""
+    if type(module) in FREE.values():
+        module.__class__ = module.float_class
+        vars(module).pop("frozen", None)
+
+
+def watches_output(module: nn.Module) -> bool:
+    """Whether hooks see or change what `module` returns, or its gradient."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -54,8 +54,8 @@ class Observer(nn.Module):
         self.spec = spec
         self.source = "a tensor"
         size = channels if spec.per_channel else 1
-        self.register_buffer("low", torch.full((size,), float("inf")))
-        self.register_buffer("high", torch.full((size,), float("-inf")))
+        self.register_buffer("low", torch.full((size,), float("inf"), dtype=torch.float32, device="cpu"))
+        self.register_buffer("high", torch.full((size,), float("-inf"), dtype=torch.float32, device="cpu"))
         self.register_buffer("non_finite", None)
         self.register_buffer("refused", None, persistent=False)
 
@@ -66,22 +66,29 @@ class Observer(nn.Module):
     def observe(self, x: Tensor, merged: bool = True) -> None:
         """Takes notice of the values of `x`; NaN and infinities are a CalibrationError, or counted if they are ignored.
 
-        With `merged`, in a distributed run, each rank takes notice of the values of all ranks.
+        With `merged`, in a distributed run, each rank takes notice of the values of all ranks; one whose batch is empty
+        or at fault takes part too, or the others would wait for it.
         """
-        if x.numel() == 0:
+        merged = merged and is_distributed()
+        if x.numel() == 0 and not merged:
             return
         if x.is_cuda:
             self.observe_without_waiting(x, merged)
             return
-        x = x.detach().to(torch.float32)
+        x, fault = x.detach().to(torch.float32), ""
         low, high = self.extremes(x)
-        if not torch.compiler.is_compiling() and not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            if self.non_finite is None:
-                self.check_finite(x)
-            x, low, high = self.finite_part(x)
-        if merged and is_distributed():
-            low, high = merge_extremes(low, high)
-        if self.non_finite is None or bool((low <= high).all()):
+        if x.numel() > 0 and not torch.compiler.is_compiling() and not _are_finite(low, high):
+            if self.non_finite is not None:
+                x, low, high = self.finite_part(x)
+            elif fault := self.fault(x):
+                low, high = self.no_extremes()
+        if merged:
+            low, high, faulty = merge_extremes(low, high, torch.full_like(low[:1], float(bool(fault))))
+            if not torch.compiler.is_compiling() and not fault and bool(faulty):
+                fault = f"calibration: the output of {self.source} has NaN or infinite values on another rank"
+        if fault:
+            raise CalibrationError(fault)
+        if (x.numel() > 0 and self.non_finite is None) or bool((low <= high).all()):
             self.update(x, low, high)
 
     def observe_without_waiting(self, x: Tensor, merged: bool = True) -> None:
@@ -108,14 +115,25 @@ class Observer(nn.Module):
         self.non_finite += torch.stack([torch.isnan(x).sum(), torch.isinf(x).sum()])
         x = x[torch.isfinite(x)]
         if x.numel() == 0:
-            return x, torch.full_like(self.low, float("inf")), torch.full_like(self.high, float("-inf"))
+            return x, *self.no_extremes()
         return x, *self.extremes(x)
 
+    def fault(self, x: Tensor) -> str:
+        """What is wrong with the values of `x`; empty: nothing."""
+        if bool(torch.isfinite(x).all()):
+            return ""
+        return f"calibration: the output of {self.source} has {describe_non_finite(x)}"
+
     def check_finite(self, x: Tensor) -> None:
-        if not bool(torch.isfinite(x).all()):
-            raise CalibrationError(f"calibration: the output of {self.source} has {describe_non_finite(x)}")
+        if fault := self.fault(x):
+            raise CalibrationError(fault)
+
+    def no_extremes(self) -> tuple[Tensor, Tensor]:
+        return torch.full_like(self.low, float("inf")), torch.full_like(self.high, float("-inf"))
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.numel() == 0:
+            return self.no_extremes()
         if not self.spec.per_channel:
             low, high = torch.aminmax(x)
             return low.reshape(1), high.reshape(1)
@@ -164,15 +182,20 @@ class Observer(nn.Module):
         return f"low={self.low.tolist()}, high={self.high.tolist()}" if self.low.numel() == 1 else ""
 
 
+def _are_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
 def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def merge_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and largest value of all ranks."""
-    both = torch.cat([-low, high])
-    distributed.all_reduce(both, distributed.ReduceOp.MAX)
-    return -both[: low.numel()], both[low.numel() :]
+def merge_extremes(low: Tensor, *high: Tensor) -> tuple[Tensor, ...]:
+    """The smallest of `low` and the largest of the others, of all ranks."""
+    merged = torch.cat([-low, *high])
+    distributed.all_reduce(merged, distributed.ReduceOp.MAX)
+    low, *high = merged.split([len(t) for t in (low, *high)])
+    return -low, *high
 
 
 def sum_over_ranks(values: Tensor) -> None:
@@ -247,7 +270,7 @@ class Histogram(Observer):
         super().__init__(spec, channels)
         self.bins = bins
         self.codes = spec.qmax - spec.qmin + 1 if codes is None else codes
-        self.register_buffer("histogram", torch.zeros(bins))
+        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float32, device="cpu"))
 
     def reset(self) -> None:
         super().reset()
@@ -304,11 +327,11 @@ class Histogram(Observer):
         if cell == 0.0:
             return 0.0
         density = self.histogram / width
-        begin = (torch.arange(self.bins, device=density.device) - first) * width
+        begin = (torch.arange(self.bins, dtype=torch.float32, device=density.device) - first) * width
         end = begin + width
         begin_code = torch.div(begin, cell, rounding_mode="floor").clamp(0, codes - 1)
         end_code = torch.div(end, cell, rounding_mode="floor").clamp(0, codes - 1)
-        half = torch.tensor(cell / 2, device=density.device)
+        half = torch.tensor(cell / 2, dtype=torch.float32, device=density.device)
         error = squared_error(begin - (begin_code + 0.5) * cell, half, density)
         error = error + (end_code - begin_code - 1) * squared_error(-half, half, density)
         error = error + squared_error(-half, end - (end_code * cell + cell / 2), density)
@@ -346,7 +369,7 @@ class Mse(Observer):
     last call decides, channel by channel.
     """
 
-    SHRINK = torch.linspace(0.2, 1.0, 81)
+    SHRINK = torch.linspace(0.2, 1.0, 81, dtype=torch.float32, device="cpu")
     BINS = 2048
 
     def __init__(self, spec: QSpec, channels: int | None = None):
@@ -382,7 +405,7 @@ class Mse(Observer):
         if self.seen is None:
             return self.best_low, self.best_high
         width = (self.high - self.low) / self.BINS
-        centers = self.low + width * (torch.arange(self.BINS, device=width.device) + 0.5)
+        centers = self.low + width * (torch.arange(self.BINS, dtype=torch.float32, device=width.device) + 0.5)
         return self.search(centers.reshape(1, -1), self.seen.histogram.reshape(1, -1))
 
     def search(self, rows: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,24 @@ AVERAGES = frozenset({"avg_pool", "adaptive_avg_pool", "mean"})
 ARITHMETIC = frozenset({"add", "mul", "cat"}) | AVERAGES
 PASS = "pass"
 PAD = "pad"
-# torch takes the names of numpy too.
-NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+# torch takes the names of numpy too, and its own dropouts another one than those of torch.nn.functional.
+OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+OTHER_NAMES["train"] = "training"
 DROPOUT = "dropout"  # gone before calibration; in training it is there, and on a grid it counts as PASS
+
+
+DROPOUTS: dict[Any, type[nn.Module]] = {  # functions, and what they do as modules
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+    torch.dropout: nn.Dropout,
+    torch.feature_dropout: nn.Dropout2d,
+    torch.alpha_dropout: nn.AlphaDropout,
+    torch.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
 
 
 def output_channels(layer: nn.Module) -> int:
@@ -153,8 +168,8 @@ def _table() -> tuple[dict[Any, tuple[str, str]], dict[str, tuple[str, str]], di
     row(PASS, "input", "unbind", "movedim", "narrow", "unflatten", "expand", "repeat", "contiguous", "t", "select")
     row(PASS, "input", "flip", "roll", "detach", "clone", "view_as", "reshape_as", "expand_as")
     row("identity", "input", nn.Identity)
-    row(DROPOUT, "input p training inplace", F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-    row(DROPOUT, "input", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    row(DROPOUT, "input p training inplace", *DROPOUTS)
+    row(DROPOUT, "input", *DROPOUTS.values())
     row(PAD, "input pad mode value", F.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
     return functions, methods, modules
 
@@ -184,7 +199,7 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Operation | No
 
 def torch_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments by torch's own names."""
-    return {NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+    return {OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
 
 
 def _call(node: fx.Node, kind: str, parameters: str) -> Operation | None:

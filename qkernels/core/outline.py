@@ -32,10 +32,14 @@ def example(value: Any) -> Any:
         shape, dtype, device = value
         if not dtype.is_floating_point:
             return torch.zeros(shape, dtype=dtype, device=device)
-        return torch.rand(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(device)
+        return _random(shape, dtype).to(device)
     if isinstance(value, Mapping):
         return {k: example(v) for k, v in value.items()}
     return type(value)(example(v) for v in value) if type(value) in (tuple, list) else value
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.rand(shape, dtype=dtype, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def guessed_input(model: nn.Module) -> torch.Tensor | None:
@@ -48,7 +52,7 @@ def guessed_input(model: nn.Module) -> torch.Tensor | None:
     dims = layer.weight.dim() - 2
     shapes = [(1, channels, *[size] * dims) for size in SIZES] if dims else [(1, channels), (1, 1, channels)]
     for shape in shapes:
-        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.device)
+        x = _random(shape, torch.float32).to(layer.weight.device)
         try:
             with torch.no_grad():
                 model(x)

@@ -18,7 +18,7 @@ from qkernels.core.observers import is_distributed
 from qkernels.core.prepare import prepared_layers, quantizers
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.samples import Samples
-from qkernels.errors import CalibrationError
+from qkernels.errors import CalibrationError, InvalidType
 
 CORRECT = {BiasCorrection: correct_bias, AdaRound: learn_rounding}
 
@@ -156,7 +156,7 @@ def calibrate(
     """
     expect_prepared("calibrate", prepared, itself=True)
     expect_batches("calibrate", batches)
-    run = forward or partial(run_batch, verb="calibrate")
+    run = runner("calibrate", forward)
     with calibrating(prepared):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
             run(prepared, batch)
@@ -175,6 +175,15 @@ def non_finite_counts(prepared: nn.Module) -> dict[str, tuple[int, int]]:
         if q.observer.non_finite is not None
     }
     return {source: count for source, count in counts.items() if any(count)}
+
+
+def runner(verb: str, forward: Callable[[nn.Module, Any], Any] | None) -> Callable[[nn.Module, Any], Any]:
+    """How to run one batch: as asked for, or by one call of the model."""
+    if forward is None:
+        return partial(run_batch, verb=verb)
+    if not callable(forward):
+        raise InvalidType(f"{verb}: forward must be a function of the model and a batch, got {forward!r}")
+    return forward
 
 
 def run_batch(model: nn.Module, batch: Any, verb: str = "run_batch") -> Any:

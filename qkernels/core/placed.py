@@ -24,6 +24,7 @@ from qkernels.core.qspec import QParams, QSpec
 from qkernels.core.quantizer import Quantizer, State
 from qkernels.core.recipe import Match, Override, Recipe, TensorRecipe
 from qkernels.core.report import Decision, PrepareReport
+from qkernels.core.tracing import without_autocast
 from qkernels.errors import Unsupported
 
 # Without a Quantizer of their own these may stay on the grid that they read.
@@ -84,10 +85,11 @@ def prepare_placed(model: nn.Module, args: tuple, kwargs: dict, places: Places) 
     found += [q for row in places.inputs.values() for q in row if q is not None]
     for quantizer in found:
         quantizer.state = State.OFF
-    try:
-        prepared: nn.Module = _placed_graph(model, args, kwargs, places, "")
-    except Untraceable as error:
-        prepared = _placed_parts(model, args, kwargs, places, str(error))
+    with without_autocast():
+        try:
+            prepared: nn.Module = _placed_graph(model, args, kwargs, places, "")
+        except Untraceable as error:
+            prepared = _placed_parts(model, args, kwargs, places, str(error))
     for quantizer in (*found, *places.weights.values()):
         quantizer.state = State.FROZEN
     return prepared
@@ -172,8 +174,7 @@ def _insert_torchs_grids(traced: fx.GraphModule) -> None:
 def _fixed(scale: float, zero_point: int, source: str) -> Quantizer:
     quantizer = Quantizer(TensorRecipe(QSpec.activation()), source, 1)
     spec = quantizer.spec
-    numbers = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
-    quantizer.set_qparams(QParams(*numbers, None, spec.qmin, spec.qmax, spec.dtype))
+    quantizer.set_qparams(QParams.per_tensor(scale, zero_point, spec.qmin, spec.qmax, spec.dtype))
     quantizer.state = State.FROZEN
     return quantizer
 

@@ -7,7 +7,8 @@ that keep its grid, to the next Quantizer or the next float operation. `qkernels
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from qkernels.core.plain import has_hooks, plain_copy
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import OPTIONS, Match, Override, Recipe, function_name, make_recipe, type_name
 from qkernels.core.report import Decision, PrepareReport
+from qkernels.core.tracing import without_autocast
 from qkernels.errors import InvalidArgument, QKernelsError, Unsupported, close_matches
 
 
@@ -92,7 +94,8 @@ def prepare_model(model: nn.Module, example_inputs: Any, recipe: Recipe, trained
             raise Unsupported(f"{verb}: activations: {activation.spec.simulated}; take 2 to 8 bits and no block")
     args, kwargs = g.arguments(example_inputs)
     try:
-        prepared = _prepare_whole_or_parts(plain_copy(model), args, kwargs, recipe, trained)
+        with without_autocast():
+            prepared = _prepare_whole_or_parts(plain_copy(model), args, kwargs, recipe, trained)
     except QKernelsError:
         raise
     except Exception:  # where it is the model that failed, say so, without what torch.fx adds
@@ -233,7 +236,7 @@ def _prepare_parts(
     """Prepares every part of `model` that has a graph, in place; the code between the parts stays as it is."""
     with torch.no_grad():
         expected = copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        calls = g.first_calls(model, args, kwargs)
+        calls = g.distinct_calls(model, args, kwargs)
     rows = [Decision("", type(model).__name__, False, f"has no graph: {reason}")]
     done: dict[int, nn.Module] = {}
 
@@ -248,9 +251,11 @@ def _prepare_parts(
             why = None
             if recipe.for_module(here, [type_name(type(child))]).skip:
                 why = "skipped by the recipe"
+            elif len(calls.get(id(child), ())) > 1:
+                why = "is called with different arguments"
             elif id(child) in calls:
                 try:
-                    prepared = prepare_graph(child, *calls[id(child)], recipe, here, trained)
+                    prepared = prepare_graph(child, *calls[id(child)][0], recipe, here, trained)
                 except Untraceable as error:
                     why = f"has no graph: {error}"
                 else:
@@ -279,13 +284,34 @@ def _prepare_parts(
 
 def _run_with_parts(model: nn.Module, args: tuple, kwargs: dict) -> Any:
     try:
-        with torch.no_grad(), buffers_kept(model):
+        with torch.no_grad(), buffers_kept(model), _parameters_hidden(model):
             return model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    except AttributeError as error:  # foreign code that reads more of a part than its outputs
+    except QKernelsError:
+        raise
+    except Exception as error:  # foreign code that reads more of a part than its outputs
+        reason = ": ".join(text for text in (type(error).__name__, str(error)) if text)
         raise Unsupported(
             f"prepare: {type(model).__name__} cannot be prepared part by part: its code reads what its parts no longer "
-            f"have ({error}). Name the parts to leave alone in skip=[...]"
+            f"have ({reason}). Name the parts to leave alone in skip=[...]"
         ) from error
+
+
+@contextmanager
+def _parameters_hidden(model: nn.Module) -> Iterator[None]:
+    """Inside, nobody finds Parameters in what becomes integer layers, which hold buffers alone."""
+    tables = {}
+    for module in (inner for layer in (*prepared_layers(model), *quantizers(model)) for inner in layer.modules()):
+        tables.setdefault(module, module._parameters)
+    for module, parameters in tables.items():
+        module._parameters = {}
+        module.__dict__.update(parameters)
+    try:
+        yield
+    finally:
+        for module, parameters in tables.items():
+            module._parameters = parameters
+            for name in parameters:
+                del module.__dict__[name]
 
 
 def quantizers(model: nn.Module) -> Iterable[Quantizer]:

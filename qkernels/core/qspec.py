@@ -3,6 +3,8 @@
 Meaning of a grid: `x = (q - zero_point) * scale` for `qmin <= q <= qmax`.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from qkernels import ops
 from qkernels.core.blocks import from_rows, to_rows
-from qkernels.errors import InvalidArgument, Unsupported
+from qkernels.errors import InvalidArgument, InvalidType, QKernelsError, Unsupported, boolean, integer
 
 # More than 8 bits are int32, as far as float32 gives the very codes. They are simulated, without integer layers.
 INTEGER_RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.int32: (-(2**21), 2**21)}
@@ -55,8 +57,12 @@ class QSpec:
             raise InvalidArgument(
                 f"QSpec: dtype must be torch.uint8 or torch.int8 (torch.int32 for more than 8 bits), got {self.dtype}"
             )
+        for name in ("qmin", "qmax", "axis"):
+            object.__setattr__(self, name, integer(f"QSpec: {name}", getattr(self, name)))
+        for name in ("symmetric", "per_channel", "uneven"):
+            boolean(f"QSpec: {name}", getattr(self, name))
+        object.__setattr__(self, "block", _block("QSpec", self.block))
         if self.block is not None:
-            object.__setattr__(self, "block", tuple(self.block))
             sizes = self.block[:-1] if self.block[-1:] == (0,) else self.block
             if not self.per_channel or self.axis or not all(n == -1 or n > 0 for n in sizes):
                 raise InvalidArgument(
@@ -68,8 +74,8 @@ class QSpec:
             raise InvalidArgument(
                 f"QSpec: need {low} <= qmin < qmax <= {high} for {self.dtype}, got qmin={self.qmin}, qmax={self.qmax}"
             )
-        if not MIN_SCALE <= self.min_scale <= MAX_SCALE:
-            raise InvalidArgument(f"QSpec: min_scale must be in [2**-50, 2**50], got {self.min_scale}")
+        if not isinstance(self.min_scale, (int, float)) or not MIN_SCALE <= self.min_scale <= MAX_SCALE:
+            raise InvalidArgument(f"QSpec: min_scale must be in [2**-50, 2**50], got {self.min_scale!r}")
 
     @property
     def simulated(self) -> str:
@@ -103,8 +109,9 @@ class QSpec:
 
         Unsigned weights get the same grid with its codes moved down by `2**(bits - 1)`: kernels take int8.
         """
-        half = 2 ** (bits - 1)
-        if signed or is_weight:
+        centred = signed or is_weight
+        half = 2 ** (_checked_bits(bits, least=2 if centred else 1) - 1)
+        if centred:
             return cls(_holding(bits, torch.int8), 1 - half if signed else -half, half - 1, **kind)
         return cls(_holding(bits, torch.uint8), 0, 2 * half - 1, **kind)
 
@@ -114,12 +121,35 @@ class QSpec:
 
     @classmethod
     def from_config(cls, config: dict) -> "QSpec":
-        return cls(**config | {"dtype": dtype_named(config["dtype"])})
+        with _reading("QSpec"):
+            return cls(**config | {"dtype": dtype_named(config["dtype"])})
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Around a `from_config`, whose argument may be anything."""
+    try:
+        yield
+    except QKernelsError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InvalidType(f"{name}.from_config: config must be what to_config gives ({error!r})") from error
+
+
+def _block(name: str, block: Any) -> tuple[int, ...] | None:
+    if block is not None and not isinstance(block, Iterable):
+        raise InvalidType(f"{name}: block must be None or a tuple of sizes, got {block!r}")
+    return None if block is None else tuple(integer(f"{name}: a size in block", size) for size in block)
+
+
+def _checked_bits(bits: int, least: int = 2) -> int:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= MAX_BITS:
+        raise InvalidArgument(f"QSpec: bits must be an integer from {least} to {MAX_BITS}, got {bits!r}")
+    return bits
 
 
 def _bit_range(bits: int, dtype: torch.dtype) -> tuple[int, int]:
-    if not isinstance(bits, int) or not 2 <= bits <= MAX_BITS:
-        raise InvalidArgument(f"QSpec: bits must be an integer from 2 to {MAX_BITS}, got {bits}")
+    _checked_bits(bits)
     if dtype == torch.uint8:
         return 0, 2**bits - 1
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -153,17 +183,28 @@ class QParams:
     block: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if self.block is not None:
-            object.__setattr__(self, "block", tuple(self.block))
+        for name in ("scale", "zero_point"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+                raise InvalidType(f"QParams: {name} must be a tensor (QParams.per_tensor takes numbers), got {got}")
+        object.__setattr__(self, "block", _block("QParams", self.block))
+        if self.axis is not None:
+            object.__setattr__(self, "axis", integer("QParams: axis", self.axis))
         scale = self.scale.detach().to(torch.float32).reshape(-1)
-        zero_point = self.zero_point.detach().to(torch.int32).reshape(-1)
+        given = self.zero_point.detach().reshape(-1)
+        zero_point = given.to(torch.int32)
+        if given.dtype is not torch.int32 and not torch.equal(given.to(torch.float64), zero_point.to(torch.float64)):
+            raise InvalidArgument(f"QParams: zero_point must be integers, got {given.tolist()}")
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
-        QSpec(self.dtype, self.qmin, self.qmax)  # checks the range
-        if scale.numel() != zero_point.numel() or (self.axis is None and scale.numel() != 1):
+        spec = QSpec(self.dtype, self.qmin, self.qmax)  # checks the range
+        object.__setattr__(self, "qmin", spec.qmin)
+        object.__setattr__(self, "qmax", spec.qmax)
+        if scale.numel() != zero_point.numel() or not scale.numel() or (self.axis is None and scale.numel() != 1):
             raise InvalidArgument(
-                f"QParams: scale and zero_point must have the same number of elements (1 if axis is None), got "
-                f"{scale.numel()} and {zero_point.numel()} with axis={self.axis}"
+                f"QParams: scale and zero_point must have the same number of elements, one at least (and 1 if axis is "
+                f"None), got {scale.numel()} and {zero_point.numel()} with axis={self.axis}"
             )
         tiny = torch.finfo(torch.float32).tiny
         if not bool(((scale >= tiny) & torch.isfinite(scale)).all()):
@@ -177,19 +218,28 @@ class QParams:
     def per_tensor(
         cls, scale: float, zero_point: int, qmin: int = 0, qmax: int = 255, dtype: torch.dtype = torch.uint8
     ) -> "QParams":
-        return cls(torch.tensor([scale]), torch.tensor([zero_point]), None, qmin, qmax, dtype)
+        zero_point = integer("QParams.per_tensor: zero_point", zero_point)
+        try:
+            scale = float(scale)
+        except (TypeError, ValueError):
+            raise InvalidType(f"QParams.per_tensor: scale must be a number, got {scale!r}") from None
+        # float64 holds every code, and leaves it to the check to find what is none
+        numbers = (torch.tensor([n], dtype=torch.float64, device="cpu") for n in (scale, zero_point))
+        return cls(*numbers, None, qmin, qmax, dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
         """`clamp(RNE(x / scale) + zero_point, qmin, qmax)` as codes of `dtype`."""
-        self._check_integers("quantize")
+        self._check_integers("quantize", x, "x")
         return ops.quantize(x, self.scale, self.zero_point, self.axis, self.qmin, self.qmax, self.dtype)
 
     def dequantize(self, q: Tensor) -> Tensor:
         """`(q - zero_point) * scale` in float32."""
-        self._check_integers("dequantize")
+        self._check_integers("dequantize", q, "q")
         return ops.dequantize(q, self.scale, self.zero_point, self.axis, torch.float32)
 
-    def _check_integers(self, verb: str) -> None:
+    def _check_integers(self, verb: str, tensor: Any, name: str) -> None:
+        if not isinstance(tensor, Tensor):
+            raise InvalidType(f"QParams.{verb}: {name} must be a tensor, got {type(tensor).__name__}")
         if self.block is not None or self.dtype is torch.int32:
             raise Unsupported(f"QParams.{verb}: {self.qmax - self.qmin + 1} codes, block {self.block}: only simulated")
 
@@ -231,15 +281,16 @@ class QParams:
 
     @classmethod
     def from_config(cls, config: dict) -> "QParams":
-        return cls(
-            torch.tensor(config["scale"], dtype=torch.float32),
-            torch.tensor(config["zero_point"], dtype=torch.int32),
-            config["axis"],
-            config["qmin"],
-            config["qmax"],
-            dtype_named(config["dtype"]),
-            config.get("block"),
-        )
+        with _reading("QParams"):
+            return cls(
+                torch.tensor(config["scale"], dtype=torch.float32, device="cpu"),
+                torch.tensor(config["zero_point"], dtype=torch.float64, device="cpu"),  # no fraction is cut off
+                config["axis"],
+                config["qmin"],
+                config["qmax"],
+                dtype_named(config["dtype"]),
+                config.get("block"),
+            )
 
 
 def choose_qparams(spec: QSpec, low: Tensor, high: Tensor) -> QParams:

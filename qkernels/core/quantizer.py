@@ -3,6 +3,7 @@
 import enum
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,8 @@ class Quantizer(nn.Module):
             self.rule = make_rule(recipe.rule, recipe.spec, channels, self.is_weight, **dict(recipe.rule_options))
         size = self.observer.low.numel()
         # An empty grid is told from a chosen one by its scale: 0 is never a valid scale.
-        self.register_buffer("scale", torch.zeros(size))
-        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
+        self.register_buffer("scale", torch.zeros(size, dtype=torch.float32, device="cpu"))
+        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32, device="cpu"))
 
     @property
     def spec(self):
@@ -162,7 +163,8 @@ class Quantizer(nn.Module):
                 self.observer.reset()
             self.observer.observe(x)
             return x
-        if state is State.TRAIN and self.training and self.rule is not None and x.numel() > 0:
+        is_part = x.numel() > 0 or (not self.is_weight and is_distributed())  # the other ranks wait for this one
+        if state is State.TRAIN and self.training and self.rule is not None and is_part:
             if self.delay > 0:
                 return self._wait(limited(x, clamp))
             if self.rule.observes or not self._chosen:
@@ -173,7 +175,9 @@ class Quantizer(nn.Module):
         """`x`, limited to `clamp`, rounded to the grid of now."""
         if x.dtype != torch.float32 and (self.rule is None or x.dtype not in (torch.float16, torch.bfloat16)):
             known = "float32" if self.rule is None else "float32, bfloat16 and float16"
-            raise InvalidType(f"the quantizer of {self.source or 'a tensor'} takes {known}, got {x.dtype}")
+            under_autocast = (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(x.device.type)
+            cure = "; call the model outside of torch.autocast" if under_autocast else ""
+            raise InvalidType(f"the quantizer of {self.source or 'a tensor'} takes {known}, got {x.dtype}{cure}")
         if not self._chosen:
             if x.numel() == 0 or self.delay > 0:
                 return limited(x, clamp)
@@ -201,8 +205,8 @@ class Quantizer(nn.Module):
             return self._with_mask(x, scale, zero_point, qmin, qmax)
         if torch.compiler.is_compiling():  # no numbers of tensors here: the codes beyond the clamp are cut afterwards
             y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
-            ends = ops.fake_quant(torch.tensor(clamp, device=x.device), scale, zero_point, None, qmin, qmax).to(y.dtype)
-            low, high = ends
+            ends = torch.tensor(clamp, dtype=torch.float32, device=x.device)
+            low, high = ops.fake_quant(ends, scale, zero_point, None, qmin, qmax).to(y.dtype)
             return torch.where(
                 y < low, low, torch.where(y > high, high, y)
             )  # unlike clamp, at an end the gradient is y's
@@ -260,6 +264,9 @@ class Quantizer(nn.Module):
         self.delay -= self.counts
         if not self.forgets:
             self.observer.observe(x, merged=not self.is_weight)
+        if is_distributed() and torch.is_grad_enabled():
+            for parameter in self.rule.parameters():
+                x = x + 0.0 * parameter.sum()  # DistributedDataParallel waits for a gradient of each
         return x
 
     def _follow(self, x: Tensor, clamp: Limits) -> Tensor:
@@ -273,6 +280,8 @@ class Quantizer(nn.Module):
             self.observer.reset()
         x = limited(x, clamp)
         self._measure(x)
+        if not self._chosen:
+            return x
         # Not the buffers: those change before the backward if this is called twice.
         return self.rule(x, *self.rule.grid(self.scale.clone(), self.zero_point.clone()))
 
@@ -281,6 +290,8 @@ class Quantizer(nn.Module):
         scale = self.rule.measure(x)
         if scale is None or not self._chosen:
             self.observer.observe(x, merged=not self.is_weight)
+            if not self._chosen and is_distributed() and not self.observer.has_data():
+                return  # the batches of all ranks were empty
             values, zero_point = grid_values(self.spec, *self.observer.range())
             self.scale.copy_(values)
             self.zero_point.copy_(zero_point)
@@ -454,8 +465,17 @@ class Quantizer(nn.Module):
         if x is not None and self.rule is not None:
             self.rule.start(x if self.spec.block is None else self._rows(x), self.scale, self.zero_point)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        dtype = fn(torch.empty(0, dtype=torch.float32, device=self.scale.device)).dtype
+        if dtype != torch.float32:
+            raise InvalidType(
+                f"the quantizer of {self.source or 'a tensor'} keeps its grid in float32 and cannot become {dtype}: "
+                "train in other dtypes under torch.autocast"
+            )
+        return super()._apply(fn, recurse)
+
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([int(self.state), self.delay])
+        return torch.tensor([int(self.state), self.delay], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.state, self.delay = State(int(state[0])), int(state[1])

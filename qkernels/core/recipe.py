@@ -16,10 +16,28 @@ from qkernels.core.corrections import corrections as correction_values
 from qkernels.core.observers import OBSERVERS, make_observer
 from qkernels.core.qspec import QSpec
 from qkernels.core.rules import RULES, make_rule
-from qkernels.errors import InvalidArgument, InvalidType
+from qkernels.errors import InvalidArgument, InvalidType, boolean
 
 FORMAT = 1
 Options = tuple[tuple[str, Any], ...]
+
+
+def _expect(what: str, value: Any, cls: type, optional: bool = False) -> None:
+    if not isinstance(value, cls) and not (optional and value is None):
+        raise InvalidType(f"{what} must be of type {cls.__name__}{' or None' if optional else ''}, got {value!r}")
+
+
+def _expect_known(what: str, name: Any, known: Iterable[str]) -> None:
+    if not isinstance(name, str) or name not in known:
+        raise InvalidArgument(f"unknown {what} {name!r}; there are {sorted(known)}")
+
+
+def _options(what: str, options: Any) -> Options:
+    """Of a mapping, or of pairs, in the order of their names."""
+    try:
+        return tuple(sorted(dict(options).items()))
+    except (TypeError, ValueError):
+        raise InvalidType(f"{what} must be a mapping of names to values, got {options!r}") from None
 
 
 @dataclass(frozen=True)
@@ -42,10 +60,11 @@ class TensorRecipe:
     dynamic: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
-        object.__setattr__(self, "rule_options", tuple(sorted(dict(self.rule_options).items())))
-        if self.rule not in RULES:
-            raise InvalidArgument(f"unknown rule {self.rule!r}; there are {sorted(RULES)}")
+        _expect("TensorRecipe: spec", self.spec, QSpec)
+        boolean("TensorRecipe: dynamic", self.dynamic)
+        object.__setattr__(self, "options", _options("TensorRecipe: options", self.options))
+        object.__setattr__(self, "rule_options", _options("TensorRecipe: rule_options", self.rule_options))
+        _expect_known("rule", self.rule, RULES)
         try:
             make_rule(self.rule, self.spec, 1, **dict(self.rule_options))
         except TypeError as error:
@@ -54,8 +73,7 @@ class TensorRecipe:
             raise InvalidArgument(
                 f'non_finite must be "error", or "ignore" on a grid for the whole tensor, got {self.non_finite!r}'
             )
-        if self.observer not in OBSERVERS:
-            raise InvalidArgument(f"unknown observer {self.observer!r}; there are {sorted(OBSERVERS)}")
+        _expect_known("observer", self.observer, OBSERVERS)
         try:
             make_observer(self.observer, self.spec, 1, **dict(self.options))
         except TypeError as error:
@@ -96,8 +114,12 @@ class Match:
     def __post_init__(self):
         if self.by not in ("name", "type", "regex"):
             raise InvalidArgument(f"Match: by must be name, type or regex, got {self.by!r}")
+        _expect("Match: pattern", self.pattern, str)
         if self.by == "regex":
-            re.compile(self.pattern)
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise InvalidArgument(f"Match: pattern must be a regex, got {self.pattern!r} ({error})") from error
 
     @classmethod
     def of(cls, what: "str | type | Callable | re.Pattern | Match") -> "Match":
@@ -146,6 +168,12 @@ class Override:
     weight: TensorRecipe | None = None
     skip: bool = False
 
+    def __post_init__(self):
+        _expect("Override: match", self.match, Match)
+        _expect("Override: activation", self.activation, TensorRecipe, optional=True)
+        _expect("Override: weight", self.weight, TensorRecipe, optional=True)
+        boolean("Override: skip", self.skip)
+
     def to_config(self) -> dict:
         return {
             "by": self.match.by,
@@ -185,7 +213,12 @@ class Recipe:
     corrections: tuple[Correction, ...] = ()
 
     def __post_init__(self):
+        _expect("Recipe: activation", self.activation, TensorRecipe)
+        _expect("Recipe: weight", self.weight, TensorRecipe)
+        _expect("Recipe: overrides", self.overrides, Iterable)
         object.__setattr__(self, "overrides", tuple(self.overrides))
+        for rule in self.overrides:
+            _expect("Recipe: each of overrides", rule, Override)
         object.__setattr__(self, "corrections", correction_values(self.corrections))
         if self.activation.spec.per_channel and self.activation.spec.block is None:
             raise InvalidArgument("Recipe: activations take one grid for the whole tensor, got per_channel=True")
@@ -316,8 +349,7 @@ def make_recipe(
             by the function as the model calls it (`torch.add`, `operator.add` for `x + y`).
     """
     if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise InvalidArgument(f"unknown recipe {recipe!r}; there are {sorted(RECIPES)}")
+        _expect_known("recipe", recipe, RECIPES)
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe):
         raise InvalidType(f"recipe must be a name or a Recipe, got {type(recipe).__name__}")
@@ -326,21 +358,25 @@ def make_recipe(
     if activation_bits is not None or symmetric_activations is not None:
         old = activation.spec
         spec = old if activation_bits is None else QSpec.activation(activation_bits, old.dtype)
-        symmetric = old.symmetric if symmetric_activations is None else symmetric_activations
+        symmetric = old.symmetric
+        if symmetric_activations is not None:
+            symmetric = boolean("symmetric_activations", symmetric_activations)
         activation = replace(activation, spec=replace(spec, symmetric=symmetric))
+    if observer_options is not None:
+        observer_options = _options("observer_options", observer_options)
     if activation.dynamic and (observer is not None or observer_options is not None or non_finite is not None):
         raise InvalidArgument(
             "a recipe that quantizes activations when they arrive has no observer to choose, and is not trained"
         )
     if observer is not None:
-        activation = replace(activation, observer=observer, options=tuple((observer_options or {}).items()))
+        activation = replace(activation, observer=observer, options=observer_options or ())
     elif observer_options is not None:
-        activation = replace(activation, options=tuple(observer_options.items()))
+        activation = replace(activation, options=observer_options)
     weight_bits = weight_bits if weight_bits is not None else bits
     if weight_bits is not None:
         weight = replace(weight, spec=QSpec.weight(weight_bits, weight.spec.per_channel))
     if weight_granularity is not None:
-        if weight_granularity not in GRANULARITIES:
+        if not isinstance(weight_granularity, str) or weight_granularity not in GRANULARITIES:
             raise InvalidArgument(
                 f"weight_granularity must be one of {list(GRANULARITIES)}, got {weight_granularity!r}"
             )

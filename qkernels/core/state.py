@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.core.expect import expect_module
-from qkernels.core.files import write_atomically
+from qkernels.core.files import file_path, write_atomically
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.structure import build, describe
 from qkernels.errors import CheckpointError, InvalidArgument
@@ -48,6 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         Unsupported: the graph holds a function or a module that cannot be described in JSON; the message names it.
     """
     expect_module("save", model)
+    path = file_path("save", path)
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise InvalidArgument("save: the model is prepared, not converted: call qkernels.convert(prepared) first")
     tensors = {name: t.detach().contiguous().cpu().clone() for name, t in model.state_dict().items()}
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     blob = bytearray(safetensors.torch.save(tensors, metadata))
     at = _digest_position(blob)
     blob[at : at + 64] = hashlib.sha256(blob).hexdigest().encode()
-    write_atomically(Path(path), blob)
+    write_atomically(path, blob)
 
 
 def load(path: str | os.PathLike, skeleton: nn.Module | None = None) -> nn.Module:
@@ -67,14 +67,18 @@ def load(path: str | os.PathLike, skeleton: nn.Module | None = None) -> nn.Modul
 
     Args:
         path: the file.
-        skeleton: needed only for a model that could not be traced as a whole: an instance of the float model, whose
-            Python code is used (it is copied, not changed).
+        skeleton: needed only for a model that could not be traced as a whole, and not looked at otherwise: an instance
+            of the float model, whose Python code is used (it is copied, not changed).
 
     Raises:
+        InvalidType: the path is none, or the skeleton no module.
         CheckpointError: the file is truncated, damaged in any bit, not a qkernels file, or of another format version.
         InvalidArgument: a skeleton is needed, or does not fit.
     """
-    blob = bytearray(Path(path).read_bytes())
+    path = file_path("load", path)
+    if skeleton is not None:
+        expect_module("load", skeleton, "skeleton")
+    blob = bytearray(path.read_bytes())
     content = _checked_content(blob, path)
     tensors = safetensors.torch.load(bytes(blob))
     try:

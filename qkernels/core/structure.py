@@ -219,7 +219,8 @@ def _build(spec: dict[str, Any], tensors: dict[str, Tensor], path: str, skeleton
     if "nn" in spec:
         if spec["nn"] not in _MODULES:
             raise CheckpointError(f"load: {spec['nn']!r} is not in the list of modules that a file may hold")
-        module = _MODULES[spec["nn"]](**{name: _decode(v, {}) for name, v in spec["arguments"].items()})
+        with torch.device("cpu"):  # where a file's tensors are, whatever torch's default is
+            module = _MODULES[spec["nn"]](**{name: _decode(v, {}) for name, v in spec["arguments"].items()})
         return _in_dtypes_of(tensors, module, path)
     if "sequential" in spec:
         children = {name: _build(s, tensors, _join(path, name), None) for name, s in spec["sequential"].items()}

@@ -50,7 +50,7 @@ UNARY: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 def codes_by_byte(dtype: torch.dtype) -> Tensor:
     """The code that each byte 0..255 stands for, as int64: table order."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.int64)
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(torch.int64)
 
 
 def function_table(function: Callable[[Tensor], Tensor], input: QParams, output: QParams) -> Tensor:

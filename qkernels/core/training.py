@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from qkernels.core.expect import (
     expect_options,
     warn_without_quantizers,
 )
-from qkernels.core.norm import Norm
-from qkernels.core.phases import run_batch
-from qkernels.core.plain import is_pruned
+from qkernels.core.norm import Freezable, make_freezable
+from qkernels.core.phases import run_batch, runner
+from qkernels.core.plain import is_pruned, is_reparametrized
 from qkernels.core.prepare import PreparedModel, prepare_model, prepared_layers, quantizers
 from qkernels.core.quantizer import ROUNDING, Quantizer, State
 from qkernels.core.recipe import OPTIONS, Recipe, make_recipe
@@ -76,6 +75,12 @@ def prepare_qat(
             "prepare_qat: the masks of torch.nn.utils.prune are applied once; training may fill pruned weights again",
             stacklevel=2,
         )
+    if is_reparametrized(model):
+        warnings.warn(
+            "prepare_qat: weights of weight_norm, spectral_norm and other parametrizations are computed once; training "
+            "changes the weights themselves and may leave what the formula kept",
+            stacklevel=2,
+        )
     if not isinstance(start_step, int) or start_step < 0:
         raise InvalidArgument(f"prepare_qat: start_step must be a number of steps, got {start_step!r}")
     expect_options("prepare_qat", options, (*OPTIONS, "forward", "start_step"))
@@ -85,6 +90,7 @@ def prepare_qat(
         else make_recipe(recipe, rule=rule, **options)
     )
     prepared = prepare_model(model, example_inputs, recipe, trained=True)
+    prepared.apply(make_freezable)
     if forward == "int8":
         for part in prepared.modules():
             if isinstance(part, PreparedModel):
@@ -193,8 +199,8 @@ def unfreeze_bn(model: nn.Module) -> None:
         norm.frozen = False
 
 
-def norms(model: nn.Module) -> Iterable[Norm]:
-    return (m for m in model.modules() if isinstance(m, Norm))
+def norms(model: nn.Module) -> Iterable[Freezable]:
+    return (m for m in model.modules() if isinstance(m, Freezable))
 
 
 @contextmanager
@@ -237,19 +243,20 @@ def reestimate_bn(
         batches, forward: as for `calibrate`.
 
     Raises:
-        InvalidArgument: the model has no batch normalization that `prepare_qat` kept, or there is no batch.
+        InvalidArgument: the model has no batch normalization, or there is no batch.
         InvalidType: `batches` is one tensor or dict or no iterable, or a batch holds no tensor.
     """
     expect_module("reestimate_bn", model)
     expect_batches("reestimate_bn", batches)
+    run = runner("reestimate_bn", forward)
     found = list(norms(model))
     if not found:
         raise InvalidArgument(
-            "reestimate_bn: the model must come from `prepare_qat`, and have batch normalizations behind layers with "
-            f"weights; this {type(model).__name__} has none"
+            "reestimate_bn: the model must come from `prepare_qat`, and have batch normalizations; this "
+            f"{type(model).__name__} has none"
         )
     with phase(model, disable_observer, unfreeze_bn):
-        average_statistics(model, found, batches, forward or partial(run_batch, verb="reestimate_bn"))
+        average_statistics(model, found, batches, run)
     return model
 
 
@@ -291,7 +298,7 @@ def average_statistics(
             (forward or run_batch)(model, batch)
             nothing = False
         if nothing:
-            raise InvalidArgument("batch normalizations cannot be estimated from no batches")
+            raise InvalidArgument("reestimate_bn: batch normalizations cannot be estimated from no batches")
         for norm, (mean, var) in sums.items():
             norm.running_mean.copy_(mean / counts[norm])
             norm.running_var.copy_(var / counts[norm])

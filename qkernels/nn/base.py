@@ -2,15 +2,18 @@
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qkernels.core.qspec import QParams
 from qkernels.core.registry import layer_class
 from qkernels.core.sizes import Sizes
+from qkernels.core.tracing import Tracer
 from qkernels.errors import CheckpointError, InvalidState, InvalidType
 from qkernels.ops.epilogue import OUTPUT_DTYPES
 from qkernels.ops.layout import empty_channels_last
@@ -22,6 +25,18 @@ _DERIVE_LOCK = threading.Lock()
 def _version(buffer: Tensor | None) -> int | None:
     """Changes when the tensor is written in place; an inference tensor has no counter, and only its identity counts."""
     return None if buffer is None or buffer.is_inference() else buffer._version
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Hides what goes on from `torch.jit.trace` and `make_fx`: what is derived is kept, and no part of their graph."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 class QLayer(nn.Module):
@@ -123,7 +138,8 @@ class QLayer(nn.Module):
         with _DERIVE_LOCK:
             isa, buffers = active_isa(), list(self._buffers.values())
             versions = [_version(b) for b in buffers]
-            value = self._derive()
+            with _untraced():
+                value = self._derive()
             self._derived = (isa, buffers, versions, value)
         return value
 
@@ -161,7 +177,7 @@ class QLayer(nn.Module):
         return self._torchscript((lambda a, b: forward(a, b)) if binary else (lambda x: forward(x)))
 
     def _torchscript(self, run: Callable) -> nn.Module:
-        tracer = fx.Tracer()
+        tracer = Tracer()
         graph = tracer.trace(run)
         graph._co_fields = {}
         for node in graph.nodes:
@@ -197,7 +213,7 @@ class QLayer(nn.Module):
         self._input_roles = list(config["inputs"])
         self._grids = {role: {**meta, "dtype": _dtype(meta["dtype"])} for role, meta in config["grids"].items()}
         for name, spec in config["buffers"].items():
-            self.register_buffer(name, spec and torch.zeros(spec["shape"], dtype=_dtype(spec["dtype"])))
+            self.register_buffer(name, spec and torch.zeros(spec["shape"], dtype=_dtype(spec["dtype"]), device="cpu"))
         self._derived = None
         self.training = False
         return self

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from qkernels import ops, reference
@@ -60,7 +61,9 @@ class QConv(WeightedLayer):
         image = x.shape[1:]
         size = sizes.get(image)
         if size is None:
-            size = sizes[image] = self._output_size(x)
+            size = self._output_size(x)
+            if not torch.jit.is_tracing():  # where sizes are tensors
+                sizes[image] = size
         return ops.conv(x, packed, residual, channels, size, dtype, geometry)
 
     def __prepare_scriptable__(self) -> nn.Module:

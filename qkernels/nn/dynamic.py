@@ -47,7 +47,7 @@ class QDynamicLinear(OnLastDimension, QLayer):
         sums = weight.sum(1, dtype=torch.int32)
         if zero_point is not None:
             sums = sums - weight.shape[1] * zero_point
-        one = torch.ones(1, device=weight.device)
+        one = torch.ones(1, dtype=torch.float32, device=weight.device)
         dtype = _CODES[self.options["dtype"]]
         packed = ops.linear_pack(weight, one, zero_point, None, 1.0, 0, dtype, Epilogue(torch.int32))
         scale = self._buffers["weight_scale"].expand(len(weight)).contiguous()

@@ -27,7 +27,7 @@ def clamp_codes(grid: QParams, option: list[float | None] | None) -> tuple[int, 
         return grid.qmin, grid.qmax
     low = -float("inf") if option[0] is None else option[0]
     high = float("inf") if option[1] is None else option[1]
-    ends = torch.tensor([low, high], dtype=torch.float32)
+    ends = torch.tensor([low, high], dtype=torch.float32, device="cpu")
     codes = reference.quantize(ends, grid.scale.cpu(), grid.zero_point.cpu(), None, grid.qmin, grid.qmax, grid.dtype)
     return int(codes[0]), int(codes[1])
 

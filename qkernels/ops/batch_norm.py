@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import once_differentiable, refuse_transforms
+from qkernels.ops.expect import expect_tensor
 
 _ops = torch.ops.qkernels
 
@@ -143,6 +144,8 @@ def batch_norm_fake_quant(
         The rounded tensor and its codes.
     """
     refuse_transforms("batch_norm_fake_quant", *(t for t in (x, weight, bias, scale, zero_point) if t is not None))
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        expect_tensor("batch_norm_fake_quant", name, value)
     numbers = scale.item(), min(max(round(zero_point.item()), qmin), qmax), qmin, qmax, floor, ceiling
     return _BatchNormFakeQuant.apply(x, weight, bias, scale, zero_point, statistics, numbers, code_dtype, grad_factor)
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkernels.ops.epilogue import Epilogue
+from qkernels.errors import InvalidArgument, InvalidType
+from qkernels.ops.epilogue import Epilogue, schema_arguments
+from qkernels.ops.expect import expect_tensor
 from qkernels.ops.layout import empty_channels_last
 
 _ops = torch.ops.qkernels
@@ -31,7 +33,7 @@ def conv_padding(
         total = [d * (k - 1) for k, d in zip(kernel_size, _per_dim(dilation, dims), strict=True)]
         return [side for t in total for side in (t // 2, t - t // 2)]
     if isinstance(padding, str):
-        raise ValueError(f"conv_padding: padding must be 'same', 'valid' or numbers, got {padding!r}")
+        raise InvalidArgument(f"conv_padding: padding must be 'same', 'valid' or numbers, got {padding!r}")
     values = _per_dim(padding, dims)
     return values if len(values) == 2 * dims else [side for p in values for side in (p, p)]
 
@@ -96,7 +98,7 @@ def conv_pack(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    kernel = list(weight.shape[2:])
+    kernel = list(expect_tensor("conv_pack", "weight", weight).shape[2:])
     pads = conv_padding(padding, kernel, dilation)
     return _ops.conv_pack.default(
         weight,
@@ -106,9 +108,7 @@ def conv_pack(
         input_scale,
         input_zero_point,
         input_dtype,
-        epilogue.as_list(),
-        epilogue.dtype,
-        epilogue.table,
+        *schema_arguments("conv_pack", epilogue),
         _per_dim(stride, len(kernel)),
         pads,
         _per_dim(dilation, len(kernel)),
@@ -168,6 +168,10 @@ def conv_geometry(
     dims = len(kernel_size)
     pads = conv_padding(padding, kernel_size, dilation)
     numbers = [*kernel_size, *_per_dim(stride, dims), *pads, *_per_dim(dilation, dims)]
+    if not all(isinstance(number, int) for number in (*numbers, groups)):
+        raise InvalidType(f"conv_geometry: sizes, stride, padding, dilation and groups must be integers, got {numbers}")
+    if padding_mode not in PADDING_MODES:
+        raise InvalidArgument(f"conv_geometry: padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
     return [*numbers, groups, int(transposed), PADDING_MODES.index(padding_mode)]
 
 

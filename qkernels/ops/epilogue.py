@@ -1,9 +1,12 @@
 """What happens to the int32 accumulator of a linear or convolution before it is stored: a value, not a class name."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qkernels.errors import InvalidType
 
 OUTPUT_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,3 +53,10 @@ class Epilogue:
             r = self.residual
             numbers += [r.scale, r.zero_point, r.out_scale, r.out_zero_point, r.out_qmin, r.out_qmax]
         return [float(n) for n in numbers]
+
+
+def schema_arguments(op: str, epilogue: Any) -> tuple[list[float], torch.dtype, Tensor | None]:
+    """An epilogue as the schemas of ops that pack a weight take it."""
+    if not isinstance(epilogue, Epilogue):
+        raise InvalidType(f"{op}: epilogue must be an Epilogue, got {type(epilogue).__name__}")
+    return epilogue.as_list(), epilogue.dtype, epilogue.table

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _C
-from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue
+from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue, schema_arguments
 
 _ops = torch.ops.qkernels
 
@@ -52,9 +52,7 @@ def linear_pack(
         input_scale,
         input_zero_point,
         input_dtype,
-        epilogue.as_list(),
-        epilogue.dtype,
-        epilogue.table,
+        *schema_arguments("linear_pack", epilogue),
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.expect import expect_tensor
 from qkernels.ops.fake_quant import fake_quant, fake_quant_backward
 
 _ops = torch.ops.qkernels
@@ -107,10 +108,10 @@ def observe_fake_quant(
     if not observing:
         return fake_quant(x, scale, zero_point, axis, qmin, qmax) if quantizing else x
     if not quantizing:
-        observe(x.detach(), *state, *grid)
+        observe(expect_tensor("observe_fake_quant", "x", x).detach(), *state, *grid)
         return x
     if not is_eager("observe_fake_quant", x):
-        observe(x.detach(), *state, *grid)
+        observe(expect_tensor("observe_fake_quant", "x", x).detach(), *state, *grid)
         return fake_quant(x, scale.clone(), zero_point.clone(), axis, qmin, qmax)
     if needs_grad(x):
         return _ObserveFakeQuant.apply(x, *state, *grid)

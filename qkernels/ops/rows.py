@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels.ops.expect import expect_tensor
+
 _ops = torch.ops.qkernels
 
 
@@ -32,7 +34,7 @@ def quantize_rows(
         >>> q.tolist(), scale.tolist(), zero_point.tolist()
         ([[0, 3], [0, 3]], [0.3333333432674408, 2.0], [0, 1])
     """
-    return _ops.quantize_rows.default(x.detach(), qmin, qmax, symmetric, dtype)
+    return _ops.quantize_rows.default(expect_tensor("quantize_rows", "x", x).detach(), qmin, qmax, symmetric, dtype)
 
 
 def linear_rows(
@@ -66,8 +68,11 @@ def linear_rows(
         RuntimeError: `packed` is damaged or was made for something else, or an argument has the wrong dtype or shape,
             or in_features is so large that the int32 sums could overflow (65,793; with weight zero points 33,025).
     """
-    scales = row_scale.detach(), row_zero_point, weight_scale.detach(), weight_sum
-    bias = None if bias is None else bias.detach()
+    op = "linear_rows"
+    row_scale = expect_tensor(op, "row_scale", row_scale).detach()
+    weight_scale = expect_tensor(op, "weight_scale", weight_scale).detach()
+    bias = None if bias is None else expect_tensor(op, "bias", bias).detach()
+    scales = row_scale, row_zero_point, weight_scale, weight_sum
     return _ops.linear_rows.default(input, packed, *scales, bias, out_features, dtype)
 
 

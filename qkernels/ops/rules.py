@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
+from qkernels.ops.expect import expect_tensor
 from qkernels.ops.fake_quant import fake_quant_out
 
 _ops = torch.ops.qkernels
@@ -107,9 +108,9 @@ def dorefa_gradient(grad: Tensor, seed: Tensor, bits: int) -> Tensor:
 
 def round_gradient(x: Tensor, bits: int, seed: Tensor | None = None) -> Tensor:
     """The identity whose gradient goes through `dorefa_gradient`; without a seed, one from torch's generator."""
-    refuse_transforms("round_gradient", x)
+    refuse_transforms("round_gradient", expect_tensor("round_gradient", "x", x))
     if seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
     return _RoundGradient.apply(x, seed, bits)
 
 

@@ -14,7 +14,7 @@ class Packed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.value = torch.empty(0, dtype=torch.uint8)
+        self.value = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def forward(self) -> Tensor:
         return self.value
@@ -26,7 +26,7 @@ class Packed(nn.Module):
     @torch.jit.export
     def __setstate__(self, training: bool) -> None:
         self.training = training
-        self.value = torch.empty(0, dtype=torch.uint8)
+        self.value = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class _Weighted(nn.Module):

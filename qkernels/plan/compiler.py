@@ -110,9 +110,8 @@ def _with_islands(model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Nod
     names = {node: str(node.target) for node in model.graph.nodes if node.op == "placeholder"}
     for node in names:
         if recorded[node].kind != "tensor":
-            raise Unsupported(
-                f"compile: {lowered.refused[node]}; leave it out of the example, so that it has its default"
-            )
+            hint = "; leave it out of the example, so that it has its default" if node.args else ""
+            raise Unsupported(f"compile: {lowered.refused[node]}{hint}")
     pieces, refused = _pieces(model, lowered, recorded)
     parts = []
     for part, network in pieces:
@@ -120,7 +119,7 @@ def _with_islands(model: ConvertedModel, lowered: Lowered, recorded: dict[fx.Nod
         module = torch_module(part, model) if network is None else _plan(network, shapes)
         parts.append((module, part.inputs, part.outputs))
     result = result_part(model.graph, recorded)
-    islands = {node.name: why for node, why in refused.items() if node.op not in ("get_attr", "output")}
+    islands = {node.name: why for node, why in refused.items() if node.op != "get_attr"}
     if islands:
         warnings.warn(
             f"compile: torch runs {len(islands)} operations that have no integer step "

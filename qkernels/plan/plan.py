@@ -4,14 +4,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels.core.files import write_atomically
-from qkernels.errors import CheckpointError, InvalidArgument, Unsupported
+from qkernels.core.files import file_path, write_atomically
+from qkernels.errors import CheckpointError, InvalidArgument, InvalidType, Unsupported
 from qkernels.ops.machine import active_isa
 from qkernels.ops.plan import NativePlan
 from qkernels.plan.profile import (
@@ -34,6 +33,8 @@ class Plan(nn.Module):
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
+        if not isinstance(data, bytes):
+            raise InvalidType(f"Plan: data must be the bytes of a plan file, got {type(data).__name__}")
         self.training = False
         self._native = NativePlan(data)
         try:
@@ -62,7 +63,7 @@ class Plan(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan to `path`, atomically. The file holds canonical weights and fits every machine."""
-        write_atomically(Path(path), self._native.data)
+        write_atomically(file_path("plan.save", path), self._native.data)
 
     def profile(self, *args: Tensor, runs: int = 20, **kwargs: Tensor) -> Profile:
         """The time of every step for these inputs: the median of `runs` calls. Print it, or `save` it as a picture."""
@@ -136,8 +137,7 @@ class PlanWithIslands(nn.Module):
         """A file holds no code of torch: refused."""
         raise Unsupported(
             f"plan.save: {len(self.islands)} operations run in torch, which a plan file cannot hold "
-            f"({', '.join(list(self.islands)[:4])}, ...): save the converted model with qkernels.save, and compile it "
-            "after loading"
+            f"({_some(self.islands)}): save the converted model with qkernels.save, and compile it after loading"
         )
 
     @torch.no_grad()
@@ -173,6 +173,12 @@ class PlanWithIslands(nn.Module):
         return "\n".join(lines)
 
 
+def _some(islands: Mapping[str, str]) -> str:
+    """The first names, with what makes the result of the model none that a plan gives."""
+    names = [f"{name}: {why}" if name == "output" else name for name, why in islands.items()]
+    return ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])
+
+
 def _operations(island: nn.Module) -> str:
     """The names of what torch runs."""
     return ", ".join(node.name for node in island.graph.nodes if node.op.startswith("call_"))
@@ -199,7 +205,8 @@ def load_plan(path: str | os.PathLike) -> Plan:
         CheckpointError: the file is truncated, damaged, not a plan, or of another version.
         Unsupported: it holds steps that this version does not have.
     """
-    data = Path(path).read_bytes()
+    path = file_path("load_plan", path)
+    data = path.read_bytes()
     try:
         return Plan(data)
     except CheckpointError as error:

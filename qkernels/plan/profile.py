@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels import ops
-from qkernels.core.files import write_atomically
-from qkernels.errors import InvalidArgument
+from qkernels.core.files import file_path, write_atomically
+from qkernels.errors import InvalidArgument, integer
 from qkernels.ops.epilogue import Epilogue
 from qkernels.ops.machine import active_isa
 from qkernels.ops.plan import NativePlan
+from qkernels.report.picture import check_picture, new_figure
 
 _WARM_UP = 3
 
@@ -71,6 +71,7 @@ class Profile:
 
     def worst(self, count: int = 10) -> list[StepTime]:
         """The steps that lose most time against their work at peak rate."""
+        count = integer("worst: count", count, 0)
         return sorted(self.steps, key=lambda s: s.macs / self.peak_gmacs / 1e3 - s.microseconds)[:count]
 
     def of_peak(self, step: StepTime) -> float:
@@ -104,14 +105,17 @@ class Profile:
         """Draws the timeline: `path` ends in .html (needs nothing) or in a format of matplotlib, such as .png.
 
         Raises:
-            InvalidArgument: the path has no ending.
+            InvalidArgument: the path has no ending, or one of no picture.
+            Unsupported: the ending is not .html, and there is no matplotlib.
         """
-        ending = Path(path).suffix.lower()
+        path = file_path("profile.save", path)
+        ending = path.suffix.lower()
         if not ending:
             raise InvalidArgument(f"profile.save: the path must end in .html, .png, ..., got {str(path)!r}")
         if ending == ".html":
-            write_atomically(Path(path), _html(self).encode())
+            write_atomically(path, _html(self).encode())
         else:
+            check_picture(path)
             _draw(self, path)
 
 
@@ -183,9 +187,10 @@ def peak_gmacs(isa: str, threads: int) -> float:
 
 
 def _product_gmacs(rows: int, inner: int, columns: int) -> float:
-    x = torch.zeros(rows, inner, dtype=torch.uint8)
-    weight = torch.ones(columns, inner, dtype=torch.int8)
-    packed = ops.linear_pack(weight, torch.ones(1), None, None, 1.0, 0, torch.uint8, Epilogue())
+    x = torch.zeros(rows, inner, dtype=torch.uint8, device="cpu")
+    weight = torch.ones(columns, inner, dtype=torch.int8, device="cpu")
+    scale = torch.ones(1, dtype=torch.float32, device="cpu")
+    packed = ops.linear_pack(weight, scale, None, None, 1.0, 0, torch.uint8, Epilogue())
     best, until = float("inf"), time.perf_counter() + 0.03
     while time.perf_counter() < until:
         start = time.perf_counter()
@@ -235,12 +240,8 @@ def _html(profile: Profile) -> str:
 
 def _draw(profile: Profile, path: str | os.PathLike) -> None:
     """Above, the steps one after another; below, each with its time and what it would take at peak rate."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib; .html needs nothing") from error
     steps = profile.steps
-    figure = Figure(figsize=(10, 2 + 0.17 * len(steps)), layout="constrained")
+    figure = new_figure(10, 2 + 0.17 * len(steps))
     line, bars = figure.subplots(2, 1, height_ratios=(1, max(1.0, 0.17 * len(steps))))
     at = 0.0
     for step in steps:

@@ -14,7 +14,7 @@ from qkernels.core.expect import expect_batches, expect_converted, expect_inputs
 from qkernels.core.noise import SignalToNoise
 from qkernels.core.outputs import output_tensors
 from qkernels.core.plain import plain_copy
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, integer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Comparison:
 
     def worst(self, count: int = 5) -> tuple[LayerComparison, ...]:
         """The layers with the most noise."""
-        return tuple(sorted(self.layers, key=lambda layer: layer.sqnr_db)[:count])
+        return tuple(sorted(self.layers, key=lambda layer: layer.sqnr_db)[: integer("worst: count", count, 0)])
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("output")])

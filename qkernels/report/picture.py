@@ -1,9 +1,9 @@
 """matplotlib, imported when a picture is asked for; it is not a dependency of qkernels."""
 
 import os
-from pathlib import Path
 from typing import Any
 
+from qkernels.core.files import file_path
 from qkernels.errors import InvalidArgument, Unsupported
 
 
@@ -27,6 +27,7 @@ def check_picture(path: str | os.PathLike) -> None:
         Unsupported: there is no matplotlib.
         InvalidArgument: matplotlib writes no format of that ending.
     """
-    formats, ending = new_figure(1, 1).canvas.get_supported_filetypes(), Path(path).suffix.removeprefix(".")
-    if ending.lower() not in formats:
-        raise InvalidArgument(f"picture: the ending of {os.fspath(path)} must be one of {sorted(formats)}")
+    path = file_path("picture", path)
+    formats = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise InvalidArgument(f"picture: the ending of {path} must be one of {sorted(formats)}")

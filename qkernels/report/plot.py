@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from qkernels.report.comparison import Comparison
-from qkernels.report.picture import new_figure
+from qkernels.report.picture import check_picture, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ def _figure(width: float, height: float, columns: int = 1, ratios: tuple[float, 
 
 def plot_comparison(comparison: Comparison, path: str | os.PathLike) -> None:
     """Writes the signal-to-noise ratio of every layer as a bar chart (the format follows the ending of `path`)."""
+    check_picture(path)
     figure, (axes,) = _figure(7, 1.2 + 0.22 * len(comparison.layers))
     _draw_sqnr(axes, comparison)
     figure.savefig(path, dpi=120)

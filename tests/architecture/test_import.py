@@ -29,11 +29,30 @@ def test_environment_caps_the_isa_and_never_raises_it(isa):
         assert result.stdout.strip() == "scalar"
 
 
-@pytest.mark.parametrize("isa", ["avx999", "AVX2", "scalar "])
+@pytest.mark.parametrize("isa", ["avx999", "avx 2", "scalar,avx2"])
 def test_unknown_isa_in_the_environment_is_refused_with_the_choices(isa):
     result = run_python("import qkernels", QKERNELS_ISA=isa)
     assert result.returncode != 0
     assert f"QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, amx, got '{isa}'" in result.stderr
+
+
+@pytest.mark.parametrize("isa", ["SCALAR", " scalar\t", "Scalar "])
+def test_the_isa_in_the_environment_may_be_in_any_case_and_have_blanks_around(isa):
+    result = run_python("from qkernels import _C; print(_C.isa_active())", QKERNELS_ISA=isa)
+    assert (result.stdout.strip(), result.stderr) == ("scalar", "")
+
+
+def test_the_command_line_refuses_an_unknown_isa_in_one_line():
+    command = [sys.executable, "-m", "qkernels", "info"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "QKERNELS_ISA": "sse2"})
+    assert result.returncode == 1
+    wanted = "qkernels: QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, amx, got 'sse2'\n"
+    assert (result.stdout, result.stderr) == ("", wanted)
+
+
+def test_helpers_and_errors_are_there_after_one_import():
+    result = run_python("import qkernels; qkernels.testing.isa_cap; qkernels.errors.QKernelsError")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_import_needs_no_gpu():

@@ -281,3 +281,16 @@ def test_recipe_is_that_of_the_core():
     assert recipe.weight.spec.per_channel
     assert not recipe.weight.spec.uneven
     assert recipe.activation.spec.dtype is torch.uint8
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: batch_norm_fold.fold_all_batch_norms(model, (4, 9)),
+        lambda model: quantsim.QuantizationSimModel(model, dummy_input=torch.rand(4, 9)),
+    ],
+)
+def test_an_input_that_the_model_fails_on_is_called_so(call):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    with pytest.raises(InvalidArgument, match="dummy_input or input_shapes: the model does not run"):
+        call(model)

@@ -208,3 +208,52 @@ def test_gradients_of_a_range_are_those_of_aimet(original, ends):
         quantizer(x).as_subclass(torch.Tensor).sum().backward()
     assert mine.min.grad.item() == pytest.approx(theirs.min.grad.item(), rel=1e-4)
     assert mine.max.grad.item() == pytest.approx(theirs.max.grad.item(), rel=1e-4)
+
+
+class Moved(nn.Module):
+    """A layer behind a model input that a function moved, and layers that are called again."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move, self.first, self.again = move, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.again(torch.relu(self.again(torch.relu(self.first(self.move(x))))))
+
+
+MOVES = {
+    "view": lambda x: x.view(x.size(0), -1, 8),
+    "flatten": lambda x: torch.flatten(x, 1, 2),
+    "slice": lambda x: x[:, :, 1:],
+    "chunk": lambda x: x.chunk(2, 1)[1],
+    "permute": lambda x: x.permute(0, 2, 1, 3).contiguous(),
+    "cast": lambda x: x.double().float().clone(),
+    "identity": nn.Identity(),
+    "repeat": lambda x: x.repeat(1, 1, 2, 1),
+    "flip": lambda x: x.flip(2),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moved_inputs_and_repeated_layers_have_the_quantizers_of_aimet(original, tmp_path, name):
+    x, sims = torch.rand(4, 2, 3, 8) - 0.3, []
+    for api in (aimet, original):
+        torch.manual_seed(0)
+        model = api.model_preparer.prepare_model(Moved(MOVES[name]).eval())
+        sims.append(api.quantsim.QuantizationSimModel(model, dummy_input=x))
+        sims[-1].compute_encodings(lambda m: m(x))
+    mine, theirs = sims
+    assert {n for n, _ in mine.named_quantizers()} == {n for n, _ in theirs.named_quantizers()}
+    assert (mine.model.first.input_quantizers[0] is None) == (name in ("repeat", "flip"))
+    theirs.export(str(tmp_path), "net", dummy_input=x)
+    mine.load_encodings(tmp_path / "net_torch.encodings", partial=False)
+    assert torch.allclose(mine.model(x), theirs.model(x).as_subclass(torch.Tensor), atol=1e-5)
+
+
+def test_functions_of_an_unprepared_model_leave_its_input_unrounded_as_in_aimet(original):
+    for move in (lambda x: x / 255.0, lambda x: x.mean(1, keepdim=True), lambda x: x - 1.0):
+        found = []
+        for api in (aimet, original):
+            sim = api.quantsim.QuantizationSimModel(Moved(move).eval(), dummy_input=torch.rand(4, 2, 3, 8))
+            found.append(sim.model.first.input_quantizers[0] is not None)
+        assert found[0] == found[1]

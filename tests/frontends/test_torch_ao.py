@@ -449,3 +449,30 @@ def test_the_name_torch_is_torch_but_for_quantization():
     for name in ("observer.MinMaxObserver", "fake_quantize.FakeQuantize", "qconfig.QConfig", "quantize_fx.prepare_fx"):
         module, _, member = name.partition(".")
         assert getattr(getattr(mine.ao.quantization, module), member) is getattr(torch_ao, member)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scheme", [torch.per_channel_symmetric, torch.per_tensor_symmetric])
+def test_weights_keep_to_the_range_of_their_observer_as_in_torch(scheme, seed):
+    kind, outputs = "PerChannelMinMaxObserver" if scheme is torch.per_channel_symmetric else "MinMaxObserver", []
+    for api in (ao, torch_ao):
+        torch.manual_seed(seed)
+        model = api.QuantWrapper(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))).eval()
+        weight = getattr(api, kind).with_args(dtype=torch.qint8, qscheme=scheme, quant_min=-8, quant_max=7)
+        model.qconfig = api.QConfig(api.default_observer, weight)
+        api.prepare(model, inplace=True)
+        model(images(seed=seed))
+        outputs.append(api.convert(model)(images(seed=seed)))
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
+
+
+def test_converting_twice_and_layers_with_hooks_say_what_helps():
+    model = torch_ao.QuantWrapper(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).eval()
+    model.qconfig = torch_ao.get_default_qconfig("x86")
+    torch_ao.prepare(model, inplace=True)
+    model(images())
+    with pytest.raises(InvalidState, match="converted already"):
+        torch_ao.convert(torch_ao.convert(model))
+    model.module[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(InvalidState, match=r"forward hooks.*Take them off"):
+        torch_ao.convert(model)

@@ -1,12 +1,12 @@
-"""`make gpu-check`: everything about qkernels that only a GPU can show, in at most 8 minutes.
+"""`make gpu-check`: everything about qkernels that only a GPU can show, in at most 8 minutes after the build.
 
     python tests/gpu/gpu_check.py [--only PART ...] [--small] [--out FILE]
 
 Needs torch with CUDA and an NVIDIA GPU of compute capability 7.5 or newer; nothing is downloaded. qkernels is built in
-place if it has no CUDA kernels yet (nvcc, setuptools). Parts: linear, conv, rows, floats, ops (every CUDA op against
-the CPU, bit for bit), wgmma (the kernel that is off by default, on capability 9.0), model (converted networks),
-opcheck, graph (capture and replay), streams, errors, bench (times), sanitizer (compute-sanitizer on small shapes,
-where it is installed).
+place for this GPU, or brought up to date (nvcc, a C++20 compiler, Python.h, setuptools). Parts: linear, conv, rows,
+floats, ops (every CUDA op against the CPU, bit for bit), model (converted networks), graph (capture and replay),
+streams, errors, opcheck, wgmma (the kernel that is off by default, on capability 9.0), bench (times), sanitizer
+(compute-sanitizer on small shapes, where it is installed).
 
 A part runs in a process of its own, case by case: a case that fails, crashes, hangs or poisons the device is named and
 does not hide the others. Everything found, times too, is in bench/results/<gpu>.json after each part. Exit status: 0
@@ -19,25 +19,33 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from threading import Timer
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD_SECONDS = 1800
 BUDGET_SECONDS = 480
 LEAST_SECONDS = 15  # what a part needs to begin at all
+CASE_SECONDS = 60
+START_SECONDS = 90  # for the start of a child, and for its first case
+SLOW_CASES = {"more than 2^31 elements": 120}
 MOST_STARTS = 6  # of one part
+MOST_HANGS = 2  # of one part
 POISONED = 3  # the exit status of a child whose device is lost
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/ops"), str(ROOT / "tests/gpu")]
 
 PARTS = (
-    *("linear", "wgmma", "conv", "rows", "floats", "ops", "model"),
-    *("graph", "streams", "errors", "bench", "opcheck", "sanitizer"),
+    *("linear", "conv", "rows", "floats", "ops", "model", "graph", "streams", "errors", "opcheck"),
+    *("wgmma", "bench", "sanitizer"),  # what hangs or takes its time does so behind what is in use
 )
 SMALL = ("linear", "conv", "rows", "floats", "ops")  # what runs under compute-sanitizer
 
@@ -63,30 +71,65 @@ def require_gpu():
     return torch
 
 
-def why_no_cuda_kernels() -> str:
-    """Empty if qkernels is built with them. Asked in a process of its own: what was imported cannot be replaced."""
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    """A process in a group of its own, its errors in its output."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends it with all that it has started. One that the driver holds fast is left behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+def run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """The exit status, None if it did not end in time, and the output."""
+    process = start(command, **environment)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        end(process)
+    return process.returncode, output
+
+
+def why_unfit(arch: str) -> str:
+    """Empty if qkernels has kernels for `arch`. Asked in a process of its own: what was imported cannot be replaced."""
     probe = (
         "import sys; sys.path.insert(0, 'tests/gpu'); import stand_ins; from qkernels import _C; "
-        "sys.exit(None if _C.with_cuda else 'qkernels is built without CUDA kernels')"
+        "print('it is built for', _C.cuda_archs or 'the CPU only'); sys.exit(sys.argv[1] not in _C.cuda_archs.split())"
     )
-    return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stderr.strip()
+    status, output = run([sys.executable, "-c", probe, arch], START_SECONDS)
+    return "" if status == 0 else f"this GPU needs {arch}, and {output.strip()[-1000:]}"
 
 
 def build(torch) -> None:
-    if not why_no_cuda_kernels():
-        return
+    """Whatever is there already: kernels of another commit must not pass for these."""
     major, minor = torch.cuda.get_device_capability()
-    environment = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", **os.environ}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    print(f"gpu-check: building for {environment['TORCH_CUDA_ARCH_LIST']} ...", flush=True)
-    start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
-        refuse("the build failed")
-    if why := why_no_cuda_kernels():
+    arch, environment = f"sm_{major}{minor}", {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    # Without ninja, setuptools takes a build for another GPU for current.
+    force = ["--force"] if why_unfit(arch) else []
+    print(f"gpu-check: building for {arch} ...", flush=True)
+    began = time.monotonic()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", *force]
+    status, output = run(command, BUILD_SECONDS, **environment)
+    if status != 0:
+        print(output[-6000:])
+        refuse("the build failed" if status else f"the build did not end in {BUILD_SECONDS} s")
+    if why := why_unfit(arch):
         refuse(f"it was built, but {why}")
-    print(f"gpu-check: built in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"gpu-check: built in {time.monotonic() - began:.0f} s", flush=True)
 
 
 # ---- a child: the cases of one part ----------------------------------------------------------------------------------
@@ -99,7 +142,6 @@ def say(**message: Any) -> None:
 def run_cases(parts: list[str], first: int, small: bool) -> int:
     """Runs the cases of some parts from number `first` on; what they give or raise goes to the parent line by line."""
     import cases
-    import stand_ins  # noqa: F401
     import torch
 
     everything = itertools.chain.from_iterable(cases.cases_of(part, small) for part in parts)
@@ -147,14 +189,16 @@ class Part:
 
 def run_part(part: Part, command: Callable[[int], list[str]], deadline: float) -> Part:
     """Runs a part in children, `command(first case)` each; behind a case that kills a child another one goes on."""
-    began, first = time.monotonic(), 0
+    began, first, hangs = time.monotonic(), 0, 0
     for _ in range(MOST_STARTS):
-        left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
+        if deadline - time.monotonic() < LEAST_SECONDS:
             part.note = f"stopped at case {first}: the time is up"
             break
-        running, done, why = _follow(part, command(first), left)
-        if done:
+        running, ending, why = _follow(part, command(first), deadline)
+        if ending == "done":
+            break
+        if ending == "late":
+            part.note = f"stopped at case {running[0] if running else first}: the time is up"
             break
         if running is None:
             part.failures.append({"case": f"start at case {first}", "error": why})
@@ -163,39 +207,55 @@ def run_part(part: Part, command: Callable[[int], list[str]], deadline: float) -
         if not part.failures or part.failures[-1]["case"] != name:
             part.failures.append({"case": name, "error": why})
         first = number + 1
+        hangs += ending == "hung"
+        if hangs == MOST_HANGS:
+            part.note = f"given up after {hangs} cases that hang"
+            break
     else:
         part.note = f"given up after {MOST_STARTS} crashes"
     part.seconds = time.monotonic() - began
     return part
 
 
-def _follow(part: Part, command: list[str], seconds: float) -> tuple[tuple[int, str] | None, bool, str]:
-    """One child: the last case that it started, whether it came to its end, and else why not."""
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    clock = Timer(seconds, child.kill)
-    clock.start()
-    running, done, other = None, False, []
-    try:
+def _follow(part: Part, command: list[str], deadline: float) -> tuple[tuple[int, str] | None, str, str]:
+    """One child: the last case that it started, how it ended ("done", "died", "hung" or "late"), and why."""
+    child, lines = start(command), Queue()
+
+    def read() -> None:
         for line in child.stdout:
+            lines.put(line)
+        lines.put("")
+
+    Thread(target=read, daemon=True).start()
+    running, ending, other = None, "died", []
+    seconds, began = START_SECONDS, time.monotonic()
+    try:
+        while line := lines.get(timeout=max(0, min(began + seconds, deadline) - time.monotonic())):
             if not line.startswith("@"):
                 other = [*other[-30:], line]
                 continue
             message = json.loads(line[1:])
             if "start" in message:
-                running = (message["start"], message["name"])
+                seconds = START_SECONDS if running is None else CASE_SECONDS
+                running, began = (message["start"], message["name"]), time.monotonic()
+                seconds = SLOW_CASES.get(message["name"], seconds)
             elif "error" in message:
                 part.failures.append({"case": running[1], "error": message["error"]})
             elif "result" in message:
                 part.passed += 1
                 if message["result"] is not None:
                     part.results[running[1]] = message["result"]
-            done = done or message.get("done", False)
-        status = child.wait()
+            elif "done" in message:
+                ending = "done"
+        child.wait(LEAST_SECONDS)
+        why = f"the process ended with status {child.returncode}"
+    except (Empty, subprocess.TimeoutExpired):
+        if ending != "done":
+            ending = "late" if time.monotonic() >= deadline else "hung"
+        why = f"did not end in {seconds} s"
     finally:
-        late = not clock.is_alive()
-        clock.cancel()
-    why = f"did not end in {seconds:.0f} s" if late else f"the process ended with status {status}"
-    return running, done, f"{why}\n{''.join(other)[-1500:]}".rstrip()
+        end(child)
+    return running, ending, f"{why}\n{''.join(other)[-1500:]}".rstrip()
 
 
 def run_sanitizer(part: Part, deadline: float) -> Part:
@@ -205,20 +265,19 @@ def run_sanitizer(part: Part, deadline: float) -> Part:
     if tool is None:
         part.note = "no compute-sanitizer in PATH or CUDA_HOME"
         return part
-    kinds, unfinished = ("memcheck", "racecheck", "synccheck"), []
-    for number, kind in enumerate(kinds):
-        share = (deadline - time.monotonic()) / (len(kinds) - number)
+    # A tensor of its own memory: else what is read behind its end is another's, and allowed.
+    kinds = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}, "synccheck": {}}
+    unfinished = []
+    for number, (kind, environment) in enumerate(kinds.items()):
+        share = max(1, (deadline - time.monotonic()) / (len(kinds) - number))
         child = [sys.executable, __file__, "--child", *SMALL, "--small"]
-        command = [tool, "--tool", kind, "--error-exitcode", "9", *child]
-        try:
-            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(share, 1))
-        except subprocess.TimeoutExpired:
+        status, output = run([tool, "--tool", kind, "--error-exitcode", "9", *child], share, **environment)
+        if status is None:
             unfinished.append(f"{kind} ({share:.0f} s)")
-            continue
-        if run.returncode == 0:
+        elif status == 0:
             part.passed += 1
         else:
-            part.failures.append({"case": kind, "error": (run.stdout[-3000:] + run.stderr[-500:]).strip()})
+            part.failures.append({"case": kind, "error": output[-3500:].strip()})
     part.note = f"not finished in time: {', '.join(unfinished)}" if unfinished else ""
     part.seconds = time.monotonic() - began
     return part
@@ -243,10 +302,9 @@ def facts(torch) -> dict[str, Any]:
     }
 
 
-def run_all(names: list[str], small: bool, known: dict[str, Any], path: Path, start: float) -> int:
+def run_all(names: list[str], small: bool, known: dict[str, Any], path: Path, deadline: float) -> int:
     """Runs the parts and keeps what is found in `path`; the exit status."""
     found: dict[str, Part] = {}
-    deadline = start + BUDGET_SECONDS
 
     def command(name: str, first: int) -> list[str]:
         own = [sys.executable, __file__, "--child", name, "--from", str(first)]
@@ -278,7 +336,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child:
         return run_cases(arguments.child, arguments.first, arguments.small)
-    start = time.monotonic()
     torch = require_gpu()
     build(torch)
     known = facts(torch)
@@ -286,7 +343,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "_", known["gpu"].lower()).strip("_")
     path = Path(arguments.out) if arguments.out else ROOT / f"bench/results/{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return run_all(arguments.only, arguments.small, known, path, start)
+    return run_all(arguments.only, arguments.small, known, path, time.monotonic() + BUDGET_SECONDS)
 
 
 if __name__ == "__main__":

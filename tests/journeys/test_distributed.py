@@ -64,6 +64,21 @@ def test_ranks_train_like_one_process(tmp_path, rule):
         assert_alike(alone, both[0], 2e-2)
 
 
+@pytest.mark.parametrize("rule", ["lsq", "lsq_plus", "range"])
+def test_ranks_train_learned_grids_that_wait_at_first(tmp_path, rule):
+    assert_alike(*ranks(tmp_path, "train", f"{rule}-2", 2), 0)
+
+
+@pytest.mark.parametrize("rule", ["lsq", "lsq_plus"])
+def test_ranks_start_from_the_same_grids(tmp_path, rule):
+    assert_alike(*ranks(tmp_path, "started", rule, 2), 0)
+
+
+@pytest.mark.parametrize("fault", ["nan", "empty"])
+def test_a_fault_on_one_rank_does_not_leave_the_others_waiting(tmp_path, fault):
+    assert_alike(*ranks(tmp_path, "faulty", fault, 2), 0)
+
+
 @pytest.mark.parametrize("rule", ["ste", "lsq"])
 def test_fully_sharded_ranks_train_like_one_process(tmp_path, rule):
     (alone,), both = ranks(tmp_path, "fsdp", rule, 1), ranks(tmp_path, "fsdp", rule, 2)

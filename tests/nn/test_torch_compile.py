@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qkernels
 from qkernels.errors import InvalidState
@@ -70,3 +71,13 @@ def test_compiled_model_follows_a_loaded_state(converted):
 def test_export_of_a_model_that_was_never_called_says_so(converted):
     with pytest.raises(InvalidState, match="call the converted model once before"):
         torch.export.export(converted, (torch.randn(EXAMPLE),))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda model, x: make_fx(model)(x)])
+def test_traced_before_the_first_call(converted, trace):
+    """What is derived then is no part of the trace, and good for everything that comes."""
+    x, expected = torch.randn(EXAMPLE), made(0)
+    assert torch.equal(trace(converted, torch.randn(EXAMPLE))(x), expected(x))
+    assert torch.equal(torch.compile(converted, fullgraph=True, backend="aot_eager")(x), expected(x))
+    assert torch.equal(torch.export.export(converted, (x,)).module()(x), expected(x))

@@ -172,7 +172,7 @@ def test_bad_input_of_a_convolution_is_refused_by_name(arguments, message):
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("binary_sign", (X,), "x must be float32"),
+        ("binary_sign", (X,), "x must be torch.float32"),
         ("binary_sign_backward", (S[:2], S), "grad must have the dtype and shape of x"),
         ("pack_signs", (S, 1), "axis must be in"),
         ("binary_weight_pack", (S,), "weight must have shape"),

@@ -303,7 +303,7 @@ def test_same_bits_as_torch_fbgemm_per_channel(shape, relu):
 
 
 PACK_ERRORS = {
-    "weight must be int8, got Float": {"weight": torch.zeros(4, 2, 3, 3)},
+    "weight must be int8, got torch.float32": {"weight": torch.zeros(4, 2, 3, 3)},
     "weight must have 3, 4 or 5 dimensions": {"weight": torch.zeros(4, 2, dtype=torch.int8)},
     "weight must not be empty": {"weight": torch.zeros(0, 2, 3, 3, dtype=torch.int8)},
     "groups must be positive and divide": {"groups": 3},
@@ -315,12 +315,12 @@ PACK_ERRORS = {
     "weight_zero_point must be in [-128, 127], got 300": {
         "weight_zero_point": torch.full((4,), 300, dtype=torch.int32)
     },
-    "weight_zero_point must be Int": {"weight_zero_point": torch.zeros(4)},
+    "weight_zero_point must be torch.int32": {"weight_zero_point": torch.zeros(4)},
     "bias must have shape [4]": {"bias": torch.zeros(5)},
     "bias must be finite": {"bias": torch.full((4,), float("inf"))},
     "input_scale must be positive, finite and normal": {"input_scale": 0.0},
     "input_zero_point must be in [0, 255]": {"input_zero_point": 256},
-    "input_dtype must be uint8 or int8": {"input_dtype": torch.int32},
+    "input_dtype must be torch.uint8 or torch.int8": {"input_dtype": torch.int32},
     "output_dtype must be uint8, int8, int32, float32, bfloat16 or float16": {"epilogue": Epilogue(torch.float64)},
     "the output scale must be positive": {"epilogue": Epilogue(scale=-1.0)},
     "the output zero_point must be in [0, 255]": {"epilogue": Epilogue(zero_point=256)},
@@ -359,7 +359,7 @@ def test_bad_pack_arguments_are_refused_by_name(message):
 
 
 CONV_ERRORS = {
-    "input must be Byte, as it was": {"input": torch.zeros(1, 2, 5, 5, dtype=torch.int8)},
+    "input must be torch.uint8, as it was": {"input": torch.zeros(1, 2, 5, 5, dtype=torch.int8)},
     "input must be [N, 2, 2 spatial dimensions]": {"input": torch.zeros(1, 3, 5, 5, dtype=torch.uint8)},
     "output_size must have 2 elements": {"output_size": [3]},
     "output_size must be positive and fit": {"output_size": [3, 4]},

@@ -209,8 +209,14 @@ A = codes(2, 3)
 HUGE = torch.zeros(1, dtype=torch.uint8).expand(2**62)
 OUT = (0.04, 3, 0, 255, torch.uint8)
 BAD_CALLS = {
-    "float operand": (lambda: ops.add(A.float(), A, 0.1, 0, 0.1, 0, *OUT), "add: a must be uint8 or int8, got Float"),
-    "bool operand": (lambda: ops.mul(A, A.bool(), 0.1, 0, 0.1, 0, *OUT), "mul: b must be uint8 or int8, got Bool"),
+    "float operand": (
+        lambda: ops.add(A.float(), A, 0.1, 0, 0.1, 0, *OUT),
+        "add: a must be torch.uint8 or torch.int8, got torch.float32",
+    ),
+    "bool operand": (
+        lambda: ops.mul(A, A.bool(), 0.1, 0, 0.1, 0, *OUT),
+        "mul: b must be torch.uint8 or torch.int8, got torch.bool",
+    ),
     "shapes": (lambda: ops.add(A, codes(4), 0.1, 0, 0.1, 0, *OUT), r"broadcasts with a, got a \[2, 3\] and b \[4\]"),
     "scale": (lambda: ops.add(A, A, 0.0, 0, 0.1, 0, *OUT), "add: a_scale must be positive, finite and normal"),
     "tiny scale": (lambda: ops.mul(A, A, 0.1, 0, 1e-40, 0, *OUT), "mul: b_scale must be positive, finite and normal"),
@@ -236,11 +242,14 @@ BAD_CALLS = {
         lambda: ops.add(A, A, 0.1, 0, 0.1, 0, 0.1, 256, 0, 8, torch.uint8),
         r"zero_point must be in \[0, 255\]",
     ),
-    "dtype": (lambda: ops.add(A, A, 0.1, 0, 0.1, 0, 0.1, 9, 0, 8, torch.int16), "dtype must be uint8 or int8"),
+    "dtype": (
+        lambda: ops.add(A, A, 0.1, 0, 0.1, 0, 0.1, 9, 0, 8, torch.int16),
+        "dtype must be torch.uint8 or torch.int8",
+    ),
     "grid": (lambda: ops.add(A, A, 0.1, 0, 0.1, 0, 0.1, 9, -1, 80, torch.uint8), "0 <= qmin <= qmax <= 255"),
     "short table": (lambda: ops.lookup(A, codes(255)), r"lookup: table must have shape \[256\], got \[255\]"),
-    "float table": (lambda: ops.lookup(A, torch.zeros(256)), "lookup: table must be uint8 or int8"),
-    "float codes": (lambda: ops.lookup(A.float(), codes(256)), "lookup: q must be uint8 or int8"),
+    "float table": (lambda: ops.lookup(A, torch.zeros(256)), "lookup: table must be torch.uint8 or torch.int8"),
+    "float codes": (lambda: ops.lookup(A.float(), codes(256)), "lookup: q must be torch.uint8 or torch.int8"),
     "cat of nothing": (lambda: ops.cat([], codes(0, 256), 0), "cat: tensors must not be empty"),
     "cat tables": (lambda: ops.cat([A, A], codes(1, 256), 0), r"cat: tables must have shape \[2, 256\]"),
     "cat shapes": (lambda: ops.cat([A, codes(2, 4)], codes(2, 256), 0), "outside of dimension 0"),
@@ -250,7 +259,7 @@ BAD_CALLS = {
         lambda: ops.cat([HUGE] * 3, codes(3, 256), 0),
         r"cat: tensors must have together at most 2\^63 - 1 elements in dimension 0",
     ),
-    "cat floats": (lambda: ops.cat([A, A.float()], codes(2, 256), 0), "every tensor must be uint8 or int8"),
+    "cat floats": (lambda: ops.cat([A, A.float()], codes(2, 256), 0), "every tensor must be torch.uint8 or torch.int8"),
 }
 
 

@@ -174,13 +174,13 @@ GOOD = {
 }
 BAD = [
     ({"grad": torch.ones(4, 3)}, r"grad must have shape \[3, 4\]"),
-    ({"grad": torch.ones(3, 4, dtype=torch.bfloat16)}, "grad must be Float, as x is, got BFloat16"),
-    ({"x": torch.ones(3, 4, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
+    ({"grad": torch.ones(3, 4, dtype=torch.bfloat16)}, "grad must be torch.float32, as x is, got torch.bfloat16"),
+    ({"x": torch.ones(3, 4, dtype=torch.float64)}, "x must be torch.float32, torch.bfloat16 or torch.float16"),
     ({"axis": 2}, "axis must be in"),
     ({"axis": 0}, "scale must have 3 elements"),
     ({"scale": torch.tensor([0.0])}, "scale must be positive"),
     ({"zero_point": torch.tensor([200], dtype=torch.int32)}, "zero_point must be in"),
-    ({"zero_point": torch.tensor([0.0])}, "zero_point must be int32"),
+    ({"zero_point": torch.tensor([0.0])}, "zero_point must be torch.int32"),
     ({"qmin": 127}, "qmin must be below qmax"),
     ({"qmax": 1 << 22}, r"qmin and qmax must be in \[-2\^21, 2\^21\]"),
 ]

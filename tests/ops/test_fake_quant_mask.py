@@ -136,7 +136,7 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match='keep must be "input" or "mask", got 7'):
         ops.fake_quant(x, scale, zero_point, None, -8, 7, keep=7)
     for change, message in [
-        ((x.double(), scale, zero_point, None, -8, 7), "x must be float32"),
+        ((x.double(), scale, zero_point, None, -8, 7), "x must be torch.float32"),
         ((x, -scale, zero_point, None, -8, 7), "scale must be positive"),
         ((x, scale, zero_point, 0, -8, 7), "scale must have 3 elements"),
         ((x, scale, zero_point, None, 7, 7), "qmin must be below qmax"),
@@ -145,7 +145,7 @@ def test_bad_input_is_refused_by_name():
             ops.fake_quant_mask(*change)
     mask = torch.zeros(2, dtype=torch.uint8)
     for change, message in [
-        ((x.int(), mask, None), "grad must be float32"),
+        ((x.int(), mask, None), "grad must be torch.float32"),
         ((x, mask, 0), "mask must be a contiguous uint8 tensor of 3 elements"),
         ((x, mask.int(), None), "mask must be a contiguous uint8 tensor of 2 elements"),
         ((torch.ones(1).expand(3, 4), mask, None), "grad must be dense"),
@@ -163,7 +163,7 @@ def test_codes_come_with_the_straight_through_gradient(isa):
     y.backward(grad)
     assert torch.equal(codes, ops.quantize(x.detach(), *grid(), None, *ends, torch.int8))
     assert torch.equal(x.grad, ops.fake_quant_backward(grad, x.detach(), *grid(), None, *ends))
-    with pytest.raises(RuntimeError, match="fake_quant_mask: code_dtype must be uint8 or int8"):
+    with pytest.raises(RuntimeError, match=r"fake_quant_mask: code_dtype must be torch.uint8 or torch.int8"):
         ops.fake_quant_mask(x, *grid(), None, *ends, torch.int32)
     with pytest.raises(RuntimeError, match="fake_quant_mask: qmin"):
         ops.fake_quant_mask(x, *grid(), None, *ends, torch.uint8)

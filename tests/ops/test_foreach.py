@@ -120,13 +120,13 @@ X, S, Z = torch.ones(2, 3), torch.tensor([0.1]), torch.tensor([0], dtype=torch.i
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([X.double()], [None], -8, 7, True, 1e-9), "xs must be float32, bfloat16 or float16"),
+        (([X.double()], [None], -8, 7, True, 1e-9), "xs must be torch.float32, torch.bfloat16 or torch.float16"),
         (([X.t()], [0], -8, 7, True, 1e-9), "each of xs must be dense with its channels outermost"),
         (([X], [2], -8, 7, True, 1e-9), "axis must be in"),
         (([X], [0], 7, 7, True, 1e-9), "qmin must be below qmax"),
         (([X], [0], -8, 7, True, 0.0), "min_scale must be positive"),
         (([X], [0], -8, 200, True, 1e-9, torch.int8), "qmin and qmax must satisfy"),
-        (([X], [0], -8, 7, True, 1e-9, torch.int32), "code_dtype must be uint8 or int8"),
+        (([X], [0], -8, 7, True, 1e-9, torch.int32), "code_dtype must be torch.uint8 or torch.int8"),
         (([X, X * float("nan")], [0, 0], -8, 7, True, 1e-9), r"xs\[1\] must be finite"),
     ],
 )

@@ -261,17 +261,17 @@ def test_damaged_packed_bytes_are_refused(isa):
 
 
 BAD_ARGUMENTS = [
-    ({"weight": torch.zeros(5, 7)}, "weight must be int8, got Float"),
+    ({"weight": torch.zeros(5, 7)}, "weight must be int8, got torch.float32"),
     ({"weight": torch.zeros(5, dtype=torch.int8)}, r"weight must have shape \[out_features, in_features\], got \[5\]"),
     ({"weight_scale": torch.ones(4)}, r"weight_scale must have 1 or 5 elements .* got shape \[4\]"),
-    ({"weight_scale": torch.ones(5, dtype=torch.float64)}, "weight_scale must be Float, got Double"),
+    ({"weight_scale": torch.ones(5, dtype=torch.float64)}, "weight_scale must be torch.float32, got torch.float64"),
     ({"weight_scale": torch.tensor([1.0, 1, 0, 1, 1])}, "weight_scale must be positive.* got 0 at channel 2"),
     ({"weight_scale": torch.tensor([float("nan")])}, "weight_scale must be positive.* got nan"),
-    ({"weight_zero_point": torch.zeros(5)}, "weight_zero_point must be Int, got Float"),
+    ({"weight_zero_point": torch.zeros(5)}, "weight_zero_point must be torch.int32, got torch.float32"),
     ({"weight_zero_point": torch.zeros(3, dtype=torch.int32)}, "weight_zero_point must have 1 or 5 elements"),
     ({"weight_zero_point": torch.full((5,), 128, dtype=torch.int32)}, r"weight_zero_point must be in \[-128, 127\]"),
     ({"bias": torch.ones(4)}, r"bias must have shape \[5\], got \[4\]"),
-    ({"bias": torch.ones(5, dtype=torch.int32)}, "bias must be Float, got Int"),
+    ({"bias": torch.ones(5, dtype=torch.int32)}, "bias must be torch.float32, got torch.int32"),
     ({"bias": torch.full((5,), float("inf"))}, "bias must be finite, got inf at channel 0"),
     ({"input_scale": 0.0}, "input_scale must be positive"),
     ({"input_scale": float("nan")}, "input_scale must be positive"),
@@ -280,9 +280,9 @@ BAD_ARGUMENTS = [
     ({"input_scale": 1e-30, "epilogue": Epilogue(scale=1e20)}, "input_scale \\* weight_scale / output scale must be"),
     ({"input_zero_point": 256}, r"input_zero_point must be in \[0, 255\]"),
     ({"input_zero_point": -1}, r"input_zero_point must be in \[0, 255\]"),
-    ({"input_dtype": torch.int32}, "input_dtype must be uint8 or int8, got Int"),
+    ({"input_dtype": torch.int32}, "input_dtype must be torch.uint8 or torch.int8, got torch.int32"),
     ({"epilogue": Epilogue(scale=-1.0)}, "the output scale must be positive"),
-    ({"epilogue": Epilogue(zero_point=300)}, r"the output zero_point must be in \[0, 255\] for Byte, got 300"),
+    ({"epilogue": Epilogue(zero_point=300)}, r"the output zero_point must be in \[0, 255\] for torch.uint8, got 300"),
     ({"epilogue": Epilogue(zero_point=0.5)}, "the output zero_point must be an integer, got 0.5"),
     ({"epilogue": Epilogue(qmin=-1)}, "qmin and qmax must satisfy"),
     (
@@ -290,7 +290,7 @@ BAD_ARGUMENTS = [
         "output_dtype must be uint8, int8, int32, float32, bfloat16 or float16",
     ),
     ({"epilogue": Epilogue(table=torch.zeros(255, dtype=torch.uint8))}, r"table must have shape \[256\], got \[255\]"),
-    ({"epilogue": Epilogue(table=torch.zeros(256, dtype=torch.int8))}, "table must be Byte, got Char"),
+    ({"epilogue": Epilogue(table=torch.zeros(256, dtype=torch.int8))}, "table must be torch.uint8, got torch.int8"),
     (
         {"epilogue": Epilogue(dtype=torch.float32, table=torch.zeros(256, dtype=torch.uint8))},
         "a table or a residual needs an output_dtype of uint8 or int8",
@@ -316,15 +316,18 @@ def test_bad_inputs_are_refused_by_name():
     packed = layer.pack()
     x, residual = torch.zeros(2, 7, dtype=torch.uint8), torch.zeros(2, 5, dtype=torch.uint8)
     bad = [
-        ((x.int(), packed, 5, torch.uint8, residual), "input must be Byte"),
-        ((x.view(torch.int8), packed, 5, torch.uint8, residual), "input must be Byte, .*got Char"),
+        ((x.int(), packed, 5, torch.uint8, residual), "input must be torch.uint8"),
+        ((x.view(torch.int8), packed, 5, torch.uint8, residual), "input must be torch.uint8, .*got torch.int8"),
         ((x[:, :6], packed, 5, torch.uint8, residual), r"input must have shape \[..., 7\], got \[2, 6\]"),
         ((x[0, 0], packed, 5, torch.uint8, residual), r"input must have shape \[..., 7\], got \[\]"),
         ((x, packed, 6, torch.uint8, residual), "out_features must be 5, as packed, got 6"),
         ((x, packed, 5, torch.int8, residual), "output_dtype must be the one that the weight was packed with"),
         ((x, packed, 5, torch.uint8, None), "residual must be given"),
         ((x, packed, 5, torch.uint8, residual[:1]), r"residual must have shape \[2, 5\], as the output, got \[1, 5\]"),
-        ((x, packed, 5, torch.uint8, residual.float()), "residual must be uint8 or int8, got Float"),
+        (
+            (x, packed, 5, torch.uint8, residual.float()),
+            "residual must be torch.uint8 or torch.int8, got torch.float32",
+        ),
     ]
     for call, message in bad:
         with pytest.raises(RuntimeError, match=f"linear: .*{message}"):
@@ -350,11 +353,11 @@ def test_packing_for_a_grid_of_tensors_refuses_what_does_not_fit():
     good = [weight, scale, None, None, torch.ones(1), point, torch.uint8]
     for index, value, words in [
         (0, weight.float(), "weight must be int8"),
-        (1, torch.ones(4), "weight_scale must be Float with 1 or 5 elements"),
-        (2, point, "weight_zero_point must be Int with 5 elements"),
-        (3, torch.ones(4), "bias must be Float with 5 elements"),
-        (4, torch.ones(2), "input_scale must be Float with 1 elements"),
-        (5, torch.zeros(1), "input_zero_point must be Int with 1 elements"),
+        (1, torch.ones(4), "weight_scale must be torch.float32 with 1 or 5 elements"),
+        (2, point, "weight_zero_point must be torch.int32 with 5 elements"),
+        (3, torch.ones(4), "bias must be torch.float32 with 5 elements"),
+        (4, torch.ones(2), "input_scale must be torch.float32 with 1 elements"),
+        (5, torch.zeros(1), "input_zero_point must be torch.int32 with 1 elements"),
     ]:
         arguments = list(good)
         arguments[index] = value

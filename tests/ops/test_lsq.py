@@ -237,12 +237,12 @@ GOOD = {
     "grad_factor": 1.0,
 }
 BAD = [
-    ({"x": torch.ones(3, 4, dtype=torch.int32)}, "x must be float32, bfloat16 or float16"),
+    ({"x": torch.ones(3, 4, dtype=torch.int32)}, "x must be torch.float32, torch.bfloat16 or torch.float16"),
     ({"axis": -3}, "axis must be in"),
     ({"axis": 1}, "scale must have 4 elements"),
     ({"scale": torch.tensor([-0.1])}, "scale must be positive"),
     ({"scale": torch.tensor([float("nan")])}, "scale must be positive"),
-    ({"scale": torch.tensor([0.1], dtype=torch.float64)}, "scale must be float32"),
+    ({"scale": torch.tensor([0.1], dtype=torch.float64)}, "scale must be torch.float32"),
     ({"zero_point": torch.tensor([0], dtype=torch.int32)}, "zero_point must be float32"),
     ({"zero_point": torch.tensor([float("inf")])}, "zero_point must be finite"),
     ({"zero_point": torch.zeros(2)}, "zero_point must have 1 element"),
@@ -251,7 +251,7 @@ BAD = [
 ]
 BAD_BACKWARD = [
     ({"grad": torch.ones(3)}, r"grad must have shape \[3, 4\]"),
-    ({"grad": torch.ones(3, 4, dtype=torch.float16)}, "grad must be Float"),
+    ({"grad": torch.ones(3, 4, dtype=torch.float16)}, "grad must be torch.float32"),
     ({"grad_factor": float("inf")}, "grad_factor must be finite"),
 ]
 

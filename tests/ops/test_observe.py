@@ -256,11 +256,11 @@ STATE_NAMES = "low", "high", "scale", "zero_point", "non_finite", "axis"
 RULE_NAMES = "qmin", "qmax", "symmetric", "min_scale", "momentum", "source"
 GOOD = {"x": torch.ones(3, 4)} | dict(zip((*STATE_NAMES, *RULE_NAMES), State(SPECS["affine"]).args(), strict=True))
 BAD = [
-    ({"x": torch.ones(3, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
-    ({"low": torch.ones(2)}, "low must be a contiguous Float tensor of 1 element"),
-    ({"axis": 1}, "low must be a contiguous Float tensor of 4 elements"),
-    ({"zero_point": torch.zeros(1)}, "zero_point must be a contiguous Int tensor"),
-    ({"non_finite": torch.zeros(2)}, "non_finite must be a contiguous Long tensor of 2 elements"),
+    ({"x": torch.ones(3, dtype=torch.float64)}, "x must be torch.float32, torch.bfloat16 or torch.float16"),
+    ({"low": torch.ones(2)}, "low must be a contiguous torch.float32 tensor of 1 element"),
+    ({"axis": 1}, "low must be a contiguous torch.float32 tensor of 4 elements"),
+    ({"zero_point": torch.zeros(1)}, "zero_point must be a contiguous torch.int32 tensor"),
+    ({"non_finite": torch.zeros(2)}, "non_finite must be a contiguous torch.int64 tensor of 2 elements"),
     ({"axis": 2}, "axis must be in"),
     ({"qmin": 255}, "qmin must be below qmax"),
     ({"qmax": 1 << 22}, r"qmin and qmax must be in \[-2\^21, 2\^21\]"),

@@ -168,7 +168,10 @@ def test_a_window_of_padding_alone_has_the_lowest_code(isa, dtype):
 Q = codes(1, 3, 5, 5)
 MEAN = (0.1, 3, 0.1, 3, 0, 255, torch.uint8)
 BAD_CALLS = {
-    "float": (lambda: ops.max_pool(Q.float(), [2, 2], [], [0, 0], [1, 1]), "max_pool: q must be uint8 or int8"),
+    "float": (
+        lambda: ops.max_pool(Q.float(), [2, 2], [], [0, 0], [1, 1]),
+        "max_pool: q must be torch.uint8 or torch.int8",
+    ),
     "dimensions": (lambda: ops.max_pool(Q[0, 0], [2], [], [0], [1]), "must have 3, 4 or 5 dimensions"),
     "kernel length": (lambda: ops.max_pool(Q, [2], [], [0, 0], [1, 1]), "kernel_size must have 2 elements"),
     "kernel": (lambda: ops.max_pool(Q, [0, 2], [], [0, 0], [1, 1]), r"kernel_size must be in \[1, 2147483647\], got 0"),

@@ -211,8 +211,14 @@ def test_agrees_with_onnx_runtime_where_the_formulas_agree(isa):
 GOOD = per_tensor(0.1, 3)
 X = torch.ones(2, 3)
 BAD_CALLS = {
-    "float64 x": (lambda: ops.quantize(X.double(), *GOOD, None, 0, 255, torch.uint8), "x must be float32, bfloat16"),
-    "int32 output": (lambda: ops.quantize(X, *GOOD, None, 0, 255, torch.int32), "dtype must be uint8 or int8"),
+    "float64 x": (
+        lambda: ops.quantize(X.double(), *GOOD, None, 0, 255, torch.uint8),
+        "x must be torch.float32, torch.bfloat16",
+    ),
+    "int32 output": (
+        lambda: ops.quantize(X, *GOOD, None, 0, 255, torch.int32),
+        "dtype must be torch.uint8 or torch.int8",
+    ),
     "qmax of another dtype": (lambda: ops.quantize(X, *GOOD, None, 0, 255, torch.int8), "-128 <= qmin < qmax <= 127"),
     "qmin not below qmax": (lambda: ops.quantize(X, *GOOD, None, 3, 3, torch.uint8), "qmin and qmax must satisfy"),
     "axis": (lambda: ops.quantize(X, *GOOD, 2, 0, 255, torch.uint8), r"axis must be in \[-2, 1\]"),
@@ -220,17 +226,20 @@ BAD_CALLS = {
     "zero_point": (lambda: ops.quantize(X, *per_tensor(0.1, 256), None, 0, 255, torch.uint8), r"zero_point must be in"),
     "zero_point dtype": (
         lambda: ops.quantize(X, GOOD[0], torch.zeros(1), None, 0, 255, torch.uint8),
-        "zero_point must be int32",
+        "zero_point must be torch.int32",
     ),
     "float q": (lambda: ops.dequantize(X, *GOOD, None), "q must be uint8, int8 or int32"),
     "zero point of sums": (
         lambda: ops.dequantize(X.int(), *per_tensor(0.1, 1), None),
         "zero_point must be 0 for int32",
     ),
-    "int output": (lambda: ops.dequantize(X.byte(), *GOOD, None, torch.int32), "must be float32, bfloat16 or float16"),
+    "int output": (
+        lambda: ops.dequantize(X.byte(), *GOOD, None, torch.int32),
+        "must be torch.float32, torch.bfloat16 or torch.float16",
+    ),
     "out dtype": (
         lambda: ops.fake_quant_out(X, *GOOD, None, 0, 255, X.half()),
-        "fake_quant: out must be Float, got Half",
+        "fake_quant: out must be torch.float32, got torch.float16",
     ),
     "out shape": (
         lambda: ops.fake_quant_out(X, *GOOD, None, 0, 255, torch.empty(3, 2)),

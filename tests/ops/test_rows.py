@@ -148,8 +148,8 @@ def test_one_row_agrees_with_the_dynamically_quantized_linear_of_torch():
 
 DOUBLES = torch.ones(3, dtype=torch.float64)
 BAD_QUANTIZE = {
-    "x must be float32, bfloat16 or float16": lambda: ops.quantize_rows(DOUBLES, 0, 255, False, torch.uint8),
-    "dtype must be uint8 or int8": lambda: ops.quantize_rows(torch.ones(3), 0, 255, False, torch.int32),
+    "x must be torch.float32, torch.bfloat16": lambda: ops.quantize_rows(DOUBLES, 0, 255, False, torch.uint8),
+    "dtype must be torch.uint8 or torch.int8": lambda: ops.quantize_rows(torch.ones(3), 0, 255, False, torch.int32),
     "qmin and qmax must satisfy": lambda: ops.quantize_rows(torch.ones(3), 0, 256, False, torch.uint8),
     "x must have at least one dimension": lambda: ops.quantize_rows(torch.tensor(1.0), 0, 255, False, torch.uint8),
 }  # fmt: skip
@@ -198,11 +198,11 @@ BAD_LINEAR = {
     "packed must be made by linear_pack with an int32 output": lambda: changed(packed=float_packed()),
     "input must be": lambda: changed(input=torch.ones(3, 6, dtype=torch.int8)),
     r"input must have shape \[..., 6\]": lambda: changed(input=torch.ones(3, 5, dtype=torch.uint8)),
-    "row_scale must be Float": lambda: changed(row_scale=torch.ones(3, dtype=torch.float64)),
+    "row_scale must be torch.float32": lambda: changed(row_scale=torch.ones(3, dtype=torch.float64)),
     "row_scale must have 3 elements": lambda: changed(row_scale=torch.ones(4)),
-    "row_zero_point must be Int": lambda: changed(row_zero_point=torch.ones(3)),
+    "row_zero_point must be torch.int32": lambda: changed(row_zero_point=torch.ones(3)),
     "weight_scale must have 4 elements": lambda: changed(weight_scale=torch.ones(1)),
-    "weight_sum must be Int": lambda: changed(weight_sum=torch.ones(4)),
+    "weight_sum must be torch.int32": lambda: changed(weight_sum=torch.ones(4)),
     "bias must have 4 elements": lambda: changed(bias=torch.ones(5)),
     "out_features must be 4": lambda: changed(out_features=5),
     "output_dtype must be float32, bfloat16 or float16": lambda: changed(dtype=torch.uint8),

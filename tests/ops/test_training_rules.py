@@ -221,7 +221,7 @@ X, S, Z = torch.ones(3, 4), torch.tensor([0.1]), torch.tensor([0], dtype=torch.i
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("pact", (X.double(), S, Z, None, -8, 7), "x must be float32, bfloat16 or float16"),
+        ("pact", (X.double(), S, Z, None, -8, 7), "x must be torch.float32, torch.bfloat16 or torch.float16"),
         ("pact", (X, -S, Z, None, -8, 7), "scale must be positive"),
         ("pact_backward", (X[:2], X, S, Z, None, -8, 7), r"grad must have shape \[3, 4\]"),
         ("pact_backward", (X, X, S, Z, 0, -8, 7), "scale must have 3 elements"),

@@ -248,6 +248,38 @@ void a_linear_layer_is_packed_as_a_convolution_of_one_tap() {
   }
 }
 
+void the_weight_of_another_layer_is_refused() {
+  for (const ConvShape& shape :
+       {square(64, 64, 1, 9, 3, 1, 1).shape, ConvShape{.in_channels = 48, .out_channels = 32},
+        square(60, 32, 4, 9, 5, 2, 2).shape}) {
+    const int64_t bytes = packed_conv_cuda_bytes(shape, {});
+    const auto refused = [&](auto&& change) {
+      ConvShape other = shape;
+      change(other);
+      CudaPackedFacts facts;
+      return read_conv_cuda_facts(bytes, other, &facts) == Status::kBadShape;
+    };
+    CHECK(!refused([](ConvShape&) {}));
+    for (int d = 0; d < kConvDims; ++d) {
+      CHECK(refused([d](ConvShape& s) { s.stride[d] += 1; }), d);
+      CHECK(refused([d](ConvShape& s) { s.dilation[d] += 1; }), d);
+      CHECK(refused([d](ConvShape& s) { s.pad_lo[d] += 1; }), d);
+      CHECK(refused([d](ConvShape& s) { s.pad_hi[d] += 1; }), d);
+      CHECK(refused([d](ConvShape& s) { s.pad_lo[d] += 1, s.pad_hi[d] += 1; }), d);
+      CHECK(refused([d](ConvShape& s) { s.kernel[d] += 1; }), d);
+    }
+    for (const PaddingMode mode :
+         {PaddingMode::kReflect, PaddingMode::kReplicate, PaddingMode::kCircular}) {
+      CHECK(refused([mode](ConvShape& s) { s.padding_mode = mode; }), mode);
+    }
+    CHECK(refused([](ConvShape& s) { s.transposed = 1; }));
+    for (int64_t more = 1; more < 16; ++more) {
+      CHECK(refused([more](ConvShape& s) { s.in_channels += more * s.groups; }), more);
+      CHECK(refused([more](ConvShape& s) { s.out_channels += more * s.groups; }), more);
+    }
+  }
+}
+
 void tiles_read_the_image_16_bytes_at_a_time() {
   Rng rng(3);
   Problem problem(square(64, 64, 1, 8, 3, 1, 1), rng);
@@ -313,6 +345,7 @@ int main() {
   random_convolutions_give_the_bits_of_the_reference(260);
   turing_gives_the_bits_of_the_reference();
   a_linear_layer_is_packed_as_a_convolution_of_one_tap();
+  the_weight_of_another_layer_is_refused();
   narrow_groups_give_the_bits_of_the_reference();
   tiles_read_the_image_16_bytes_at_a_time();
   broken_instructions_are_noticed();

@@ -188,18 +188,43 @@ void a_build_says_which_gpu_it_needs() {
 
 void wrong_lengths_are_refused() {
   CudaPackedFacts facts;
-  const int64_t bytes = cuda_packed_layout(40, 1, 64).bytes;
+  const int64_t bytes = packed_cuda_bytes(40, 1, 64, {});
+  CHECK_EQ(read_cuda_facts(bytes, 40, 1, 64, &facts), Status::kOk);
   CHECK_EQ(read_cuda_facts(bytes - 1, 40, 1, 64, &facts), Status::kBadShape);
   CHECK_EQ(read_cuda_facts(bytes + 64, 40, 1, 64, &facts), Status::kBadShape);
   CHECK_EQ(read_cuda_facts(bytes + 7, 40, 1, 64, &facts), Status::kBadShape);  // no such output
-  CHECK_EQ(read_cuda_facts(bytes, 41, 1, 64, &facts), Status::kBadShape);
-  CHECK_EQ(read_cuda_facts(bytes, 40, 1, 65, &facts), Status::kBadShape);
+}
+
+// Also where rows are rounded up to the same length, and where blocks are small.
+void the_weight_of_another_layer_is_refused() {
+  const CudaPackedFacts last{OutputType::kF16, true, true, true};
+  for (const CudaPackedFacts& facts : {CudaPackedFacts{}, last}) {
+    for (const int64_t n : {10, 64, 4096}) {
+      for (const int64_t k : {1, 16, 64, 500, 1024}) {
+        const int64_t bytes = packed_cuda_bytes(n, 1, k, facts);
+        CudaPackedFacts read;
+        for (int64_t other = 0; other < 2000; ++other) {
+          const auto is_told_from = [other](int64_t size) {
+            const int64_t by = other < size ? size - other : other - size;
+            return by != 0 && (by < 59 || (size % 16 == 0 && other % 16 == 0 && by < 1024));
+          };
+          if (is_told_from(k)) {
+            CHECK_EQ(read_cuda_facts(bytes, n, 1, other, &read), Status::kBadShape, n, " ", other);
+          }
+          if (is_told_from(n)) {
+            CHECK_EQ(read_cuda_facts(bytes, other, 1, k, &read), Status::kBadShape, other, " ", k);
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
 
 int main() {
   wrong_lengths_are_refused();
+  the_weight_of_another_layer_is_refused();
   a_build_says_which_gpu_it_needs();
   the_plan_fits_the_machine_and_has_no_cliffs();
   small_and_odd_shapes_give_the_bits_of_the_cpu();

@@ -122,6 +122,7 @@ void it_runs_only_where_it_is_asked_for() {
   CHECK(refused([](CudaMachine&, LinearCudaArgs& a) { a.input += 1; }));
   CHECK(refused([](CudaMachine&, LinearCudaArgs& a) { a.input_row_stride = 520; }));
   CHECK(refused([](CudaMachine&, LinearCudaArgs& a) { a.input_row_stride = 0; }));
+  CHECK(refused([](CudaMachine&, LinearCudaArgs& a) { a.depth = 0; }));
   CHECK(refused([](CudaMachine&, LinearCudaArgs& a) { a.facts.weight_zero_points = true; }));
 }
 

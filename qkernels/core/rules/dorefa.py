@@ -39,7 +39,7 @@ class DoReFa(Rule):
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
         spec = self.spec
         zero_point.copy_(torch.full_like(zero_point, spec.middle) if self.is_weight else self.end_or_middle(zero_point))
-        scale.copy_(1.0 / (spec.qmax - zero_point).clamp(min=1))
+        scale.copy_(1.0 / (spec.qmax - zero_point).clamp(min=1).float())
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         spec = self.spec

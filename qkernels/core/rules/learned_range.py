@@ -21,8 +21,8 @@ class LearnedRange(Rule):
 
     def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False):
         super().__init__(spec, channels, is_weight)
-        self.low = nn.Parameter(torch.zeros(self.size, dtype=torch.float64))
-        self.high = nn.Parameter(torch.zeros(self.size, dtype=torch.float64))
+        self.low = nn.Parameter(torch.zeros(self.size, dtype=torch.float64, device="cpu"))
+        self.high = nn.Parameter(torch.zeros(self.size, dtype=torch.float64, device="cpu"))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import ops
-from qkernels.core.observers import Mse
+from qkernels.core.observers import Mse, is_distributed
 from qkernels.core.qspec import MAX_SCALE, MIN_SCALE, QSpec, grid_values
 from qkernels.core.rules.base import Rule, grown, moved, rule
 from qkernels.errors import InvalidArgument
@@ -43,7 +43,7 @@ class LearnedStep(Rule):
         if init not in INITS and not (isinstance(init, float) and MIN_SCALE <= init <= MAX_SCALE):
             raise InvalidArgument(f"lsq: init must be one of {list(INITS)} or a positive number, got {init!r}")
         self.init, self.plain = init, plain
-        self.growth = nn.Parameter(torch.zeros(self.size))
+        self.growth = nn.Parameter(torch.zeros(self.size, dtype=torch.float32, device="cpu"))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
@@ -66,7 +66,9 @@ class LearnedStep(Rule):
 
     def least_error(self, x: Tensor) -> tuple[Tensor, Tensor]:
         search = Mse(self.spec, self.size).to(x.device)
-        search.observe(x)
+        search.observe(x, merged=not self.is_weight)
+        if not self.is_weight and is_distributed():
+            search.merge()
         return grid_values(self.spec, *search.range())
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:

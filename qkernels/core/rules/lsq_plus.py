@@ -39,7 +39,8 @@ class LearnedStepAndOffset(LearnedStep):
         plain: bool = False,
     ):
         super().__init__(spec, channels, is_weight, init, plain)
-        self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(self.size))
+        offset = torch.zeros(self.size, dtype=torch.float32, device="cpu")
+        self.offset = None if spec.symmetric else nn.Parameter(offset)
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:

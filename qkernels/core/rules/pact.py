@@ -19,7 +19,7 @@ class LearnedClip(Rule):
     def __init__(self, spec: QSpec, channels: int | None = None, is_weight: bool = False):
         super().__init__(spec, channels, is_weight)
         self.observes = is_weight
-        self.growth = None if is_weight else nn.Parameter(torch.zeros(self.size))
+        self.growth = None if is_weight else nn.Parameter(torch.zeros(self.size, dtype=torch.float32, device="cpu"))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:

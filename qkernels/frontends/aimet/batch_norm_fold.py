@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qkernels.core.expect import expect_runs
 from qkernels.core.fusion import foldable, folded
 from qkernels.core.graph import Untraceable, arguments, replace_module, trace
 from qkernels.core.norm import scaled_range
@@ -66,8 +67,13 @@ def graph_of(model: nn.Module, input_shapes: Any, dummy_input: Any, verb: str) -
         shapes = [input_shapes] if isinstance(input_shapes[0], int) else list(input_shapes)
         device = next((p.device for p in model.parameters()), None)
         dummy_input = tuple(torch.rand(tuple(shape), device=device) for shape in shapes)
-    try:
-        with evaluating(model):
-            return trace(model, *arguments(dummy_input))
-    except Untraceable as error:
-        raise Unsupported(f"{verb}: the model has no graph ({error}); call prepare_model first") from None
+    args, kwargs = arguments(dummy_input)
+    with evaluating(model):
+        try:
+            return trace(model, args, kwargs)
+        except Untraceable as error:
+            expect_runs(f"{verb}: dummy_input or input_shapes", model, args, kwargs)
+            raise Unsupported(
+                f"{verb}: the model has no graph ({error}); make it one with prepare_model, or name the parts with "
+                "control flow in modules_to_exclude"
+            ) from None

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Collection, Iterable
+from copy import deepcopy
 from typing import Any
 
 from torch import fx, nn
 
-from qkernels.core.functional import Functional, SplitSiLU, calls_to_modules
+from qkernels.core.functional import Functional, SplitSiLU, _caller, _inside, _replace_call, calls_to_modules
+from qkernels.core.tracing import Tracer
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 
 logger = logging.getLogger("ModelPreparer")
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     def __init__(self, leaves: Collection[nn.Module] = ()):  # without arguments when a pickled graph is read
         super().__init__()
         self.leaves = leaves
@@ -29,7 +31,8 @@ def prepare_model(
 ) -> fx.GraphModule:
     """The graph of `model` with a module `module_<name>` for each function that can have quantizers.
 
-    A module without parameters that is called several times becomes one module a call, SiLU a sigmoid and a product.
+    A module that is called several times becomes one module a call, whose parameters are copies; SiLU becomes a sigmoid
+    and a product.
     """
     leaves, classes = set(modules_to_exclude or ()), tuple(module_classes_to_exclude or ())
     leaves |= {m for m in model.modules() if isinstance(m, classes)}
@@ -46,6 +49,7 @@ def prepare_model(
             "modules_to_exclude"
         ) from error
     prepared = fx.GraphModule(model, graph)
+    _one_layer_a_call(prepared)
     calls_to_modules(prepared, lambda why, name: logger.info("%-19s: Adding new module for node: {%s} ", why, name))
     for path, module in list(prepared.named_modules()):
         if type(module) is nn.SiLU:
@@ -54,3 +58,17 @@ def prepare_model(
     for module in prepared.modules():
         module.training = module.training if module in known else model.training
     return prepared
+
+
+def _one_layer_a_call(prepared: fx.GraphModule) -> None:
+    """A layer with parameters that is called again becomes a copy: each is folded and rounded on its own."""
+    seen: set[nn.Module] = set()
+    for node in [n for n in prepared.graph.nodes if n.op == "call_module"]:
+        module = prepared.get_submodule(node.target)
+        if module in seen and any(True for _ in module.parameters()):
+            parent, _, own = (_caller(node) or node.target).rpartition(".")
+            name = _inside(prepared, parent, f"module_{own}_{node.name.rpartition('_')[2]}")
+            logger.info("%-19s: Adding new module for node: {%s} ", "Reused/Duplicate", name)
+            prepared.add_submodule(name, deepcopy(module))
+            _replace_call(prepared, node, name, node.args, node.kwargs)
+        seen.add(module)

@@ -21,7 +21,7 @@ from qkernels.core.attach import BIAS, OUTPUT, PARAMETERS, WEIGHT
 from qkernels.core.convert import convert
 from qkernels.core.functional import Concat, Functional
 from qkernels.core.fusion import foldable
-from qkernels.core.graph import Untraceable, arguments, modules_of, trace
+from qkernels.core.graph import arguments, modules_of
 from qkernels.core.grids import Grid, Grids
 from qkernels.core.layers import PREPARED
 from qkernels.core.neighbours import inside_chains, places_around, tensor_arguments
@@ -32,6 +32,7 @@ from qkernels.core.recipe import Match, Override, Recipe
 from qkernels.errors import InvalidArgument, InvalidState, Unsupported, close_matches
 from qkernels.frontends.aimet import encodings as enc
 from qkernels.frontends.aimet import quantizers as qz
+from qkernels.frontends.aimet.batch_norm_fold import graph_of
 from qkernels.frontends.aimet.config import OP_TYPES, Tensors, op_type, read_config
 from qkernels.frontends.aimet.quantizers import QuantizeDequantize, is_quantized
 from qkernels.frontends.common import from_json
@@ -51,6 +52,10 @@ OBSERVERS = {
 QuantScheme = Enum("QuantScheme", {name: name for name in OBSERVERS})
 # The output is on the grid of the input.
 PASSING = {"MaxPool", "Flatten", "Dropout", "Identity", "Pad", "DepthToSpace", "SpaceToDepth", "Gather"}
+# Functions in the graph: behind the first a model input is one still, the others give what AIMET knows to be unrounded.
+MOVES = "view reshape reshape_as flatten squeeze unsqueeze permute transpose t expand expand_as contiguous clone detach"
+MOVES += " getitem select narrow index_select chunk split mean to type float double cpu cuda Identity"
+UNROUNDED = "add mul div truediv cat"
 CHANNEL_AXIS = {cls: 1 if cls in o.CONVS[3:] else 0 for cls in (*o.CONVS, nn.Linear, nn.PReLU)}
 
 
@@ -94,21 +99,14 @@ class QuantizationSimModel:
         self._dummy = arguments(dummy_input)
         self.model = model if in_place else copy.deepcopy(model)
         self._excluded: list[str] = []
-        self._place()
+        self._place(dummy_input)
 
     # -- where quantizers go
 
-    def _place(self) -> None:
+    def _place(self, dummy_input: Any) -> None:
         if any(map(is_quantized, self.model.modules())):
             raise InvalidState("QuantizationSimModel: the model has quantizers already; give the float model")
-        try:
-            with evaluating(self.model):
-                traced = trace(self.model, *self._dummy)
-        except Untraceable as error:
-            raise Unsupported(
-                f"QuantizationSimModel: the model has no graph ({error}); make it one with prepare_model, or name the "
-                "parts with control flow in modules_to_exclude"
-            ) from None
+        traced = graph_of(self.model, None, dummy_input, "QuantizationSimModel")
         modules, config = modules_of(traced), self._config
         calls = [n for n in traced.graph.nodes if n.op == "call_module"]
         if not calls:
@@ -126,7 +124,7 @@ class QuantizationSimModel:
                 continue
             tensors = tensor_arguments(node)
             wanted, final = config.of(module), any(user.op == "output" for user in node.users)
-            inputs = [self._reads_model_input(a) or wanted.is_input_quantized for a in tensors]
+            inputs = [self._is_unrounded(a, modules) or wanted.is_input_quantized for a in tensors]
             output = (config.of(modules[layers[node.target]]) if node.target in layers else wanted).is_output_quantized
             if final and config.output_quantized is not None:
                 output = config.output_quantized
@@ -197,8 +195,14 @@ class QuantizationSimModel:
             if type(module) is nn.Identity or op_type(module) in PASSING:
                 self._share_with_sources(source, quantizer, modules)
 
-    def _reads_model_input(self, node: fx.Node) -> bool:
-        return node.op == "placeholder" and self._config.input_quantized and node.meta["value"].is_float
+    def _is_unrounded(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+        """Whether this is a model input, perhaps moved or cast, or comes from a function without quantizers."""
+        wanted = self._config.input_quantized and node.meta["value"].is_float
+        if _called(node, modules) in UNROUNDED.split():
+            return wanted
+        while _called(node, modules) in MOVES.split():
+            node = node.all_input_nodes[0]
+        return wanted and node.op == "placeholder"
 
     def _quantizer(
         self, shape: tuple[int, ...], wanted: Tensors, source: str, axis: int | None = None
@@ -351,7 +355,7 @@ class QuantizationSimModel:
 
     def module_encodings(self) -> dict[str, Any]:
         """The encodings by module."""
-        return enc.write_by_module(self.grids()) | self._header("0.6.1")
+        return enc.write_by_module(self.grids()) | self._header("1.0.0")
 
     def _tensor_name(self, path: str, key: str) -> str:
         kind = op_type(self.model.get_submodule(path)).removeprefix("Quantized")
@@ -465,6 +469,13 @@ def save_checkpoint(quant_sim_model: QuantizationSimModel, file_path: str | os.P
 def load_checkpoint(file_path: str | os.PathLike) -> QuantizationSimModel:
     """What `save_checkpoint` saved. Only for files that one trusts: reading them runs their code."""
     return torch.load(file_path, weights_only=False)
+
+
+def _called(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """The name of the function, of the method or of the class of the module; "" if this is no call."""
+    if node.op == "call_module":
+        return type(modules[node.target]).__name__
+    return getattr(node.target, "__name__", node.target) if node.op.startswith("call_") else ""
 
 
 def _is_never_fused(module: nn.Module) -> bool:

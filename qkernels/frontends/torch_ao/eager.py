@@ -147,9 +147,10 @@ def prepared(module: nn.Module, example_inputs: Any = None) -> nn.Module:
     simulated = any(q.spec.simulated for q in quantizers(result))  # then float layers are what was asked for
     for path in places.weights:
         if path in floats and not simulated:
+            cure = "Take them off" if "hooks" in floats[path] else "Put a QuantStub before it"
             raise InvalidState(
-                f"convert: {path} has a qconfig but cannot be integer: {floats[path]}. Put a QuantStub before it, or "
-                f"set its qconfig to None before prepare"
+                f"convert: {path} has a qconfig but cannot be integer: {floats[path]}. {cure}, or set its qconfig to "
+                "None before prepare"
             )
     return result
 

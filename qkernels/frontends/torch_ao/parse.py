@@ -15,6 +15,7 @@ from qkernels.core.placed import Leave, Places
 from qkernels.core.qspec import INTEGER_RANGE, QParams, QSpec
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.recipe import TensorRecipe
+from qkernels.core.registry import is_layer
 from qkernels.core.training import enable_fake_quant
 from qkernels.errors import InvalidState, Unsupported
 from qkernels.frontends.torch_ao.fuse import Fused
@@ -75,17 +76,17 @@ def factory_recipe(factory: Callable[[], nn.Module], where: str = "QConfig", fix
     return tensor_recipe(made, f"{where}: ")
 
 
-def quantizer_of(observer: nn.Module, source: str, axis: int | None = None) -> Quantizer:
+def quantizer_of(observer: nn.Module, source: str, axis: int | None = None, is_weight: bool = False) -> Quantizer:
     """A Quantizer with the grid that the observer has found (on `axis`, if not its own); without one if it saw no data.
 
-    An observer chooses scale and zero point for its range, but torch's integer layers clamp to the range of the dtype:
-    so do ours. A fake-quantize module has clamped in training, and its range stays.
+    An observer chooses scale and zero point for its range, but torch's integer layers clamp outputs to the range of the
+    dtype: so do ours. A fake-quantize module has clamped in training, and its range stays, as does that of a weight.
     """
     if isinstance(observer, Quantizer):
         return observer
     recipe = tensor_recipe(observer)
     recipe = recipe if axis is None else replace(recipe, spec=replace(recipe.spec, axis=axis))
-    if not hasattr(observer, "fake_quant_enabled") and not recipe.spec.simulated:
+    if not is_weight and not hasattr(observer, "fake_quant_enabled") and not recipe.spec.simulated:
         qmin, qmax = INTEGER_RANGE[recipe.spec.dtype]
         recipe = replace(recipe, spec=replace(recipe.spec, qmin=qmin, qmax=qmax))
     low = getattr(getattr(observer, "activation_post_process", observer), "min_val", None)
@@ -108,7 +109,7 @@ def weight_quantizer(layer: nn.Module, observer: nn.Module, path: str) -> Quanti
     if spec.per_channel and "ConvTranspose" in type(layer).__name__:
         weight, axis = PreparedConvTranspose2d.rows(layer, weight).movedim(0, spec.axis), 0
     observer(weight)
-    return quantizer_of(observer, f"{path}.weight", axis)
+    return quantizer_of(observer, f"{path}.weight", axis, is_weight=True)
 
 
 def places_of(model: nn.Module) -> Places:
@@ -170,6 +171,8 @@ def _from_torch_qat(model: nn.Module) -> None:
 
 def _graph_qconfigs(model: fx.GraphModule) -> dict[str, Any]:
     """The qconfig of each layer of a graph that torch.ao prepared, also of layers inside fused modules."""
+    if any(map(is_layer, model.modules())):
+        raise InvalidState("convert: the model is converted already")
     if "_observed_graph_module_attrs" not in model.meta:
         raise InvalidState("convert: this graph does not come from prepare_fx")
     by_node: Mapping[str, Any] = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
