@@ -1,8 +1,8 @@
 """Calls of functions as modules of their own, so that something can be put around each of them.
 
 `calls_to_modules` changes a traced graph: a call of `torch.add` becomes a call of a module `Add`, `F.relu` one of
-`nn.ReLU`, and a module without parameters that is called several times becomes one module a call. The new modules stand
-in the module that calls them, with AIMET's names.
+`nn.ReLU`, and a module that is called several times becomes one module a call, whose parameters are copies: each is
+folded and rounded on its own. The new modules stand in the module that calls them, with AIMET's names.
 """
 
 import copy
@@ -187,7 +187,7 @@ def _one_module_a_call(prepared: fx.GraphModule, note: Callable[[str, str], None
         module = prepared.get_submodule(node.target)
         count = calls[id(module)]
         calls[id(module)] += 1
-        if count and not any(True for _ in module.parameters()):
+        if count:
             parent, _, own = (_caller(node) or node.target).rpartition(".")
             name = _inside(prepared, parent, f"module_{own}_{node.name.rpartition('_')[2]}")
             note("Reused/Duplicate", name)

@@ -18,6 +18,7 @@ from qkernels.core.in_place import drop_in_place, is_write
 from qkernels.core.operations import BATCH_NORMS, CONVS, DROPOUTS, Value, is_dtype, operation
 from qkernels.core.plain import has_hooks
 from qkernels.core.tracing import Tracer
+from qkernels.core.weighted_calls import call_module, free_name, modules_from_calls
 from qkernels.errors import InvalidArgument, InvalidType
 
 
@@ -329,7 +330,7 @@ def simplify(traced: fx.GraphModule, keep_dropout: bool = False) -> None:
     if reason := drop_in_place(traced):
         raise Untraceable(reason)
     _drop_identities(traced, keep_dropout)
-    _modules_from_calls(traced)
+    modules_from_calls(traced, modules_of(traced))
     _one_call_a_module(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
@@ -406,7 +407,7 @@ def _as_random_relu_module(traced: fx.GraphModule, node: fx.Node) -> None:
     given.apply_defaults()
     x, lower, upper, training, _ = given.args
     if training is False:
-        _call_module(traced, node, nn.RReLU(lower, upper), (x,))
+        call_module(traced, node, nn.RReLU(lower, upper), (x,))
 
 
 def _as_dropout_module(traced: fx.GraphModule, node: fx.Node, op: Any) -> bool:
@@ -415,93 +416,8 @@ def _as_dropout_module(traced: fx.GraphModule, node: fx.Node, op: Any) -> bool:
         return op.module.p > 0
     if op.options.get("training") is not False:
         return False
-    _call_module(traced, node, DROPOUTS[node.target](op.options.get("p", 0.5)), op.inputs)
+    call_module(traced, node, DROPOUTS[node.target](op.options.get("p", 0.5)), op.inputs)
     return True
-
-
-def _call_module(traced: fx.GraphModule, node: fx.Node, module: nn.Module, inputs: tuple[fx.Node, ...]) -> None:
-    """`node` becomes a call of `module`, which lies beside it from now on."""
-    name = _free_name(traced, node.name)
-    traced.add_module(name, module.eval())
-    node.op, node.target, node.args, node.kwargs = "call_module", name, inputs, {}
-
-
-def _modules_from_calls(traced: fx.GraphModule) -> None:
-    """F.linear, F.conv* and F.batch_norm on parameters become modules that hold the same parameters."""
-    makers: dict[str, Callable] = {"linear": _linear_of, "conv": _conv_of, "batch_norm": _batch_norm_of}
-    modules = modules_of(traced)
-    for node in list(traced.graph.nodes):
-        if node.op != "call_function":
-            continue
-        op = operation(node, modules)
-        if op is None or op.kind not in makers:
-            continue
-        options = {k: _attribute(traced, v) for k, v in op.options.items()}
-        if any(isinstance(v, fx.Node) for v in options.values()):
-            continue  # a computed weight: stays a call, in float
-        module = makers[op.kind](node, options)
-        if module is None:
-            continue
-        _call_module(traced, node, module, op.inputs)
-
-
-def _attribute(traced: fx.GraphModule, value: Any) -> Any:
-    if isinstance(value, fx.Node) and value.op == "get_attr":
-        found: Any = traced
-        for part in value.target.split("."):
-            found = getattr(found, part)
-        return found
-    return value
-
-
-def _holding(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    for name, tensor in tensors.items():
-        if tensor is None or isinstance(tensor, nn.Parameter):
-            setattr(module, name, tensor)
-        else:
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    return module
-
-
-def _linear_of(node: fx.Node, options: dict) -> nn.Module | None:
-    weight, bias = options.get("weight"), options.get("bias")
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        return None
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return _holding(module, weight=weight, bias=bias)
-
-
-def _conv_of(node: fx.Node, options: dict) -> nn.Module | None:
-    weight, bias, groups = options.pop("weight", None), options.pop("bias", None), options.get("groups", 1)
-    if not isinstance(weight, Tensor):
-        return None
-    transposed = "transpose" in getattr(node.target, "__name__", "")
-    cls = CONVS[weight.dim() - 3 + (3 if transposed else 0)]
-    channels = (weight.shape[0], weight.shape[1] * groups)
-    if not transposed:
-        channels = channels[::-1]
-    module = cls(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options)
-    return _holding(module, weight=weight, bias=bias)
-
-
-def _batch_norm_of(node: fx.Node, options: dict) -> nn.Module | None:
-    mean, var = options.get("running_mean"), options.get("running_var")
-    rank = len(node.meta["value"].shape)
-    if options.get("training", False) is not False or mean is None or var is None or not 2 <= rank <= 5:
-        return None
-    weight, bias = options.get("weight"), options.get("bias")
-    module = BATCH_NORMS[max(rank - 3, 0)](mean.numel(), eps=options.get("eps", 1e-5), device=mean.device)
-    one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-    _holding(module, weight=one if weight is None else weight, bias=zero if bias is None else bias)
-    module.running_mean, module.running_var = mean.detach(), var.detach()
-    return module
-
-
-def _free_name(traced: nn.Module, wanted: str) -> str:
-    name, number = wanted, 1
-    while hasattr(traced, name):
-        name, number = f"{wanted}_{number}", number + 1
-    return name
 
 
 def _one_call_a_module(traced: fx.GraphModule) -> None:
@@ -516,7 +432,7 @@ def _one_call_a_module(traced: fx.GraphModule) -> None:
         if count > 1:
             parent, _, leaf = node.target.rpartition(".")
             owner = traced.get_submodule(parent)
-            leaf = _free_name(owner, f"{leaf}_call{count}")
+            leaf = free_name(owner, f"{leaf}_call{count}")
             owner.add_module(leaf, share(module))
             node.target = f"{parent}.{leaf}" if parent else leaf
 

@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Collection, Iterable
-from copy import deepcopy
 from typing import Any
 
 from torch import fx, nn
 
-from qkernels.core.functional import Functional, SplitSiLU, _caller, _inside, _replace_call, calls_to_modules
+from qkernels.core.functional import Functional, SplitSiLU, calls_to_modules
 from qkernels.core.tracing import Tracer
 from qkernels.errors import InvalidArgument, Unsupported, close_matches
 
@@ -49,7 +48,6 @@ def prepare_model(
             "modules_to_exclude"
         ) from error
     prepared = fx.GraphModule(model, graph)
-    _one_layer_a_call(prepared)
     calls_to_modules(prepared, lambda why, name: logger.info("%-19s: Adding new module for node: {%s} ", why, name))
     for path, module in list(prepared.named_modules()):
         if type(module) is nn.SiLU:
@@ -58,17 +56,3 @@ def prepare_model(
     for module in prepared.modules():
         module.training = module.training if module in known else model.training
     return prepared
-
-
-def _one_layer_a_call(prepared: fx.GraphModule) -> None:
-    """A layer with parameters that is called again becomes a copy: each is folded and rounded on its own."""
-    seen: set[nn.Module] = set()
-    for node in [n for n in prepared.graph.nodes if n.op == "call_module"]:
-        module = prepared.get_submodule(node.target)
-        if module in seen and any(True for _ in module.parameters()):
-            parent, _, own = (_caller(node) or node.target).rpartition(".")
-            name = _inside(prepared, parent, f"module_{own}_{node.name.rpartition('_')[2]}")
-            logger.info("%-19s: Adding new module for node: {%s} ", "Reused/Duplicate", name)
-            prepared.add_submodule(name, deepcopy(module))
-            _replace_call(prepared, node, name, node.args, node.kwargs)
-        seen.add(module)
