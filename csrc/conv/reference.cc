@@ -21,6 +21,7 @@ void conv_reference(const ConvSource& source, const ConvArgs& args) {
   const ConvExtent& e = args.extent;
   const int64_t in_group = s.in_per_group(), out_group = s.out_per_group();
   const int64_t kd = s.kernel[0], kh = s.kernel[1], kw = s.kernel[2], taps = kd * kh * kw;
+  const int64_t step = s.transposed ? out_group * taps : taps;  // of the weight, in channels
   for (int64_t index = 0; index < e.batch * e.out_pixels() * s.out_channels; ++index) {
     const int64_t o = index % s.out_channels, pixel = index / s.out_channels;
     const int64_t x = pixel % e.out[2], y = pixel / e.out[2] % e.out[1];
@@ -33,15 +34,16 @@ void conv_reference(const ConvSource& source, const ConvArgs& args) {
       const int64_t iy = input_index(s, e, 1, y, tap / kw % kh);
       const int64_t ix = input_index(s, e, 2, x, tap % kw);
       if (iz < 0 || iy < 0 || ix < 0) continue;
+      const uint8_t* a = args.input +
+                         (((n * e.in[0] + iz) * e.in[1] + iy) * e.in[2] + ix) * s.in_channels +
+                         group * in_group;
+      const int8_t* w = source.weight +
+                        (s.transposed ? (group * in_group * out_group + o % out_group) * taps
+                                      : o * in_group * taps) +
+                        tap;
       for (int64_t c = 0; c < in_group; ++c) {
-        const int64_t channel = group * in_group + c;
-        const uint8_t byte =
-            args.input[(((n * e.in[0] + iz) * e.in[1] + iy) * e.in[2] + ix) * s.in_channels +
-                       channel];
-        const int64_t w = s.transposed ? (channel * out_group + o % out_group) * taps + tap
-                                       : (o * in_group + c) * taps + tap;
-        acc += (byte_value(byte, source.input_signed) - source.input_zero_point) *
-               (source.weight[w] - zw);
+        acc +=
+            (byte_value(a[c], source.input_signed) - source.input_zero_point) * (w[c * step] - zw);
       }
     }
     const float product = source.input_scale * source.weight_scale[column];

@@ -23,11 +23,14 @@ int32_t accumulate(const IgemmArgs& args, int64_t row, int64_t n) {
   uint32_t acc = static_cast<uint32_t>(m.init[n]), row_sum = 0;
   for (int64_t tap = 0; tap < h.taps; ++tap) {
     const uint8_t* a = row_of(args, row, tap);
-    for (int64_t k = 0; k < h.depth; ++k) {
-      const int32_t value = a[k] ^ flip;
-      const int32_t weight = b[((tap * quads + k / 4) * width + column) * 4 + k % 4];
-      acc += static_cast<uint32_t>(value * weight);
-      row_sum += static_cast<uint32_t>(value);
+    const int8_t* w = b + (tap * quads * width + column) * 4;
+    for (int64_t k = 0; k < h.depth; k += 4, w += width * 4) {
+      const int64_t end = h.depth - k < 4 ? h.depth - k : 4;
+      for (int64_t i = 0; i < end; ++i) {
+        const int32_t value = a[k + i] ^ flip;
+        acc += static_cast<uint32_t>(value * w[i]);
+        row_sum += static_cast<uint32_t>(value);
+      }
     }
   }
   if (m.weight_zero_point != nullptr) {

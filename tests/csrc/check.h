@@ -158,13 +158,9 @@ class Guarded {
     std::memset(body_ + offset_, 0, bytes);
   }
   ~Guarded() {
-    const size_t bytes = static_cast<size_t>(size_) * sizeof(T);
-    for (size_t i = 0; i < body_bytes_; ++i) {
-      const bool inside = i >= offset_ && i < offset_ + bytes;
-      CHECK(inside || body_[i] == kCanary, "byte ",
-            static_cast<int64_t>(i) - static_cast<int64_t>(offset_), " of a buffer of ", bytes,
-            " bytes was written");
-    }
+    const size_t end = offset_ + static_cast<size_t>(size_) * sizeof(T);
+    check_canary(0, offset_);
+    check_canary(end, body_bytes_);
     munmap(map_, map_bytes_);
   }
   Guarded(const Guarded&) = delete;
@@ -180,6 +176,14 @@ class Guarded {
 
  private:
   static constexpr uint8_t kCanary = 0xa5;
+
+  void check_canary(size_t begin, size_t end) const {
+    for (size_t i = begin; i < end; ++i) {
+      CHECK(body_[i] == kCanary, "byte ", static_cast<int64_t>(i) - static_cast<int64_t>(offset_),
+            " of a buffer of ", size_ * static_cast<int64_t>(sizeof(T)), " bytes was written");
+    }
+  }
+
   int64_t size_;
   uint8_t* map_;
   uint8_t* body_;

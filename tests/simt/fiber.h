@@ -63,10 +63,15 @@ class Fiber {
 
   // `entry` never returns.
   void start(void (*entry)()) {
+    uint8_t* end = stack_.get() + kStackBytes;
 #if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(stack_.get(), kStackBytes);
+    // The frames that the last run never returned from; those below have cleaned up themselves.
+    if (pointer_ != nullptr) {
+      auto* last = static_cast<uint8_t*>(pointer_);
+      ASAN_UNPOISON_MEMORY_REGION(last, static_cast<size_t>(end - last));
+    }
 #endif
-    void** top = reinterpret_cast<void**>(stack_.get() + kStackBytes - 64);
+    void** top = reinterpret_cast<void**>(end - 64);
     *--top = nullptr;  // where entry would return to
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;  // callee-saved registers
