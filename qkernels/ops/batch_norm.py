@@ -163,22 +163,24 @@ class _BatchNormFakeQuant(torch.autograd.Function):
         return y, codes
 
     @staticmethod
-    @once_differentiable("batch_norm_fake_quant")
     def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 9
-        by_x, by_weight, by_bias, by_scale, by_zero_point = _ops.norm_fake_quant_backward.default(
-            grad, *ctx.saved_tensors, *ctx.numbers, ctx.grad_factor
-        )
-        needed, learned = ctx.needs_input_grad, ctx.grad_factor is not None
-        return (
-            by_x if needed[0] else None,
-            by_weight if needed[1] else None,
-            by_bias if needed[2] else None,
-            by_scale.reshape(ctx.sizes[0]) if learned and needed[3] else None,
-            by_zero_point.reshape(ctx.sizes[1]) if learned and needed[4] else None,
-            *[None] * 4,
-        )
+        return (None,) * 9 if grad is None else _gradients(ctx, grad, *ctx.saved_tensors)
+
+
+@once_differentiable("batch_norm_fake_quant")
+def _gradients(ctx, *tensors):
+    by_x, by_weight, by_bias, by_scale, by_zero_point = _ops.norm_fake_quant_backward.default(
+        *tensors, *ctx.numbers, ctx.grad_factor
+    )
+    needed, learned = ctx.needs_input_grad, ctx.grad_factor is not None
+    return (
+        by_x if needed[0] else None,
+        by_weight if needed[1] else None,
+        by_bias if needed[2] else None,
+        by_scale.reshape(ctx.sizes[0]) if learned and needed[3] else None,
+        by_zero_point.reshape(ctx.sizes[1]) if learned and needed[4] else None,
+        *[None] * 4,
+    )
 
 
 @torch.library.register_fake("qkernels::batch_norm_statistics")

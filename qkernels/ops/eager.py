@@ -59,17 +59,17 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
     """For a backward that is not to be differentiated.
 
     The error of torch's decorator of this name hangs beside the graph: `torch.autograd.grad` for chosen inputs misses
-    it and leaves out a part of the second derivative. This one lies between the result and the incoming gradients.
+    it and leaves out a part of the second derivative. This one lies between the results and what they are computed
+    from: incoming gradients and saved tensors, which the backward has as arguments.
     """
 
     def decorate(backward: Callable) -> Callable:
-        def wrapped(ctx, *grads):
+        def wrapped(ctx, *tensors):
             with torch.no_grad():
-                results = backward(ctx, *grads)
-            incoming = [grad for grad in grads if grad is not None]
-            if not needs_grad(*incoming):
+                results = backward(ctx, *tensors)
+            if not needs_grad(*tensors):
                 return results
-            return tuple(None if result is None else _Last.apply(op, result, *incoming) for result in results)
+            return tuple(None if result is None else _Last.apply(op, result, *tensors) for result in results)
 
         return wrapped
 
@@ -78,7 +78,7 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
 
 class _Last(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, result, *incoming):
+    def forward(ctx, op, result, *sources):
         ctx.op = op
         return result.view_as(result)
 

@@ -132,9 +132,13 @@ class _Lsq(torch.autograd.Function):
         return lsq_out(x, scale, zero_point, axis, qmin, qmax, torch.empty_like(x))
 
     @staticmethod
-    @once_differentiable("lsq")
     def backward(ctx, grad):
-        return *_ops.lsq_backward.default(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None
+        return _gradients(ctx, grad, *ctx.saved_tensors)
+
+
+@once_differentiable("lsq")
+def _gradients(ctx, *tensors):
+    return *_ops.lsq_backward.default(*tensors, *ctx.grid), None, None, None, None
 
 
 @torch.library.register_fake("qkernels::lsq_out")

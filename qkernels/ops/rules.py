@@ -136,9 +136,13 @@ class _Pact(torch.autograd.Function):
         return fake_quant_out(x, scale, zero_point, *grid, torch.empty_like(x))
 
     @staticmethod
-    @once_differentiable("pact")
     def backward(ctx, grad):
-        return *_ops.pact_backward.default(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None
+        return _pact_gradients(ctx, grad, *ctx.saved_tensors)
+
+
+@once_differentiable("pact")
+def _pact_gradients(ctx, *tensors):
+    return *_ops.pact_backward.default(*tensors, *ctx.grid), None, None, None, None
 
 
 @torch.library.register_fake("qkernels::pact")

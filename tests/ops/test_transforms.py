@@ -101,3 +101,11 @@ def test_a_second_derivative_that_is_not_there_is_an_error(name):
         torch.autograd.grad(first.sum(), x)
     with pytest.raises(RuntimeError, match=f"{name}: its gradient cannot be differentiated again"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["lsq", "pact"])
+def test_nor_is_it_left_out_where_the_incoming_gradient_is_constant(name):
+    x = torch.randn(8).requires_grad_()
+    first = torch.autograd.grad((FUNCTIONS[name](x) + x**3).sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=f"{name}: its gradient cannot be differentiated again"):
+        torch.autograd.grad(first.sum(), x)
