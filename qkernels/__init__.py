@@ -3,6 +3,7 @@
 `prepare`, `calibrating`, `convert`, `verify`, `save` and `load` are the main verbs; `qkernels.ops` holds the kernels.
 """
 
+import os
 import sys
 
 import torch  # noqa: F401  (loads the libraries that the compiled part links to)
@@ -17,7 +18,8 @@ except ModuleNotFoundError as error:
         "`pip install --no-build-isolation .` or, in place, `python setup.py build_ext --inplace`."
     ) from error
 except ImportError as error:
-    if sys.argv[:1] == ["-m"] and "QKERNELS_ISA" in str(error):  # `python -m qkernels`: a line, no traceback
+    # `python -m qkernels` and the installed `qkernels`: a line, no traceback.
+    if os.path.basename("".join(sys.argv[:1])) in ("-m", "qkernels") and "QKERNELS_ISA" in str(error):
         sys.exit(f"qkernels: {error}")
     raise
 

@@ -42,9 +42,13 @@ def test_the_isa_in_the_environment_may_be_in_any_case_and_have_blanks_around(is
     assert (result.stdout.strip(), result.stderr) == ("scalar", "")
 
 
-def test_the_command_line_refuses_an_unknown_isa_in_one_line():
-    command = [sys.executable, "-m", "qkernels", "info"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "QKERNELS_ISA": "sse2"})
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_command_line_refuses_an_unknown_isa_in_one_line(installed, tmp_path):
+    script = tmp_path / "qkernels"  # as pip writes it
+    script.write_text("import sys\nfrom qkernels.cli import program\nsys.exit(program())\n")
+    command = [sys.executable, *([script] if installed else ["-m", "qkernels"]), "info"]
+    env = {**os.environ, "QKERNELS_ISA": "sse2", "PYTHONPATH": os.getcwd()}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 1
     wanted = "qkernels: QKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512vnni, amx, got 'sse2'\n"
     assert (result.stdout, result.stderr) == ("", wanted)
