@@ -3,9 +3,11 @@
 CPU only:  csrc/**/*.cc + python/*.cpp                    (CMakeLists.txt uses the same glob for csrc/)
 With CUDA: also csrc/**/*.cu + python/cuda/*.cpp
 
+csrc/ is compiled from here, without torch's headers and flags: its objects serve every torch that a checkout is built
+for, and `torch.utils.cpp_extension` refuses .cu files under a CPU build of torch. python/ is compiled by the latter.
+
 The extension is linked to torch's stable ABI only and to a static CUDA runtime, so one wheel serves every torch from
-2.11 on, CPU or CUDA build. `torch.utils.cpp_extension` refuses .cu files under a CPU build of torch, hence nvcc is
-called from here.
+2.11 on, CPU or CUDA build.
 
 Environment: FORCE_CUDA=0|1 (default: CUDA if a toolkit is found and torch is a CUDA build), CUDA_HOME,
 TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1.
@@ -13,6 +15,7 @@ TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 ARCH_OF_FILE = re.compile(r"_sm(\d+[af])\.cu$")  # what is compiled for one architecture alone says so in its name
-STABLE_ABI_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
+STABLE_ABI_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
 
 def files(*patterns: str) -> list[str]:
@@ -41,9 +44,9 @@ def files(*patterns: str) -> list[str]:
 
 def cxx_flags() -> list[str]:
     shared = [line for line in (ROOT / "csrc/cxx_flags.txt").read_text().splitlines() if line.startswith("-")]
-    optimization = ["-Og", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
+    optimization = ["-Og", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
     # Messages name a source file as the repository does, not where it was built.
-    return [*optimization, *shared, STABLE_ABI_TARGET, f"-ffile-prefix-map={ROOT}/="]
+    return [*optimization, *shared, f"-ffile-prefix-map={ROOT}/="]
 
 
 # ---- CUDA: is there a toolkit, and should it be used? ----------------------------------------------------------------
@@ -87,16 +90,22 @@ def find_toolkit() -> Path | None:
 
 
 def parse_archs(text: str) -> tuple[list[str], str]:
-    """ "8.0;9.0+PTX" -> the flags of nvcc and the names sm_80 sm_90 compute_90."""
+    """ "8.0;9.0+PTX" -> the flags of nvcc and the names sm_80 sm_90 compute_90.
+
+    No source asks for more than the lowest minor version of a major one has: one PTX of that gives all their code.
+    """
+    entries = list(filter(None, re.split(r"[;,\s]+", text)))
+    matches = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry) for entry in entries]
+    if None in matches:
+        sys.exit(f"qkernels: TORCH_CUDA_ARCH_LIST must look like '{DEFAULT_CUDA_ARCHS}', got '{text}'")
     flags, names = [], []
-    for entry in filter(None, re.split(r"[;,\s]+", text)):
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
-        if match is None:
-            sys.exit(f"qkernels: TORCH_CUDA_ARCH_LIST must look like '{DEFAULT_CUDA_ARCHS}', got '{text}'")
-        arch = match.group(1) + match.group(2)
-        for code in [f"sm_{arch}"] + ([f"compute_{arch}"] if match.group(3) else []):
-            flags.append(f"-gencode=arch=compute_{arch},code={code}")
-            names.append(code)
+    for major, minor, feature, ptx in map(re.Match.groups, matches):
+        lowest = minor if feature else min(m[2] for m in matches if m[1] == major and not m[3])
+        flags.append(f"-gencode=arch=compute_{major}{lowest}{feature},code=sm_{major}{minor}{feature}")
+        names.append(f"sm_{major}{minor}{feature}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{major}{minor}{feature},code=compute_{major}{minor}{feature}")
+            names.append(f"compute_{major}{minor}{feature}")
     return flags, " ".join(names)
 
 
@@ -139,8 +148,11 @@ def too_new_for_driver(cuda: Cuda) -> str:
     )
 
 
+# ---- csrc/ -----------------------------------------------------------------------------------------------------------
+
+
 def dependencies(makefile_rule: str) -> list[str]:
-    """The files that a rule of the form `target: file file ...` names, as `nvcc -MD` writes it."""
+    """The files that a rule of the form `target: file file ...` names, as -MD writes it."""
     _, _, names = makefile_rule.replace("\\\n", " ").partition(": ")
     return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names.strip())]
 
@@ -155,44 +167,66 @@ def is_current(target: Path, command: str) -> bool:
     return all(path.exists() and path.stat().st_mtime < made for path in read)
 
 
-def compile_cuda(cuda: Cuda, build_dir: Path, jobs: int) -> list[str]:
-    """Compiles csrc/**/*.cu that are older than any file that they read; returns the object files."""
-    flags = [
+def nvcc_flags() -> list[str]:
+    return [
         # A kernel that spills is a mistake: ptxas warns, and `make build` fails on warnings.
         *(["-O0", "-g", "-G"] if DEBUG else ["-O3", "-Xptxas=-warn-spills,-warn-lmem-usage"]),
         *("-std=c++20", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
-        f"-I{ROOT}",
     ]
 
+
+def cxx() -> list[str]:
+    """The C++ compiler that torch's build takes too."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(command[0]) is None:
+        sys.exit(f"qkernels: no C++ compiler: CXX is {os.environ.get('CXX')!r}, and there is no {command[0]} on PATH")
+    return command
+
+
+def compile_core(cuda: Cuda | None, build_dir: Path, jobs: int) -> list[str]:
+    """Compiles the files of csrc/ whose objects are older than what they read; returns all objects."""
+    commands = {}  # the longest first
+    if cuda is not None:
+        nvcc = [cuda.nvcc, *nvcc_flags()]
+        commands |= {source: [*nvcc, *gencode_of(source, cuda)] for source in files("csrc/**/*.cu")}
+    # Python's own builds wrap integers too; without it gcc spills accumulators of some hot loops.
+    gcc = [*cxx(), "-fPIC", "-fwrapv", *cxx_flags()]
+    commands |= dict.fromkeys(files("csrc/**/*.cc"), gcc)
+
     def compile_one(source: str) -> str:
-        target = (build_dir / source).with_suffix(".cu.o")
+        target = build_dir / f"{source}.o"
         depfile = ["-MD", "-MF", str(target.with_suffix(".d"))]
-        command = [cuda.nvcc, *flags, *gencode_of(source, cuda), *depfile, "-c", str(ROOT / source), "-o", str(target)]
+        command = [*commands[source], f"-I{ROOT}", *depfile, "-c", str(ROOT / source), "-o", str(target)]
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_current(target, " ".join(command)):
             return str(target)
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode != 0:
+            raise RuntimeError(f"qkernels: {source} does not compile; the compiler's messages are above")
         target.with_suffix(".command").write_text(" ".join(command))
         return str(target)
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, files("csrc/**/*.cu")))
+        objects = [pool.submit(compile_one, source) for source in commands]
+        try:
+            return [made.result() for made in objects]
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(str(error))
 
 
 # ---- the extension ---------------------------------------------------------------------------------------------------
 
 
 class BuildQKernels(BuildExtension):
-    """torch's ninja build of the C++ files, with the objects that nvcc makes."""
+    """torch's ninja build of python/, with the objects of csrc/."""
 
     cuda: Cuda | None = None
 
     def build_extensions(self) -> None:
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        if self.cuda is not None:
-            [extension] = self.extensions
-            extension.extra_objects = compile_cuda(self.cuda, Path(self.build_temp).resolve(), jobs)
+        [extension] = self.extensions
+        extension.extra_objects = compile_core(self.cuda, Path(self.build_temp).resolve(), jobs)
         if not self.use_ninja:
             self.compiler.compile = parallel_compile(self.compiler, jobs)
         super().build_extensions()
@@ -222,8 +256,8 @@ def parallel_compile(compiler, jobs: int):
 
 
 def make_extension(cuda: Cuda | None) -> Extension:
-    sources = files("csrc/**/*.cc", "python/*.cpp")
-    macros = [("QK_DEBUG_BUILD", "1")] if DEBUG else []
+    sources = files("python/*.cpp")
+    macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TARGET), *([("QK_DEBUG_BUILD", "1")] if DEBUG else [])]
     system_includes, library_dirs = list(include_paths()), list(library_paths())
     libraries = ["torch", "torch_cpu", "c10"]
     if cuda is not None:
@@ -238,8 +272,8 @@ def make_extension(cuda: Cuda | None) -> Extension:
         language="c++",
         include_dirs=[str(ROOT)],
         define_macros=macros,
-        # What setuptools does not know to be read: without ninja it compares these with what is built.
-        depends=files("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cu", "csrc/**/*.cuh", "python/**/*.h"),
+        # What setuptools does not know to be read: it links again when one of these is newer than what is built.
+        depends=files(*(f"csrc/**/*.{kind}" for kind in ("h", "inc", "cc", "cu", "cuh", "txt")), "python/**/*.h"),
         # Warnings of other people's headers are not ours: -isystem.
         extra_compile_args=[*cxx_flags(), *(f"-isystem{path}" for path in system_includes)],
         library_dirs=library_dirs,

@@ -93,12 +93,26 @@ def test_forced_cuda_without_a_toolkit_is_an_error(build, monkeypatch):
         ("8.0;9.0+PTX", "sm_80 sm_90 compute_90"),
         ("8.6 9.0a", "sm_86 sm_90a"),
         ("12.0,", "sm_120"),
+        ("8.9+PTX 8.0", "sm_89 compute_89 sm_80"),
     ],
 )
 def test_architecture_list(build, text, names):
     flags, found = build.parse_archs(text)
     assert found == names
-    assert len(flags) == len(names.split())
+    assert [flag.partition(",code=")[2] for flag in flags] == names.split()
+
+
+def test_code_of_one_major_version_comes_from_its_lowest_ptx(build):
+    flags, _ = build.parse_archs("8.6;8.0;8.9+PTX;9.0;9.0a")
+    made_from = [flag.removeprefix("-gencode=arch=").split(",code=") for flag in flags]
+    assert made_from == [
+        ["compute_80", "sm_86"],
+        ["compute_80", "sm_80"],
+        ["compute_80", "sm_89"],
+        ["compute_89", "compute_89"],
+        ["compute_90", "sm_90"],
+        ["compute_90a", "sm_90a"],
+    ]
 
 
 @pytest.mark.parametrize("text", ["8", "sm_80", "8.0+ptx", "Hopper"])
@@ -126,11 +140,37 @@ def test_both_builds_read_the_same_flags_and_sources(build):
     assert "file(STRINGS csrc/cxx_flags.txt cxx_flags" in cmake
     assert "file(GLOB_RECURSE sources CONFIGURE_DEPENDS csrc/*.cc)" in cmake
     assert "-ffp-contract=off" in build.cxx_flags()
-    sources = build.make_extension(None).sources
-    assert {source for source in sources if source.startswith("csrc/")} == set(build.files("csrc/**/*.cc"))
+    assert "-ffp-contract=off" in build.nvcc_flags()[-1]
 
 
-def test_a_cuda_object_is_made_again_when_a_file_that_it_read_changes(build, tmp_path):
+def test_the_kernels_are_compiled_without_torch_and_only_when_they_change(build, tmp_path, monkeypatch):
+    for name in ("a.cc", "b.cc"):
+        (tmp_path / "csrc" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(f"int {name[0]}() {{ return 1; }}\n")
+    log = tmp_path / "log"
+    compiler = tmp_path / "my c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    (tmp_path / "csrc/cxx_flags.txt").write_text("-std=c++20\n")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setenv("CXX", f"'{compiler}'")
+    objects = build.compile_core(None, tmp_path / "build", 2)
+    assert objects == [str(tmp_path / "build/csrc" / name) for name in ("a.cc.o", "b.cc.o")]
+    assert all(Path(made).exists() for made in objects)
+    assert "torch" not in log.read_text().replace(str(tmp_path), "")
+    log.unlink()
+    assert build.compile_core(None, tmp_path / "build", 2) == objects
+    assert not log.exists()
+    (tmp_path / "csrc/b.cc").write_text("int b( {\n")
+    with pytest.raises(SystemExit, match=r"csrc/b\.cc does not compile"):
+        build.compile_core(None, tmp_path / "build", 2)
+    assert len(log.read_text().splitlines()) == 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="no C\\+\\+ compiler: CXX is 'no-such-compiler'"):
+        build.compile_core(None, tmp_path / "build", 2)
+
+
+def test_an_object_is_made_again_when_a_file_that_it_read_changes(build, tmp_path):
     source, header, other = tmp_path / "a b.cu", tmp_path / "a.cuh", tmp_path / "other.cuh"
     target = tmp_path / "a.cu.o"
     for path in (source, header, other):
