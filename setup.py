@@ -175,7 +175,7 @@ def nvcc_flags() -> list[str]:
     ]
 
 
-def cxx() -> list[str]:
+def cxx_compiler() -> list[str]:
     """The C++ compiler that torch's build takes too."""
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(command[0]) is None:
@@ -189,9 +189,8 @@ def compile_core(cuda: Cuda | None, build_dir: Path, jobs: int) -> list[str]:
     if cuda is not None:
         nvcc = [cuda.nvcc, *nvcc_flags()]
         commands |= {source: [*nvcc, *gencode_of(source, cuda)] for source in files("csrc/**/*.cu")}
-    # Python's own builds wrap integers too; without it gcc spills accumulators of some hot loops.
-    gcc = [*cxx(), "-fPIC", "-fwrapv", *cxx_flags()]
-    commands |= dict.fromkeys(files("csrc/**/*.cc"), gcc)
+    host = [*cxx_compiler(), "-fPIC", *cxx_flags()]
+    commands |= dict.fromkeys(files("csrc/**/*.cc"), host)
 
     def compile_one(source: str) -> str:
         target = build_dir / f"{source}.o"
@@ -200,10 +199,12 @@ def compile_core(cuda: Cuda | None, build_dir: Path, jobs: int) -> list[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_current(target, " ".join(command)):
             return str(target)
+        made_by = target.with_suffix(".command")
+        made_by.unlink(missing_ok=True)  # not there while the object may be half written
         print(" ".join(command), flush=True)
         if subprocess.run(command).returncode != 0:
             raise RuntimeError(f"qkernels: {source} does not compile; the compiler's messages are above")
-        target.with_suffix(".command").write_text(" ".join(command))
+        made_by.write_text(" ".join(command))
         return str(target)
 
     with ThreadPoolExecutor(jobs) as pool:

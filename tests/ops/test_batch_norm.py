@@ -105,6 +105,16 @@ def test_straight_through_gradients_are_those_of_torch_in_float64(isa, shape, of
     assert got[3].numel() == got[4].numel() == 0
 
 
+def test_its_second_derivative_is_refused_where_the_incoming_gradient_is_constant():
+    x, _, weight, bias = case(SHAPES[0])
+    x.requires_grad_()
+    found, _ = statistics(x.detach(), weight, bias)
+    y, _ = ops.batch_norm_fake_quant(x, weight, bias, found, torch.tensor([0.02]), torch.tensor([1.6]), -100, 90)
+    (first,) = torch.autograd.grad((y + x**3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="batch_norm_fake_quant: its gradient cannot be differentiated again"):
+        torch.autograd.grad(first.sum(), x)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("clamp", CLAMPS, ids=str)
 def test_learned_gradients_are_those_of_the_steps_one_by_one(isa, shape, clamp):
