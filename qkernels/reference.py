@@ -489,7 +489,7 @@ def apply_epilogue(
     if epilogue.dtype == torch.int32:
         return sums.to(torch.int32)
     scale = _f32(input_scale) * weight_scale.expand(sums.shape[axis])
-    shifted = sums.float()
+    shifted = sums.float() + 0.0  # the kernels add integers: no negative zero
     if bias is not None:
         shifted = shifted + _along(bias / scale, sums, axis)
     if epilogue.dtype.is_floating_point:
@@ -646,7 +646,7 @@ def binary_weight(weight: Tensor) -> Tensor:
 
 def binary_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Of signs that are not packed."""
-    product = (input.double() @ weight.double().T).float() * scale
+    product = ((input.double() @ weight.double().T).float() + 0.0) * scale
     return product if bias is None else product + bias
 
 
@@ -654,9 +654,8 @@ def binary_conv2d(
     input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, stride, padding, dilation
 ) -> Tensor:
     """Of signs that are not packed."""
-    product = F.conv2d(input.double(), weight.double(), None, stride, padding, dilation).float() * scale.reshape(
-        -1, 1, 1
-    )
+    sums = F.conv2d(input.double(), weight.double(), None, stride, padding, dilation).float() + 0.0
+    product = sums * scale.reshape(-1, 1, 1)
     return product if bias is None else product + bias.reshape(-1, 1, 1)
 
 

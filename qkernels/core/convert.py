@@ -11,6 +11,7 @@ Node names: the layers keep the path of the float module they come from, or the 
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,7 @@ class _Converter:
         self.modules = g.modules_of(prepared)
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
+        self.torch_paths: dict[str, str] = {}  # of modules of the prepared model that are called as they are
         self.sources: dict[str, str] = {}
         self.stayed_float: dict[str, str] = {}
         self.floats: dict[fx.Node, Any] = {}  # a dtype that is known stands for the node that reads it
@@ -160,14 +162,24 @@ class _Converter:
     def _copied(self, node: fx.Node) -> Any:
         """The same float operation in the converted graph; the dtype itself where codes have another one."""
         if node.op == "call_module":
-            self.root[node.target] = self._float_module(self.modules[node.target])
-        elif node.op == "get_attr":
+            return self._torch_call(node, self._in_order if o.reads_memory(node) else self.float_of)
+        if node.op == "get_attr":
             self.root[node.target] = copy.deepcopy(_attribute(self.prepared, node.target), self.copies)
         elif node.target is getattr and node.args[1] == "dtype" and node.args[0] in self.codes:
             return node.args[0].meta["value"].dtype
         if o.reads_shape_only(node):
             return self.graph.node_copy(node, self._either)
         return self.graph.node_copy(node, self._in_order if o.reads_memory(node) else self.float_of)
+
+    def _torch_call(self, node: fx.Node, form: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """A call of a torch module, under another path where one of its calls became an integer layer."""
+        path = self.torch_paths.get(node.target)
+        if path is None:
+            path = self.torch_paths[node.target] = self._free(node.target)
+            self.root[path] = self._float_module(self.modules[node.target])
+        call = self.graph.node_copy(node, form)
+        call.target = path
+        return call
 
     def _either(self, node: fx.Node) -> fx.Node:
         """Any form: sizes are the same."""
@@ -228,7 +240,7 @@ class _Converter:
         if o.is_contiguous_call(node):
             return self.codes[node.args[0]]  # layout is the layers' own business
         if node.op == "call_module":
-            self.root[node.target] = copy.deepcopy(self.modules[node.target], self.copies)
+            return self._torch_call(node, self._either)
         return self.graph.node_copy(node, self._either)
 
     def _pad(self, node: fx.Node, op: Operation, grid: QParams) -> fx.Node:
@@ -283,9 +295,7 @@ class _Converter:
         if source.op != "get_attr":
             layer = layer_class("quantize")(grid)
             return self._call(f"{source.name}_quantize", layer, (self.float_of(source),), source)
-        name = f"{source.name}_codes"
-        while name in self.root:  # the same tensor on another grid
-            name += "_"
+        name = self._free(f"{source.name}_codes")  # the same tensor may be on another grid too
         self.root[name] = grid.quantize(_attribute(self.prepared, source.target).detach())
         return self.graph.get_attr(name)
 
@@ -318,9 +328,13 @@ class _Converter:
     def _path(self, node: fx.Node) -> str:
         return node.target if node.op == "call_module" else node.meta["path"]
 
-    def _call(self, path: str, layer: nn.Module, args: tuple, source: fx.Node) -> fx.Node:
+    def _free(self, path: str) -> str:
         while path in self.root:
             path += "_"
+        return path
+
+    def _call(self, path: str, layer: nn.Module, args: tuple, source: fx.Node) -> fx.Node:
+        path = self._free(path)
         self.root[path] = layer
         self.sources[path] = source.meta.get("origin", source.name)
         node = self.graph.call_module(path, args)

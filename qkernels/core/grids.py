@@ -49,6 +49,10 @@ class Grid:
         codes = grid.qmax - grid.qmin + 1
         return cls(grid.scale.tolist(), offset, codes, spec.symmetric, spec.per_channel, quantizer.blocks)
 
+    def repeated(self, times: int) -> "Grid":
+        """The channels `times` times, one after the other."""
+        return replace(self, scale=self.scale * times, offset=self.offset * times)
+
     def checked(self, where: str) -> "Grid":
         """Itself, if its numbers are those of a grid; `where` is what messages begin with."""
         if len(self.scale) != len(self.offset):

@@ -203,7 +203,9 @@ class Quantizer(nn.Module):
             return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax)  # a weight is kept anyway
         if clamp is None:
             return self._with_mask(x, scale, zero_point, qmin, qmax)
-        if torch.compiler.is_compiling():  # no numbers of tensors here: the codes beyond the clamp are cut afterwards
+        # The codes beyond the clamp are cut afterwards where the range would not hold the zero point, and while torch
+        # compiles, when tensors have no numbers.
+        if torch.compiler.is_compiling() or not clamp[0] <= 0.0 <= clamp[1]:
             y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
             ends = torch.tensor(clamp, dtype=torch.float32, device=x.device)
             low, high = ops.fake_quant(ends, scale, zero_point, None, qmin, qmax).to(y.dtype)

@@ -136,7 +136,7 @@ class _Walk:
             pair = [a if isinstance(a, tuple) else () for a in args]
             return broadcast(*pair)
         if self._keeps_sizes(node):
-            return x
+            return self.found[node.all_input_nodes[0]]  # `1 - x` begins with a number
         if target is F.pad:
             return _padded(x, args[1])
         name = target if isinstance(target, str) else getattr(target, "__name__", "")

@@ -34,8 +34,9 @@ def _words(text: str) -> list[str]:
 _MORE = {
     "torch": (
         torch,
-        "_assert bmm clamp_max clamp_min clone cos div einsum eq erf floor_divide full_like ge gt le log lt matmul max "
-        "maximum min minimum ne ones_like outer pow rsub select sin softmax stack sub sum swapaxes where zeros_like",
+        "_assert arange argmax bmm clamp_max clamp_min clone cos cumsum div einsum eq erf floor_divide full full_like "
+        "ge gt le linspace log lt matmul max maximum min minimum ne ones ones_like outer pow rsub select sin softmax "
+        "stack sub sum swapaxes tril triu where zeros zeros_like",
     ),
     "torch.nn.functional": (
         F,
@@ -189,10 +190,10 @@ def _describe_node(node: fx.Node, path: str) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
         if target not in _FUNCTION_OF:
-            name = getattr(target, "__qualname__", repr(target))
             raise Unsupported(
-                f"save: graph {path!r} calls {name} at node {node.name!r}, which is not in the list of functions that "
-                "a file may call. Use an equivalent of torch or torch.nn.functional"
+                f"save: graph {path!r} calls {_name(target)} at node {node.name!r}, which is not in the list of "
+                "functions that a file may call. Compute with others of torch and torch.nn.functional, or keep what "
+                "does not depend on the input in a buffer"
             )
         target = _FUNCTION_OF[target]
     elif node.op == "call_method" and target not in _METHODS:
@@ -202,13 +203,24 @@ def _describe_node(node: fx.Node, path: str) -> dict[str, Any]:
     if target == "builtins.getattr" and node.args[1] not in _ATTRIBUTES:
         raise Unsupported(f"save: graph {path!r} reads attribute {node.args[1]!r}, which a file may not read")
     where = f"{path}:{node.name}"
-    return {
+    entry = {
         "op": node.op,
         "name": node.name,
         "target": target,
         "args": [_encode(a, where) for a in node.args],
         "kwargs": {k: _encode(v, where) for k, v in node.kwargs.items()},
     }
+    if node.op == "get_attr":
+        value = operator.attrgetter(target)(node.graph.owning_module)
+        if isinstance(value, nn.Parameter):  # torch.matmul sums in another order where a gradient is wanted
+            entry["requires_grad"] = value.requires_grad
+    return entry
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """As a user writes it."""
+    name = getattr(function, "__name__", repr(function))
+    return f"torch.{name}" if getattr(torch, name, None) is function else getattr(function, "__qualname__", name)
 
 
 def _build(spec: dict[str, Any], tensors: dict[str, Tensor], path: str, skeleton: nn.Module | None) -> nn.Module:
@@ -273,7 +285,9 @@ def _build_graph(spec: dict[str, Any], tensors: dict[str, Tensor], path: str) ->
         elif op == "call_method" and target not in _METHODS:
             raise CheckpointError(f"load: Tensor.{target} is not in the list of methods that a file may call")
         elif op == "get_attr":
-            root[target] = torch.zeros_like(tensors[_join(path, target)])
+            value = torch.zeros_like(tensors[_join(path, target)])
+            is_parameter = "requires_grad" in entry
+            root[target] = nn.Parameter(value, entry["requires_grad"]) if is_parameter else value
         node = graph.create_node(op, target, args, kwargs, name=entry["name"])
         nodes[entry["name"]] = node
     graph.lint()

@@ -280,6 +280,8 @@ class QAT_Quantizer(_Folding):
             zero_point = (grid.lowest - torch.tensor(grid.offset)).float().reshape(shape)
             return {"weight_scale": torch.tensor(grid.scale).reshape(shape), "weight_zero_point": zero_point}
         low, high = quantizer.observer.low, quantizer.observer.high
+        if not quantizer.observer.has_data():
+            low, high = torch.zeros_like(low), torch.zeros_like(high)  # as the original says
         if quantizer.blocks is not None:
             return {
                 f"tracked_min_{kind}": low.reshape(quantizer.blocks),
@@ -304,7 +306,8 @@ class LsqQuantizer(_Folding):
     def _calibration(self, kind: str, quantizer: Quantizer) -> dict[str, Any]:
         if kind == "weight":
             return {}
-        high = quantizer.qparams().scale * quantizer.spec.qmax
+        # As the original says of what was never called: 0.
+        high = quantizer.qparams().scale * quantizer.spec.qmax if quantizer.has_grid() else torch.zeros(())
         return {f"tracked_min_{kind}": -high.item(), f"tracked_max_{kind}": high.item()}
 
 

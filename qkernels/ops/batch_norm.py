@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qkernels.ops.eager import once_differentiable, refuse_transforms
 from qkernels.ops.expect import expect_tensor
+from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
 
@@ -183,18 +184,18 @@ def _gradients(ctx, *tensors):
     )
 
 
-@torch.library.register_fake("qkernels::batch_norm_statistics")
+@register_fake("batch_norm_statistics")
 def _(x, weight, bias, running_mean, running_var, momentum, eps):
     return *(torch.empty_like(running_mean) for _ in range(4)), x.new_empty(2)
 
 
-@torch.library.register_fake("qkernels::norm_fake_quant")
+@register_fake("norm_fake_quant")
 def _(x, factor, shift, scale, zero_point, qmin, qmax, floor, ceiling, code_dtype):
     codes = x.new_empty(0, dtype=torch.uint8) if code_dtype is None else torch.empty_like(x, dtype=code_dtype)
     return torch.empty_like(x), codes
 
 
-@torch.library.register_fake("qkernels::norm_fake_quant_backward")
+@register_fake("norm_fake_quant_backward")
 def _(grad, x, mean, inv_std, factor, shift, scale, zero_point, qmin, qmax, floor, ceiling, grad_factor):
     of_grid = x.new_empty(0 if grad_factor is None else 1)
     return torch.empty_like(x), *(torch.empty_like(mean) for _ in range(2)), of_grid, torch.empty_like(of_grid)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import refuse_transforms
+from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
 
@@ -110,23 +111,23 @@ def binary_conv2d(
     return _ops.binary_conv2d.default(input, packed, scale, bias, in_channels, *geometry)
 
 
-@torch.library.register_fake("qkernels::binary_sign")
+@register_fake("binary_sign")
 def _(x, is_weight):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::binary_sign_backward")
+@register_fake("binary_sign_backward")
 def _(grad, x, is_weight):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::pack_signs")
+@register_fake("pack_signs")
 def _(x, axis):
     shape = [n for d, n in enumerate(x.shape) if d != axis % x.dim()]
     return x.new_empty([*shape, (x.shape[axis] + 63) // 64], dtype=torch.int64)
 
 
-@torch.library.register_fake("qkernels::binary_weight_pack")
+@register_fake("binary_weight_pack")
 def _(weight):
     words = (weight.shape[1] + 63) // 64
     for n in weight.shape[2:]:
@@ -134,12 +135,12 @@ def _(weight):
     return weight.new_empty([(weight.shape[0] + 31) // 32, words, 32], dtype=torch.int64)
 
 
-@torch.library.register_fake("qkernels::binary_linear")
+@register_fake("binary_linear")
 def _(input, packed, scale, bias, in_features):
     return input.new_empty([*input.shape[:-1], scale.numel()], dtype=torch.float32)
 
 
-@torch.library.register_fake("qkernels::binary_conv2d")
+@register_fake("binary_conv2d")
 def _(input, packed, scale, bias, in_channels, kernel_size, stride, padding, dilation):
     sizes = [
         (input.shape[1 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1

@@ -8,6 +8,7 @@ from torch import Tensor
 from qkernels.errors import InvalidArgument, InvalidType
 from qkernels.ops.epilogue import Epilogue, schema_arguments
 from qkernels.ops.expect import expect_tensor
+from qkernels.ops.fake import register_fake
 from qkernels.ops.layout import empty_channels_last
 
 _ops = torch.ops.qkernels
@@ -206,16 +207,16 @@ def conv(
     return _ops.conv.default(input, packed, residual, out_channels, list(output_size), output_dtype, list(geometry))
 
 
-@torch.library.register_fake("qkernels::conv_pack")
+@register_fake("conv_pack")
 def _(weight, *args):
     return weight.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
 
 
-@torch.library.register_fake("qkernels::pack_on_grid")
+@register_fake("pack_on_grid")
 def _(weight, *args):
     return weight.new_empty([torch.library.get_ctx().new_dynamic_size()], dtype=torch.uint8)
 
 
-@torch.library.register_fake("qkernels::conv")
+@register_fake("conv")
 def _(input, packed, residual, out_channels, output_size, output_dtype, geometry=()):
     return empty_channels_last(input, [input.shape[0], out_channels, *output_size], output_dtype)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.ops.fake import register_fake
 from qkernels.ops.layout import empty_channels_last, is_channels_last
 
 _ops = torch.ops.qkernels
@@ -102,7 +103,7 @@ def cat(tensors: Sequence[Tensor], tables: Tensor, dim: int) -> Tensor:
     return _ops.cat.default(list(tensors), tables, dim)
 
 
-@torch.library.register_fake("qkernels::lookup")
+@register_fake("lookup")
 def _(q, table):
     return torch.empty_like(q, dtype=table.dtype)
 
@@ -115,17 +116,17 @@ def _empty_broadcast(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("qkernels::add")
+@register_fake("add")
 def _(a, b, a_scale, a_zero_point, b_scale, b_zero_point, scale, zero_point, qmin, qmax, dtype):
     return _empty_broadcast(a, b, dtype)
 
 
-@torch.library.register_fake("qkernels::mul")
+@register_fake("mul")
 def _(a, b, a_scale, a_zero_point, b_scale, b_zero_point, scale, zero_point, qmin, qmax, dtype):
     return _empty_broadcast(a, b, dtype)
 
 
-@torch.library.register_fake("qkernels::cat")
+@register_fake("cat")
 def _(tensors, tables, dim):
     shape = list(tensors[0].shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)

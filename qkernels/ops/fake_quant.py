@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad, refuse_transforms
+from qkernels.ops.fake import register_fake
 from qkernels.ops.groups import by_group
 
 _ops = torch.ops.qkernels
@@ -166,22 +167,22 @@ def fake_quant_mask_backward(grad: Tensor, mask: Tensor, axis: int | None) -> Te
     return _ops.fake_quant_mask_backward.default(grad, mask, axis)
 
 
-@torch.library.register_fake("qkernels::fake_quant")
+@register_fake("fake_quant")
 def _(x, scale, zero_point, axis, qmin, qmax):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::fake_quant_out")
+@register_fake("fake_quant_out")
 def _(x, scale, zero_point, axis, qmin, qmax, out):
     return None
 
 
-@torch.library.register_fake("qkernels::fake_quant_backward")
+@register_fake("fake_quant_backward")
 def _(grad, x, scale, zero_point, axis, qmin, qmax):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::fake_quant_backward_out")
+@register_fake("fake_quant_backward_out")
 def _(grad, x, scale, zero_point, axis, qmin, qmax, out):
     return None
 
@@ -278,14 +279,14 @@ def _mask_bytes(x: Tensor, axis: int | None) -> int:
     return x.numel() // row * ((row + 7) // 8) + (x.numel() % row + 7) // 8
 
 
-@torch.library.register_fake("qkernels::fake_quant_mask")
+@register_fake("fake_quant_mask")
 def _(x, scale, zero_point, axis, qmin, qmax, code_dtype=None):
     mask = x.new_empty(_mask_bytes(x, axis), dtype=torch.uint8)
     codes = x.new_empty(0, dtype=torch.uint8) if code_dtype is None else torch.empty_like(x, dtype=code_dtype)
     return torch.empty_like(x), mask, x.new_empty((), dtype=torch.bool), codes
 
 
-@torch.library.register_fake("qkernels::fake_quant_mask_backward")
+@register_fake("fake_quant_mask_backward")
 def _(grad, mask, axis):
     return torch.empty_like(grad)
 

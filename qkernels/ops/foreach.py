@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad, refuse_transforms
+from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
 
@@ -164,17 +165,17 @@ def _given_or_zero(grads, lists, grid) -> list[Tensor | None]:
     return result
 
 
-@torch.library.register_fake("qkernels::foreach_fake_quant")
+@register_fake("foreach_fake_quant")
 def _(xs, scales, zero_points, axes, qmin, qmax):
     return [torch.empty_like(x) for x in xs]
 
 
-@torch.library.register_fake("qkernels::foreach_fake_quant_backward")
+@register_fake("foreach_fake_quant_backward")
 def _(grads, xs, scales, zero_points, axes, qmin, qmax):
     return [torch.empty_like(x) for x in xs]
 
 
-@torch.library.register_fake("qkernels::foreach_observe_fake_quant")
+@register_fake("foreach_observe_fake_quant")
 def _(xs, axes, qmin, qmax, symmetric, min_scale, code_dtype):
     channels = [1 if axis == -1 else x.shape[axis] for x, axis in zip(xs, axes, strict=True)]
     scales = [x.new_empty(c, dtype=torch.float32) for x, c in zip(xs, channels, strict=True)]

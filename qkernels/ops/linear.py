@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qkernels import _C
 from qkernels.ops.epilogue import OUTPUT_DTYPES, Epilogue, schema_arguments
+from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
 
@@ -78,7 +79,7 @@ def linear(
     return _ops.linear.default(input, packed, residual, out_features, dtype)
 
 
-@torch.library.register_fake("qkernels::linear_pack")
+@register_fake("linear_pack")
 def _(
     weight, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, input_dtype, epilogue, dtype, table
 ):
@@ -90,6 +91,6 @@ def _(
     return weight.new_empty(_C.packed_linear_bytes(int(out_features), int(in_features)), dtype=torch.uint8)
 
 
-@torch.library.register_fake("qkernels::linear")
+@register_fake("linear")
 def _(input, packed, residual, out_features, output_dtype):
     return input.new_empty((*input.shape[:-1], out_features), dtype=output_dtype)

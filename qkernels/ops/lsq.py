@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
+from qkernels.ops.fake import register_fake
 from qkernels.ops.groups import by_group
 
 _ops = torch.ops.qkernels
@@ -107,17 +108,17 @@ def _empty_sum(like):
     return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 
-@torch.library.register_fake("qkernels::lsq")
+@register_fake("lsq")
 def _(x, scale, zero_point, axis, qmin, qmax, grad_factor):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::lsq_backward")
+@register_fake("lsq_backward")
 def _(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor):
     return torch.empty_like(x), _empty_sum(scale), _empty_sum(zero_point)
 
 
-@torch.library.register_fake("qkernels::lsq_backward_out")
+@register_fake("lsq_backward_out")
 def _(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor, out):
     return _empty_sum(scale), _empty_sum(zero_point)
 
@@ -141,7 +142,7 @@ def _gradients(ctx, *tensors):
     return *_ops.lsq_backward.default(*tensors, *ctx.grid), None, None, None, None
 
 
-@torch.library.register_fake("qkernels::lsq_out")
+@register_fake("lsq_out")
 def _(x, scale, zero_point, axis, qmin, qmax, out):
     return None
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad
 from qkernels.ops.expect import expect_tensor
+from qkernels.ops.fake import register_fake
 from qkernels.ops.fake_quant import fake_quant, fake_quant_backward
 
 _ops = torch.ops.qkernels
@@ -185,23 +186,23 @@ class _ObserveFakeQuant(torch.autograd.Function):
         return (fake_quant_backward(grad, *kept, *ctx.grid) if kept else grad), *[None] * 12
 
 
-@torch.library.register_fake("qkernels::observe_minmax")
+@register_fake("observe_minmax")
 def _(x, axis):
     channels = 1 if axis is None else x.shape[axis]
     low = torch.empty(channels, dtype=torch.float32, device=x.device)
     return low, torch.empty_like(low), torch.empty(2, dtype=torch.int64, device=x.device)
 
 
-@torch.library.register_fake("qkernels::observe")
+@register_fake("observe")
 def _(x, low, high, scale, zero_point, non_finite, *grid):
     return None
 
 
-@torch.library.register_fake("qkernels::observe_histogram")
+@register_fake("observe_histogram")
 def _(x, batch_low, batch_high, low, high, histogram):
     return None
 
 
-@torch.library.register_fake("qkernels::observe_fake_quant_out")
+@register_fake("observe_fake_quant_out")
 def _(x, low, high, scale, zero_point, non_finite, axis, qmin, qmax, symmetric, min_scale, momentum, source, out):
     return torch.empty((), dtype=torch.bool, device=x.device)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.ops.fake import register_fake
 from qkernels.ops.layout import empty_channels_last
 
 _ops = torch.ops.qkernels
@@ -134,12 +135,12 @@ def _pooled_shape(q, kernel_size, stride, padding, dilation, ceil_mode):
     return [*q.shape[:2], *(pool_output_size(*window, ceil_mode) for window in windows)]
 
 
-@torch.library.register_fake("qkernels::max_pool")
+@register_fake("max_pool")
 def _(q, kernel_size, stride, padding, dilation, ceil_mode):
     return empty_channels_last(q, _pooled_shape(q, kernel_size, stride, padding, dilation, ceil_mode), q.dtype)
 
 
-@torch.library.register_fake("qkernels::avg_pool")
+@register_fake("avg_pool")
 def _(
     q,
     kernel_size,
@@ -160,6 +161,6 @@ def _(
     return empty_channels_last(q, shape, dtype)
 
 
-@torch.library.register_fake("qkernels::adaptive_avg_pool")
+@register_fake("adaptive_avg_pool")
 def _(q, output_size, q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype):
     return empty_channels_last(q, [*q.shape[:2], *output_size], dtype)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qkernels.ops.fake import register_fake
+
 _ops = torch.ops.qkernels
 
 
@@ -70,21 +72,21 @@ def dequantize_out(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | Non
     return out
 
 
-@torch.library.register_fake("qkernels::quantize")
+@register_fake("quantize")
 def _(x, scale, zero_point, axis, qmin, qmax, dtype):
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.register_fake("qkernels::quantize_out")
+@register_fake("quantize_out")
 def _(x, scale, zero_point, axis, qmin, qmax, out):
     return None
 
 
-@torch.library.register_fake("qkernels::dequantize")
+@register_fake("dequantize")
 def _(q, scale, zero_point, axis, dtype):
     return torch.empty_like(q, dtype=dtype)
 
 
-@torch.library.register_fake("qkernels::dequantize_out")
+@register_fake("dequantize_out")
 def _(q, scale, zero_point, axis, out):
     return None

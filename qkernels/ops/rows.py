@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.expect import expect_tensor
+from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
 
@@ -76,7 +77,7 @@ def linear_rows(
     return _ops.linear_rows.default(input, packed, *scales, bias, out_features, dtype)
 
 
-@torch.library.register_fake("qkernels::quantize_rows")
+@register_fake("quantize_rows")
 def _(x, qmin, qmax, symmetric, dtype):
     rows = x.shape[:-1]
     return (
@@ -86,6 +87,6 @@ def _(x, qmin, qmax, symmetric, dtype):
     )
 
 
-@torch.library.register_fake("qkernels::linear_rows")
+@register_fake("linear_rows")
 def _(input, packed, row_scale, row_zero_point, weight_scale, weight_sum, bias, out_features, output_dtype):
     return input.new_empty((*input.shape[:-1], out_features), dtype=output_dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
 from qkernels.ops.expect import expect_tensor
+from qkernels.ops.fake import register_fake
 from qkernels.ops.fake_quant import fake_quant_out
 
 _ops = torch.ops.qkernels
@@ -145,27 +146,27 @@ def _pact_gradients(ctx, *tensors):
     return *_ops.pact_backward.default(*tensors, *ctx.grid), None, None, None, None
 
 
-@torch.library.register_fake("qkernels::pact")
+@register_fake("pact")
 def _(x, scale, zero_point, axis, qmin, qmax):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::pact_backward")
+@register_fake("pact_backward")
 def _(grad, x, scale, zero_point, axis, qmin, qmax):
     return torch.empty_like(x), torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
 
 
-@torch.library.register_fake("qkernels::dorefa_weight")
+@register_fake("dorefa_weight")
 def _(x, scale, zero_point, qmin, qmax):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::dorefa_weight_backward")
+@register_fake("dorefa_weight_backward")
 def _(grad, x, scale, zero_point, qmin, qmax):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("qkernels::dorefa_gradient")
+@register_fake("dorefa_gradient")
 def _(grad, seed, bits):
     return torch.empty_like(grad)
 

@@ -29,13 +29,15 @@ class Plan(nn.Module):
 
     Takes and returns what the model did, for any batch and spatial size. Several threads may call it at once.
     Make one with `qkernels.compile` or `qkernels.load_plan`.
+
+    `islands`, which torch would run, are none.
     """
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
         if not isinstance(data, bytes):
             raise InvalidType(f"Plan: data must be the bytes of a plan file, got {type(data).__name__}")
-        self.training = False
+        self.training, self.islands = False, {}
         self._native = NativePlan(data)
         try:
             self._read_metadata(json.loads(self._native.metadata))

@@ -304,3 +304,27 @@ def test_another_dtype_is_refused_by_the_name_of_the_module(dtype):
     with pytest.raises(InvalidType, match=r"the quantizer of input .* under torch\.autocast"):
         qat.to(dtype)
     qat.to("cpu", torch.float32)(rows()).sum().backward()
+
+
+# --- clamps beside zero ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clamp", [nn.Hardtanh(0.25, 1.0), nn.Hardtanh(-1.0, -0.25)])
+@pytest.mark.parametrize("forward", ["int8", "float"])
+def test_a_clamp_that_leaves_zero_out_trains_and_passes_gradients_inside_it_alone(clamp, forward):
+    torch.manual_seed(0)
+    qat = qkernels.prepare_qat(nn.Sequential(nn.Linear(6, 8), clamp, nn.Linear(8, 2)), rows(), forward=forward)
+    for step in range(3):
+        qat(rows(step)).square().mean().backward()
+    qat.zero_grad()
+    hidden = F.linear(rows(), qat.get_parameter("0.weight"), qat.get_parameter("0.bias"))
+    inside = ((hidden > clamp.min_val + 0.02) & (hidden < clamp.max_val - 0.02)).any(0)
+    outside = ((hidden < clamp.min_val - 0.02) | (hidden > clamp.max_val + 0.02)).all(0)
+    qkernels.disable_observer(qat)
+    qat(rows()).sum().backward()
+    grad = qat.get_parameter("0.bias").grad
+    assert inside.any()
+    assert (grad[inside] != 0).all()
+    assert (grad[outside] == 0).all()
+    converted = qkernels.convert(qat.eval())
+    assert torch.equal(qkernels.exact(qat)(rows()), converted(rows()))

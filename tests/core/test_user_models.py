@@ -225,3 +225,71 @@ def test_a_model_without_inputs_stays_float_and_says_so():
     prepared = qkernels.prepare(model, ())
     assert "takes no inputs" in str(prepared.report)
     assert prepared().shape == (1, 3)
+
+
+class SharedActivation(nn.Module):
+    """One module for an activation on codes and one that stays float."""
+
+    def __init__(self, activation, is_shared):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.act = activation()
+        self.last = self.act if is_shared else activation()
+
+    def forward(self, x):
+        return self.last(self.second(self.act(self.first(x))))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardtanh])
+def test_an_activation_shared_by_an_integer_and_a_float_call_is_as_good_as_two(activation):
+    torch.manual_seed(0)
+    shared, x = SharedActivation(activation, True).eval(), torch.randn(32, 8)
+    separate = SharedActivation(activation, False).eval()
+    separate.load_state_dict(shared.state_dict())
+    results = []
+    for model in (shared, separate):
+        prepared = calibrated(model, [x])
+        converted = qkernels.convert(prepared)
+        assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+        assert torch.equal(qkernels.compile(converted, x)(x), converted(x))
+        results.append(converted(x))
+    assert torch.equal(*results)
+
+
+class Features(nn.Module):
+    """A shared ReLU of which one call reads a float input and is read by the output alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.left, self.right = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        early, y = self.relu(x), self.conv(x)
+        return early, self.left(self.relu(y)), self.right(y)
+
+
+def test_a_float_call_of_a_shared_module_leaves_its_integer_layer_alone():
+    torch.manual_seed(0)
+    model, x = Features().eval(), torch.randn(2, 2, 8, 8)
+    converted = qkernels.convert(calibrated(model, [x]))
+    for expected, found in zip(model(x), converted(x), strict=True):
+        assert 10 * torch.log10(expected.square().sum() / ((expected - found).square().sum() + 1e-20)) > 35
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: 1 - x, lambda x: (255 - x) / 255, lambda x: 2 / (x + 1), lambda x: 2**x]
+)
+def test_a_number_may_come_first_in_front_of_a_layer(function):
+    class Inverted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(function(x))
+
+    torch.manual_seed(0)
+    model, x = Inverted().eval(), torch.rand(2, 3, 8, 8)
+    converted = qkernels.convert(calibrated(model, [x]))
+    torch.testing.assert_close(converted(x), model(x), rtol=0, atol=0.05)

@@ -349,6 +349,17 @@ def test_a_quantizer_of_ones_own_takes_a_range_or_watches_its_own_data():
     assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
 
 
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(3, 6, 3), (4, 4, 2), (3, 3, 3)])
+def test_a_transposed_convolution_of_several_groups_is_what_is_simulated(channels, outputs, groups):
+    torch.manual_seed(0)
+    layer, x = nn.ConvTranspose2d(channels, outputs, 2, 2, groups=groups), torch.randn(2, channels, 4, 4)
+    sim = quantsim.QuantizationSimModel(nn.Sequential(layer, nn.ReLU()).eval(), x)
+    sim.compute_encodings(lambda model: model(x))
+    assert sim.model[0].param_quantizers["weight"].get_scale().numel() == outputs // groups
+    assert qkernels.verify(sim.prepared(), sim.convert(), [x]).total_mismatches == 0
+    torch.testing.assert_close(sim.convert()(x), sim.model(x), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("ends", [(-8, 7), (-7, 7), (0, 15), (-128, 127)])
 def test_a_quantizer_may_be_given_by_its_codes(ends):
     from qkernels.frontends.aimet.quantization.affine import QuantizeDequantize

@@ -101,6 +101,27 @@ def test_a_calibration_config_goes_back_in(kind, tmp_path):
         other.load_calibration_config({"conv9": {}})
 
 
+class WithUnused(Net):
+    """A layer that forward does not call, as an auxiliary head in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("kind", ["QAT_Quantizer", "LsqQuantizer"])
+def test_what_was_never_called_is_exported_with_a_range_of_zeros(kind, tmp_path):
+    torch.manual_seed(0)
+    model = WithUnused()
+    quantizer = getattr(nni_v2, kind)(model, EVERYTHING, torch.optim.SGD(model.parameters(), lr=0.01))
+    quantizer.compress()
+    model(torch.randn(8, 1, 16, 16)).sum().backward()
+    exported = quantizer.export_model(str(tmp_path / "model.pth"), str(tmp_path / "calibration.pth"))
+    ranges = {key: value for key, value in exported["unused"].items() if key.startswith("tracked")}
+    assert ranges == {f"tracked_{end}_{place}": 0.0 for end in ("min", "max") for place in ("input", "output")}
+    assert exported["conv1"]["tracked_max_input"] > 0.0
+
+
 def test_channels_of_activations_have_grids_of_their_own(tmp_path):
     """Simulated; the original trains so too, and then fails in export_model."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qkernels
-from qkernels.errors import InvalidArgument
+from qkernels.errors import InvalidArgument, Unsupported
 from qkernels.testing import supported_isas
 
 
@@ -138,3 +138,45 @@ def test_a_model_converted_in_parts_is_saved_and_loaded_onto_its_code(x, tmp_pat
 def test_a_prepared_model_is_refused(x, tmp_path):
     with pytest.raises(InvalidArgument, match=r"call qkernels\.convert"):
         qkernels.save(qkernels.prepare(Everything(), x), tmp_path / "model.qk")
+
+
+class Positions(nn.Module):
+    """A float part of a Parameter and of numbers that it makes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(9, 11, 3, padding=1)
+        self.mixing = nn.Parameter(torch.randn(8, 4) * 0.4)
+        self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x):
+        mixed = self.conv(x).tanh() @ self.mixing.t() + torch.arange(8) / torch.linspace(1, 2, 8)
+        return mixed * self.frozen + self.shift
+
+
+def test_parameters_of_float_parts_remain_parameters_and_matmul_gives_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(2, 9, 3, 4)
+    converted = qkernels.convert(qkernels.calibrate(qkernels.prepare(model, x), [x]))
+    qkernels.save(converted, tmp_path / "model.qk")
+    loaded = qkernels.load(tmp_path / "model.qk")
+    flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (converted, loaded)]
+    assert flags[0] == flags[1] == {"mixing": True, "frozen": False}
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), converted(x))
+
+
+def test_a_function_that_no_file_may_call_is_named_as_its_user_writes_it(tmp_path):
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.sort(self.linear(x))[0]
+
+    model, x = Sorted().eval(), torch.randn(2, 4)
+    converted = qkernels.convert(qkernels.calibrate(qkernels.prepare(model, x), [x]))
+    with pytest.raises(Unsupported, match=r"calls torch\.sort at node 'sort'"):
+        qkernels.save(converted, tmp_path / "model.qk")

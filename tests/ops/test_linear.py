@@ -365,3 +365,12 @@ def test_packing_for_a_grid_of_tensors_refuses_what_does_not_fit():
             ops.pack_on_grid(*arguments)
     with pytest.raises(RuntimeError, match=r"pack_on_grid: geometry must be made by conv_geometry"):
         ops.pack_on_grid(*good, [1, 2])
+
+
+def test_a_sum_of_zero_is_positive_zero_in_the_reference_too():
+    x, weight = torch.full((2, 1), 3, dtype=torch.uint8), torch.tensor([[-3], [3]], dtype=torch.int8)
+    grid, epilogue = (torch.ones(1), None, None, 0.5, 3), Epilogue(torch.float32)
+    packed = ops.linear_pack(weight, *grid, torch.uint8, epilogue)
+    for y in (ops.linear(x, packed, 2, torch.float32), reference.linear(x, weight, *grid, epilogue)):
+        assert (y == 0).all()
+        assert not torch.signbit(y).any()

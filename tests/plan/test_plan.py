@@ -50,6 +50,7 @@ def resnet():
 def test_plan_gives_the_bits_of_the_modules_at_every_size(name, tmp_path):
     plan, model, example, others = made(name)
     assert isinstance(plan, qkernels.Plan)
+    assert plan.islands == {}
     for inputs in (example, others, example):
         assert_same_bits(plan, model, inputs)
     plan.save(tmp_path / "plan")

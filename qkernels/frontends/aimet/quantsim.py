@@ -287,7 +287,10 @@ class QuantizationSimModel:
                 outputs[path] = module.output_quantizers[0]
             for name, quantizer in module.param_quantizers.items():
                 if name == WEIGHT and quantizer is not None and type(module).float_type in PREPARED:
-                    weights[path] = Grid.of(quantizer).quantizer(f"{path}.weight", True).to(quantizer.scale.device)
+                    grid = Grid.of(quantizer)
+                    if grid.per_channel and CHANNEL_AXIS[type(module).float_type] == 1:
+                        grid = grid.repeated(module.groups)  # one a column of the weight: the outputs of all groups
+                    weights[path] = grid.quantizer(f"{path}.weight", True).to(quantizer.scale.device)
                 elif quantizer is not None:  # what is added or computed in float is the rounded numbers
                     setattr(module, name, nn.Parameter(quantizer(getattr(module, name)).detach()))
             qz.make_float(module)
