@@ -444,8 +444,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def take_ends(self, low: Tensor, high: Tensor) -> None:
         """Takes the trained ends `low` and `high` as they are, of a rule with ends; the grid follows from them."""
-        self.rule.low.copy_(low.reshape(-1))
-        self.rule.high.copy_(high.reshape(-1))
+        self.rule.low.copy_(low.reshape(self.rule.low.shape))
+        self.rule.high.copy_(high.reshape(self.rule.high.shape))
         self.zero_point.fill_(self.spec.middle if self.spec.symmetric else 0)
         self._chosen = True
         scale, zero_point = self.grid()

@@ -349,6 +349,24 @@ def test_a_quantizer_of_ones_own_takes_a_range_or_watches_its_own_data():
     assert qkernels.verify(sim.prepared(), sim.convert(), [images()]).total_mismatches == 0
 
 
+def test_the_ends_of_a_range_have_the_shape_of_the_grids():
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
+    sim = quantsim.QuantizationSimModel(model, x)
+    sim.compute_encodings(lambda model: model(x))
+    weight, output = sim.model[0].param_quantizers["weight"], sim.model[1].output_quantizers[0]
+    assert weight.min.shape == weight.max.shape == weight.get_min().shape == (16, 1)
+    assert output.min.shape == output.max.shape == output.get_max().shape == ()
+    limited = sim.model[0].weight.clamp(weight.min, weight.max)
+    torch.testing.assert_close(limited.float(), sim.model[0].weight, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        weight.min.copy_(weight.get_min())
+    sim.model(x).sum().backward()
+    assert weight.min.grad.shape == weight.min.shape
+    assert isinstance(sim.model[0], aimet.nn.QuantizedLinear)
+    assert not isinstance(sim.model[0], aimet.nn.QuantizedConv2d)
+
+
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(3, 6, 3), (4, 4, 2), (3, 3, 3)])
 def test_a_transposed_convolution_of_several_groups_is_what_is_simulated(channels, outputs, groups):
     torch.manual_seed(0)

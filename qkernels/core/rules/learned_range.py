@@ -14,7 +14,8 @@ class LearnedRange(Rule):
 
     A zero point at an end of the codes stays there, as in AIMET: the ends of the range then only learn their distance.
 
-    The ends are float64: those of a float32 grid fit exactly, and give the very same grid back.
+    The ends are float64: those of a float32 grid fit exactly, and give the very same grid back. They may have any shape
+    with as many elements as there are channels.
     """
 
     observes = False
@@ -26,15 +27,16 @@ class LearnedRange(Rule):
 
     @torch.no_grad()
     def start(self, x: Tensor | None, scale: Tensor, zero_point: Tensor) -> None:
-        self.low.copy_((self.spec.qmin - zero_point) * scale.double())
-        self.high.copy_((self.spec.qmax - zero_point) * scale.double())
+        for end, code in ((self.low, self.spec.qmin), (self.high, self.spec.qmax)):
+            end.copy_(((code - zero_point) * scale.double()).reshape(end.shape))
 
     def grid(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         steps = self.spec.qmax - self.spec.qmin
-        scale = ((self.high - self.low) / steps).clamp(self.spec.min_scale, MAX_SCALE).to(torch.float32)
+        low, high = self.low.reshape(-1), self.high.reshape(-1)
+        scale = ((high - low) / steps).clamp(self.spec.min_scale, MAX_SCALE).to(torch.float32)
         if self.spec.symmetric:
             return scale, zero_point.to(torch.float32)
-        zero_point = (self.spec.qmin - self.low / scale).to(torch.float32)
+        zero_point = (self.spec.qmin - low / scale).to(torch.float32)
         codes = torch.round(zero_point.detach())
         inside = (codes > self.spec.qmin) & (codes < self.spec.qmax)
         return scale, torch.where(inside, zero_point, zero_point.detach())

@@ -51,7 +51,8 @@ def fold_all_batch_norms_to_scale(sim: Any) -> list[tuple[nn.Module, nn.Module]]
         with torch.no_grad():
             layer.weight.copy_(made.weight)
         layer.bias = made.bias
-        quantizer.take_ends(*scaled_range(norm, quantizer.min.detach(), quantizer.max.detach(), quantizer.symmetric))
+        ends = quantizer.min.detach().flatten(), quantizer.max.detach().flatten()
+        quantizer.take_ends(*scaled_range(norm, *ends, quantizer.symmetric))
         layer.param_quantizers["bias"], layer.output_quantizers[0] = None, norm.output_quantizers[0]
         replace_module(sim.model, norm_path, nn.Identity().train(norm.training))
         pairs.append((layer, norm))

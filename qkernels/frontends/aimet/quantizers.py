@@ -75,6 +75,8 @@ class QuantizeDequantize(Quantizer):
         super().__init__(tensor_recipe(**kind), "", channels, trained=True, is_weight=is_weight)
         self.shape, self.kind, self.signed = shape, kind, signed
         self.min, self.max = self.rule.low, self.rule.high
+        for end in (self.min, self.max):  # a script may limit a tensor to them
+            end.data = end.data.reshape(shape)
         self.state, self.may_change, self.floor = State.FAKE_QUANT, True, None
 
     @classmethod
@@ -151,6 +153,7 @@ class QuantizeDequantize(Quantizer):
         if not self.symmetric:
             low, high = self.observer.range()
             with torch.no_grad():
+                low, high = low.reshape(self.shape), high.reshape(self.shape)
                 self.min.copy_(low.clamp(max=0.0))
                 self.max.copy_(torch.where(high > low, high.clamp(min=0.0), self.max))
         if self.floor is not None:
