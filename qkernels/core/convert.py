@@ -162,7 +162,7 @@ class _Converter:
     def _copied(self, node: fx.Node) -> Any:
         """The same float operation in the converted graph; the dtype itself where codes have another one."""
         if node.op == "call_module":
-            return self._torch_call(node, self._in_order if o.reads_memory(node) else self.float_of)
+            return self._torch_call(node, self.float_of)
         if node.op == "get_attr":
             self.root[node.target] = copy.deepcopy(_attribute(self.prepared, node.target), self.copies)
         elif node.target is getattr and node.args[1] == "dtype" and node.args[0] in self.codes:
