@@ -284,11 +284,14 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
     found = list(attached(work))
     if not found:
         raise InvalidState(f"convert: {type(model).__name__} has no quantizers")
-    blind = [quantizer.source for _, _, quantizer in found if not quantizer.has_grid()]
-    if blind:
-        raise InvalidState(f"convert: {', '.join(blind)} saw no data; train or calibrate the model first")
+    blind = [(path, quantizer.source) for path, _, quantizer in found if not quantizer.has_grid()]
+    idle = _not_called(model, {path for path, _ in blind}, args, kwargs)
+    if missing := [source for path, source in blind if path not in idle]:
+        raise InvalidState(f"convert: {', '.join(missing)} saw no data; train or calibrate the model first")
     places = Places({}, {}, {}, keep_grids=True)
     for path, key, quantizer in found:
+        if path in idle:
+            continue
         if key == OUTPUT and getattr(work.get_submodule(path), "return_indices", False):
             raise Unsupported(f"convert: {path}: there are no integers for a maximum that comes with its indices")
         if key == OUTPUT:
@@ -308,6 +311,20 @@ def as_prepared(model: nn.Module, args: tuple, kwargs: dict) -> nn.Module:
         become(module, nn.Identity().eval())
     with torch.no_grad():
         return prepare_placed(work, args, kwargs, places)
+
+
+def _not_called(model: nn.Module, paths: set[str], args: tuple, kwargs: dict) -> set[str]:
+    """Those of the modules at `paths` that a call with these arguments passes by."""
+    if not paths:
+        return set()
+    probe, called = copy.deepcopy(model).eval(), set()
+    for _, _, quantizer in attached(probe):
+        quantizer.state = State.OFF
+    for path in paths:
+        probe.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    with torch.no_grad():
+        probe(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    return paths - called
 
 
 def _strip_hooks(module: nn.Module) -> None:

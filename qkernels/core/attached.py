@@ -96,14 +96,19 @@ class Attached:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Chooses the grids that are not chosen yet: for all that was watched, and for the weights of now."""
+        """Chooses the grids that are not chosen yet: for all that was watched, and for the weights of now.
+
+        What saw nothing has none, unless nothing saw anything.
+        """
+        seen = any(quantizer.observer.has_data() or quantizer.has_grid() for _, _, quantizer in self)
         for path, key, quantizer in self:
             if quantizer.state is State.FROZEN or (self.trained and quantizer.has_grid()):
                 continue
             if layer := self._layer(path, key):
                 layer.observe_weight()
             if not self.trained:
-                quantizer.choose()
+                if quantizer.observer.has_data() or not seen:
+                    quantizer.choose()
                 quantizer.state = State.FAKE_QUANT
             elif quantizer.observer.has_data():
                 quantizer.choose()  # training ended before rounding began

@@ -44,13 +44,17 @@ def link(part: PreparedModel) -> None:
     part.recompile()
 
 
-def _reader_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Quantizer, Limits] | None:
-    """The Quantizer that alone reads the value of `node`, and the clamp that it applies first."""
+def _reader_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Quantizer, Limits, bool] | None:
+    """The Quantizer that alone reads the value of `node`, the clamp that it applies first, and whether it joins it to
+    what it saw before.
+    """
     if len(node.users) != 1:
         return None
     reader = next(iter(node.users))
     module = modules.get(reader.target) if reader.op == "call_module" else None
-    return (module, reader.kwargs.get("clamp")) if isinstance(module, Quantizer) and reader.args[0] is node else None
+    if not isinstance(module, Quantizer) or reader.args[0] is not node:
+        return None
+    return module, reader.kwargs.get("clamp"), reader.kwargs.get("joined", False)
 
 
 def source_of(node: fx.Node, modules: dict[str, nn.Module]) -> Source | None:

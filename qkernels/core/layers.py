@@ -156,9 +156,9 @@ class Prepared:
     def with_live_norm(self, y: Tensor) -> Tensor:
         """Normalized by the statistics of the batch, and on the grid of its reader already if that is one step."""
         if self.reader is not None and not watches_output(self) and self.norm.can_be_fused(y):
-            reader, clamp = self.reader
+            reader, clamp, joined = self.reader
             if reader.takes_norm(y, clamp):
-                return reader.normalized(y, self.norm, clamp)
+                return reader.normalized(y, self.norm, clamp, joined)
         return self.norm(y)
 
     def run(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:

@@ -147,6 +147,17 @@ class Observer(nn.Module):
         """Takes in a batch with the extremes `low` and `high`; low above high: without a value."""
         raise NotImplementedError
 
+    def begin(self, joined: bool) -> None:
+        """A batch comes; `joined`: it is a further part of the one before."""
+
+    def rewind(self) -> tuple[Tensor, Tensor] | None:
+        """Back to before the batch that the next values are a further part of; gives what was seen of it so far."""
+
+    def join(self, low: Tensor, high: Tensor) -> None:
+        """Takes in what had been seen of the batch before `rewind`."""
+        self.low.copy_(torch.minimum(self.low, low))
+        self.high.copy_(torch.maximum(self.high, high))
+
     def merge(self) -> None:
         """Takes in what the other ranks of a distributed run have seen, beyond the extremes."""
 
@@ -166,7 +177,8 @@ class Observer(nn.Module):
             )
         if not self.has_data():
             raise CalibrationError(
-                f"calibration: {self.source} saw no data; run the prepared model on batches inside `calibrating`"
+                f"calibration: {self.source} saw no data; run the model on batches first, one of `qkernels.prepare` "
+                "inside `with qkernels.calibrating(model):`"
             )
         return choose_qparams(self.spec, *self.range())
 
@@ -232,15 +244,45 @@ class MinMax(Observer):
 
 @observer("moving_average")
 class MovingAverageMinMax(Observer):
-    """The running mean of the smallest and largest value of each batch: `low += momentum * (batch_low - low)`."""
+    """The running mean of the smallest and largest value of each batch: `low += momentum * (batch_low - low)`.
+
+    A batch that comes in parts, as the operands of a concatenation do, is one step: each part takes the step from where
+    the batch began, and the furthest ends are kept.
+    """
+
+    start_low: Tensor
+    start_high: Tensor
 
     def __init__(self, spec: QSpec, channels: int | None = None, momentum: float = 0.01):
         super().__init__(spec, channels)
         if not 0.0 < momentum <= 1.0:
             raise InvalidArgument(f"moving_average: momentum must be in (0, 1], got {momentum}")
         self.momentum = momentum
+        self.register_buffer("start_low", self.low.clone(), persistent=False)
+        self.register_buffer("start_high", self.high.clone(), persistent=False)
+        self.joined = False
+
+    def begin(self, joined: bool) -> None:
+        self.joined = joined
+        if not joined:
+            self.start_low.copy_(self.low)
+            self.start_high.copy_(self.high)
+
+    def rewind(self) -> tuple[Tensor, Tensor] | None:
+        if not self.joined:
+            return None
+        seen = self.low.clone(), self.high.clone()
+        self.low.copy_(self.start_low)
+        self.high.copy_(self.start_high)
+        return seen
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        seen = self.rewind()
+        self.step(low, high)
+        if seen is not None:
+            self.join(*seen)
+
+    def step(self, low: Tensor, high: Tensor) -> None:
         first, empty = self.low > self.high, low > high
         new_low = torch.where(first, low, self.low + self.momentum * (low - self.low))
         new_high = torch.where(first, high, self.high + self.momentum * (high - self.high))

@@ -239,8 +239,20 @@ class Placement:
                 for reader in self.readers[node]:
                     reader.replace_input_with(node, inserted[node])
         self._quantize_float_inputs(call, owners, inserted)
+        self._join_calls(set(quantizers.values()))
         self.traced.graph.lint()
         self.traced.recompile()
+
+    def _join_calls(self, paths: set[str]) -> None:
+        """What a Quantizer of a concatenation watches in one forward, it watches as one tensor."""
+        called = set()
+        for node in self.traced.graph.nodes:
+            if node.op != "call_module" or node.target not in paths:
+                continue
+            if node.target in called:
+                node.kwargs = {"joined": True}
+                self.traced.get_submodule(node.target).joins = True
+            called.add(node.target)
 
     def _quantizer_name(self, owner: fx.Node) -> str:
         """The node's name, with underscores if modules have an attribute of that name, such as `half`."""
@@ -348,7 +360,7 @@ class Placement:
                 continue
             clamp = clamp_of(self.operations[node])
             for call in list(node.users):
-                call.kwargs = {"clamp": (clamp.low, clamp.high)}
+                call.kwargs = {**call.kwargs, "clamp": (clamp.low, clamp.high)}
             layer.meta["origin"] = node.meta["origin"]
             node.replace_all_uses_with(layer)
             self.traced.graph.erase_node(node)

@@ -76,6 +76,7 @@ class Quantizer(nn.Module):
         self.delay = 0  # training steps that TRAIN still only watches
         self.counts = True  # whether each batch is a step; otherwise somebody else takes steps off the delay
         self.gives_codes = False  # whether a layer that runs on integers reads the output
+        self.joins = False  # whether several tensors of one forward pass here, which share the grid
         self._ready: tuple[weakref.ref, Tensor] | None = None  # the last output and its codes, until they are asked for
         self._done: weakref.ref | None = None  # what `normalized` gave, until it arrives
         self._counts: tuple[int, ...] | None = None
@@ -109,13 +110,14 @@ class Quantizer(nn.Module):
     def axis(self) -> int | None:
         return self.spec.axis if self.spec.per_channel else None
 
-    def forward(self, x: Tensor, exact: Tensor | None = None, clamp: Limits = None) -> Tensor:
+    def forward(self, x: Tensor, exact: Tensor | None = None, clamp: Limits = None, joined: bool = False) -> Tensor:
         """`x` as the state says.
 
         Args:
             x: a floating-point tensor.
             exact: what the integers give for it, to be returned with the gradient of rounding.
             clamp: `x` is limited to these two numbers first.
+            joined: `x` and the tensor before are watched as one.
         """
         if self._done is not None:
             done, self._done = self._done(), None
@@ -123,10 +125,17 @@ class Quantizer(nn.Module):
                 return x
         if exact is not None:
             return Substitute.apply(self.on_grid(x, clamp), exact) if torch.is_grad_enabled() else exact
+        self._begin(joined)
         block = self.spec.block
         if block is None or x.numel() == 0:
             return self._as_state_says(x, clamp)
         return from_rows(self._as_state_says(self._rows(x), clamp), x.shape, block)
+
+    @torch.no_grad()
+    def _begin(self, joined: bool) -> None:
+        """A tensor comes, maybe as a further part of what this watches."""
+        if self.joins and (self.state is State.OBSERVE or (self.state is State.TRAIN and self.training)):
+            self.observer.begin(joined)
 
     def _rows(self, x: Tensor) -> Tensor:
         """A row for each block."""
@@ -235,8 +244,9 @@ class Quantizer(nn.Module):
             return not self.rule.plain and (clamp is None or clamp[0] == 0.0 or math.inf not in map(abs, clamp))
         return self._fused
 
-    def normalized(self, x: Tensor, norm: Norm, clamp: Limits) -> Tensor:
+    def normalized(self, x: Tensor, norm: Norm, clamp: Limits, joined: bool) -> Tensor:
         """What `forward` gives for the normalized `x`, which passes here unchanged afterwards."""
+        self._begin(joined)
         statistics, spec = norm.statistics(x), self.spec
         floor, ceiling, factor = None, None, None
         if isinstance(self.rule, LearnedStep):
@@ -294,9 +304,7 @@ class Quantizer(nn.Module):
             self.observer.observe(x, merged=not self.is_weight)
             if not self._chosen and is_distributed() and not self.observer.has_data():
                 return  # the batches of all ranks were empty
-            values, zero_point = grid_values(self.spec, *self.observer.range())
-            self.scale.copy_(values)
-            self.zero_point.copy_(zero_point)
+            self._take_grid_of_observer()
         if scale is not None:
             self.scale.copy_(scale)
         self._take_over(x)
@@ -358,13 +366,24 @@ class Quantizer(nn.Module):
 
     def _observe(self, x: Tensor, clamp: Limits, *of: Tensor) -> None:
         """Observer and grid follow `x` behind `clamp`; a fault is looked for in `of` first."""
+        seen = self.observer.rewind()
         try:
             ops.observe(x, *self._observed_state(), *(clamp or (None, None)))
         except RuntimeError:
+            if seen is not None:
+                self.observer.join(*seen)
             for tensor in (*of, x):
                 self.observer.check_finite(tensor)
             raise
+        if seen is not None:
+            self.observer.join(*seen)
+            self._take_grid_of_observer()
         self._chosen = True
+
+    def _take_grid_of_observer(self) -> None:
+        scale, zero_point = grid_values(self.spec, *self.observer.range())
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
     def _take_over(self, x: Tensor | None = None) -> None:
         if not self._chosen and self.rule is not None:
@@ -379,7 +398,10 @@ class Quantizer(nn.Module):
     def qparams(self) -> QParams:
         """The chosen grid."""
         if not self.has_grid():
-            raise InvalidState(f"{self.source} has no grid yet; run batches inside `with qkernels.calibrating(model):`")
+            raise InvalidState(
+                f"{self.source} has no grid yet: run the model on batches first, one of `qkernels.prepare` inside "
+                "`with qkernels.calibrating(model):`"
+            )
         spec = self.spec
         scale, zero_point = self.grid()
         return QParams(scale.clone(), zero_point.clone(), self.axis, spec.qmin, spec.qmax, spec.dtype, spec.block)

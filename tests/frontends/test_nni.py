@@ -12,7 +12,8 @@ from torch import nn
 import qkernels
 import qkernels.frontends.nni as nni
 from qkernels.core.grids import from_json, prepare_grids, to_json
-from qkernels.errors import InvalidArgument, InvalidState, InvalidType, Unsupported
+from qkernels.errors import CalibrationError, InvalidArgument, InvalidState, InvalidType, Unsupported
+from qkernels.nn import QLinear
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +223,57 @@ def quantizer_of(model, config_list, kind="QATQuantizer", **options):
 def test_a_wrong_config_list_is_refused_with_the_path_of_the_key(change, error, message):
     with pytest.raises(error, match=message):
         quantizer_of(Net(), [entry(**change)])
+
+
+class Spare(nn.Module):
+    """With a layer that forward passes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.spare = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["QATQuantizer", "LsqQuantizer", "LsqPlusQuantizer", "DoReFaQuantizer", "PtqQuantizer"]
+)
+def test_a_layer_that_is_never_called_has_no_scales_and_stays_out_of_the_way(kind):
+    torch.manual_seed(0)
+    model, data = Spare(), torch.randn(16, 4)
+
+    def train(model, optimizer, training_step, *_):
+        for _ in range(3):
+            optimizer.zero_grad()
+            training_step(data, model).backward()
+            optimizer.step()
+
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
+    evaluator = nni.TorchEvaluator(
+        train, optimizer, lambda x, m: m(x).square().mean(), evaluating_func=lambda m: m(data)
+    )
+    configuration = [{"op_types": ["Linear"], "target_names": ["_input_", "weight", "_output_"], "quant_dtype": "int8"}]
+    quantizer = getattr(nni, kind)(model, configuration, evaluator)
+    before = quantizer.get_calibration_config()
+    assert before["first"]["_input_0"]["scale"] is None  # as in NNI
+    assert nni.calibration.read(before) == {}
+    _, calibration = quantizer.compress(3, None)
+    assert calibration["first"]["_input_0"]["scale"] > 0
+    idle = calibration["spare"]["_output_0"]
+    assert (idle["scale"], idle["zero_point"], idle["quant_dtype"], idle["quant_bits"]) == (None, None, "int8", 8)
+    converted = quantizer.convert(data)
+    assert qkernels.verify(quantizer.prepared(data), converted, [data]).total_mismatches == 0
+    assert isinstance(converted.get_submodule("last"), QLinear)
+    quantizer.unwrap_model()
+    assert quantizer.get_calibration_config()["spare"]["_output_0"] == idle
+
+
+def test_evaluating_nothing_is_an_error():
+    optimizer = torch.optim.SGD(Net().parameters(), lr=0.1)
+    evaluator = nni.TorchEvaluator(lambda *_: None, optimizer, lambda *_: None, evaluating_func=lambda m: None)
+    with pytest.raises(CalibrationError, match=r"saw no data; run the model on batches first"):
+        nni.PtqQuantizer(Net(), [entry()], evaluator).compress(1, None)
 
 
 def test_the_wrong_order_is_refused():

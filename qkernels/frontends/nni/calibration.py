@@ -14,7 +14,10 @@ from qkernels.errors import InvalidArgument
 
 
 def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]], model: nn.Module | None = None) -> Grids:
-    """The grids of a calibration config. `model` tells blocks of rows from rows, whose scales look alike."""
+    """The grids of a calibration config. `model` tells blocks of rows from rows, whose scales look alike.
+
+    Targets whose scale is None, where no tensor has passed, have none.
+    """
     found: Grids = {}
     for path, targets in calibration_config.items():
         for target, entry in targets.items():
@@ -26,6 +29,8 @@ def read(calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]], mode
             for needed in ("scale", "zero_point", "quant_scheme"):
                 if needed not in entry:
                     raise InvalidArgument(f"{where}.{needed}: missing; there are {list(entry)}")
+            if entry["scale"] is None:
+                continue
             bits, scale = int(dtype[2]), torch.as_tensor(entry["scale"])
             lowest = 0 if dtype[1] else 1 - 2 ** (bits - 1)
             offset = (lowest - torch.as_tensor(entry["zero_point"]).float()).round().int()
@@ -66,3 +71,9 @@ def write(grids: Grids, model: nn.Module) -> dict[str, dict[str, dict[str, Any]]
                 "tracked_min": low,
             }
     return config
+
+
+def without_grid(bits: int, signed: bool, scheme: str) -> dict[str, Any]:
+    """The entry of a tensor that has not passed yet."""
+    dtype = f"{'int' if signed else 'uint'}{bits}"
+    return {"scale": None, "zero_point": None, "quant_dtype": dtype, "quant_scheme": scheme, "quant_bits": bits}

@@ -82,17 +82,25 @@ class _Quantizer(Holder):
         return self.bound_model, self.get_calibration_config()
 
     def get_calibration_config(self) -> Calibration:
-        """Scales, zero points and ranges by module and target, in NNI's form; after `unwrap_model` the last ones."""
+        """Scales, zero points and ranges by module and target, in NNI's form; after `unwrap_model` the last ones.
+
+        Where no tensor has passed yet, scale and zero point are None and there is no range.
+        """
         if self.last is not None:
             return self.last
         grids: Grids = {}
         for path, key, quantizer in self._places():
-            grids.setdefault(path, {})[key] = Grid.of(quantizer)
+            grids.setdefault(path, {})
+            if quantizer.has_grid():
+                grids[path][key] = Grid.of(quantizer)
         found = calibration.write(grids, self.bound_model)
         for path, key, quantizer in self._places():
             name = calibration.target(key)
-            entry = found[path][name]
             setting = self.settings.targets[path][name]
+            if not quantizer.has_grid():
+                found[path][name] = calibration.without_grid(setting.bits, setting.signed, setting.scheme)
+                continue
+            entry = found[path][name]
             entry["quant_scheme"] = setting.scheme
             self._describe(entry, quantizer)
             if setting.rank:
@@ -122,7 +130,7 @@ class _Quantizer(Holder):
 
     def unwrap_model(self) -> nn.Module:
         """The float model again, with its trained parameters; quantizers are gone, `get_calibration_config` stays."""
-        if self._attached.originals is not None and all(quantizer.has_grid() for _, _, quantizer in self._attached):
+        if self._attached.originals is not None:
             self.last = self.get_calibration_config()
         self._attached.restore()
         return self.bound_model
