@@ -92,7 +92,7 @@ FUNCTIONALS: dict[Any, type[Functional]] = {
 OPERANDS = ("condition", "input", "other", "exponent", "mat2")
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, torch.relu_)
 _ACTIVATIONS = "ReLU ReLU6 Sigmoid Tanh Softmax GELU SiLU Hardswish Hardsigmoid Hardtanh ELU SELU CELU Softplus Mish"
-_NAMES = {name.lower(): getattr(nn, name) for name in (_ACTIVATIONS + " Softsign Dropout").split()}
+_NAMES = {name.lower(): getattr(nn, name) for name in (_ACTIVATIONS + " Softsign GLU Dropout").split()}
 _NAMES |= {"log_softmax": nn.LogSoftmax, "leaky_relu": nn.LeakyReLU, "relu_": nn.ReLU}
 for _kind, _stem in (("max_pool", "MaxPool"), ("avg_pool", "AvgPool"), ("adaptive_avg_pool", "AdaptiveAvgPool")):
     _NAMES |= {f"{_kind}{d}d": getattr(nn, f"{_stem}{d}d") for d in (1, 2, 3)}

@@ -24,12 +24,17 @@ def check_keys(entry: Any, known: Iterable[str], where: str) -> None:
 
 
 def from_json(source: Any) -> Any:
-    """What a JSON file holds; anything that is no path as it is."""
+    """What a JSON file holds; anything that is no path as it is.
+
+    Raises:
+        InvalidArgument: the file holds something else.
+        OSError: it cannot be read, of the kind that the system says.
+    """
     if not isinstance(source, (str, os.PathLike)):
         return source
     try:
         return json.loads(Path(source).read_text())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InvalidArgument(f"{os.fspath(source)!r}: must be a JSON file: {error}") from None
 
 

@@ -38,7 +38,10 @@ def graph_of(converted: nn.Module) -> ConvertedModel:
             f"compile: {type(converted).__name__} has no static graph: its layers were converted one by one, and its "
             "Python code runs between them. It runs as modules"
         )
-    raise InvalidArgument(f"compile: the model must come from `convert` or `load`, got {type(converted).__name__}")
+    raise InvalidArgument(
+        f"compile: {type(converted).__name__} has no integer layer: it must come from `convert` or `load`, and "
+        "something in it must be integer"
+    )
 
 
 def record(model: fx.GraphModule, arguments: tuple[Any, ...]) -> dict[fx.Node, Value]:

@@ -70,7 +70,10 @@ def compare(float_model: nn.Module, converted: nn.Module, batches: Iterable[Any]
     expect_converted("compare", converted)
     expect_batches("compare", batches)
     if not any(isinstance(module, ConvertedModel) for module in converted.modules()):
-        raise InvalidArgument("compare: the second model must come from `convert`")
+        raise InvalidArgument(
+            f"compare: {type(converted).__name__} has no integer layer: it must come from `convert`, and something in "
+            "it must be integer"
+        )
     was_training = [module for module in float_model.modules() if module.training]
     float_model.eval()
     powers: dict[tuple[str, str], SignalToNoise] = {}

@@ -333,3 +333,26 @@ def test_a_file_that_cannot_be_written_is_named(name, error, converted, tmp_path
     assert list(tmp_path.rglob("*.tmp")) == []
     with pytest.raises(error):
         write_atomically(path, b"")
+
+
+def test_a_model_without_an_integer_layer_is_not_compared_or_compiled():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(x) if float(x.sum()) > 0 else x
+
+    model, x = Branching().eval(), torch.ones(2, 4)
+    prepared = qkernels.prepare(model, (x,))
+    with qkernels.calibrating(prepared):
+        prepared(x)
+    converted = qkernels.convert(prepared)
+    assert qkernels.verify(prepared, converted, [x]).total_mismatches == 0
+    for verb, call in (
+        ("compare", lambda: qkernels.compare(model, converted, [x])),
+        ("compile", lambda: qkernels.compile(converted, (x,))),
+    ):
+        with pytest.raises(InvalidArgument, match=f"{verb}: Branching has no integer layer"):
+            call()

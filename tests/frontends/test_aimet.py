@@ -40,6 +40,16 @@ def test_a_module_called_twice_becomes_two():
     assert isinstance(model_preparer.prepare_model(Twice()).module_relu_1, nn.ReLU)
 
 
+def test_a_call_of_glu_becomes_a_module():
+    class Gate(nn.Module):
+        def forward(self, x):
+            return nn.functional.glu(x, dim=1)
+
+    prepared, x = model_preparer.prepare_model(Gate()), torch.randn(2, 6, 4)
+    assert prepared.module_glu.dim == 1
+    assert torch.equal(prepared(x), nn.functional.glu(x, 1))
+
+
 def test_modules_for_functions_stand_in_the_module_that_calls_them():
     names = {name for name, _ in model_preparer.prepare_model(Nested().eval()).named_modules()}
     assert {"module_floordiv", "layer1.0.module_add", "layer1.1.0.module_add_1", "parts.0.module_add_2"} <= names

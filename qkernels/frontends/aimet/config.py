@@ -124,10 +124,11 @@ def read_config(source: "str | Path | Mapping[str, Any] | None") -> Config:
 
     Raises:
         InvalidArgument: a key is unknown or a value is not what it should be; the message says at which path.
+        OSError: the file cannot be read, of the kind that the system says.
     """
     if source is None or source == "default":
         return _parse(DEFAULT)
-    if not isinstance(source, Mapping) and not (isinstance(source, (str, Path)) and Path(source).is_file()):
+    if not isinstance(source, (Mapping, str, Path)):
         raise InvalidArgument(f'config_file must be "default", a JSON file or a dict, got {source!r}')
     return _parse(from_json(source))
 
