@@ -114,7 +114,7 @@ class ExactUnit(nn.Module):
             return self.target[0].qparams().dequantize(y)
 
     def is_exact(self, inputs: tuple[Tensor, ...]) -> bool:
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
             return False
         if any(not x.is_cpu or x.numel() == 0 for x in inputs):
             return False

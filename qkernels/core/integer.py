@@ -24,7 +24,7 @@ def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
         and (x.is_cpu or x.is_cuda)
         and x.dtype == torch.float32
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled(x.device.type)
     )
 

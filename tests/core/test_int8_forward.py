@@ -214,3 +214,17 @@ def test_a_layer_on_cuda_asks_the_device_for_nothing(layer, shape, granularity):
         # What the backward calls: the engine of autograd itself needs a device.
         gradients = trainee.gradients(on_cuda(y.shape), x, trainee.weight, (True, True, True))
         assert all(g.device.type == "cuda" for g in gradients)
+
+
+def test_a_trace_of_a_model_in_training_holds_the_simulation():
+    x = torch.randn(4, 8)
+    model = qkernels.prepare_qat(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), (x,))
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        expected = qkernels.prepare_qat(
+            nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), (x,), forward="float"
+        )
+        expected.load_state_dict(model.state_dict())
+        assert torch.equal(traced(x), expected.eval()(x))
