@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops.eager import refuse_transforms
+from qkernels.ops.expect import expect_sizes
 from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
@@ -107,7 +108,8 @@ def binary_conv2d(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or range; the message names it.
     """
-    geometry = list(kernel_size), list(stride), list(padding), list(dilation)
+    sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    geometry = [expect_sizes("binary_conv2d", *size) for size in sizes.items()]
     return _ops.binary_conv2d.default(input, packed, scale, bias, in_channels, *geometry)
 
 

@@ -5,37 +5,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkernels.errors import InvalidArgument, InvalidType
+from qkernels.errors import InvalidArgument, InvalidType, boolean
 from qkernels.ops.epilogue import Epilogue, schema_arguments
-from qkernels.ops.expect import expect_tensor
+from qkernels.ops.expect import expect_sizes, expect_tensor
 from qkernels.ops.fake import register_fake
 from qkernels.ops.layout import empty_channels_last
 
 _ops = torch.ops.qkernels
 
 
-def _per_dim(value: int | Sequence[int], dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value)
+def _per_dim(op: str, name: str, value: int | Sequence[int], dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else expect_sizes(op, name, value)
 
 
 def conv_padding(
-    padding: str | int | Sequence[int], kernel_size: Sequence[int], dilation: int | Sequence[int] = 1
+    padding: str | int | Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    op: str = "conv_padding",
 ) -> list[int]:
     """`padding` as [before, after] for each spatial dimension, flat.
 
     Args:
         padding: 'valid', 'same' (as torch: the odd element goes after), one number, one a spatial dimension, or already
             two a spatial dimension.
+        op: what messages begin with.
+
+    Raises:
+        InvalidType: an argument is no list where one is needed.
+        InvalidArgument: another string.
     """
+    kernel_size = expect_sizes(op, "kernel_size", kernel_size)
     dims = len(kernel_size)
     if padding == "valid":
         return [0] * (2 * dims)
     if padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel_size, _per_dim(dilation, dims), strict=True)]
+        total = [d * (k - 1) for k, d in zip(kernel_size, _per_dim(op, "dilation", dilation, dims), strict=True)]
         return [side for t in total for side in (t // 2, t - t // 2)]
     if isinstance(padding, str):
-        raise InvalidArgument(f"conv_padding: padding must be 'same', 'valid' or numbers, got {padding!r}")
-    values = _per_dim(padding, dims)
+        raise InvalidArgument(f"{op}: padding must be 'same', 'valid' or numbers, got {padding!r}")
+    values = _per_dim(op, "padding", padding, dims)
     return values if len(values) == 2 * dims else [side for p in values for side in (p, p)]
 
 
@@ -49,9 +58,11 @@ def conv_output_size(
     output_padding: int | Sequence[int] = 0,
 ) -> list[int]:
     """The spatial size of the output, by torch's rules. Arguments as in `conv_pack`."""
-    dims = len(kernel_size)
-    pads = conv_padding(padding, kernel_size, dilation)
-    strides, dilations, extra = (_per_dim(v, dims) for v in (stride, dilation, output_padding))
+    op = "conv_output_size"
+    pads = conv_padding(padding, kernel_size, dilation, op)
+    input_size, dims = expect_sizes(op, "input_size", input_size), len(kernel_size)
+    given = {"stride": stride, "dilation": dilation, "output_padding": output_padding}
+    strides, dilations, extra = (_per_dim(op, name, value, dims) for name, value in given.items())
     size = []
     for d in range(dims):
         pad, reach = pads[2 * d] + pads[2 * d + 1], dilations[d] * (kernel_size[d] - 1)
@@ -100,7 +111,7 @@ def conv_pack(
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
     kernel = list(expect_tensor("conv_pack", "weight", weight).shape[2:])
-    pads = conv_padding(padding, kernel, dilation)
+    pads = conv_padding(padding, kernel, dilation, "conv_pack")
     return _ops.conv_pack.default(
         weight,
         weight_scale,
@@ -110,9 +121,9 @@ def conv_pack(
         input_zero_point,
         input_dtype,
         *schema_arguments("conv_pack", epilogue),
-        _per_dim(stride, len(kernel)),
+        _per_dim("conv_pack", "stride", stride, len(kernel)),
         pads,
-        _per_dim(dilation, len(kernel)),
+        _per_dim("conv_pack", "dilation", dilation, len(kernel)),
         groups,
         transposed,
         padding_mode,
@@ -150,7 +161,7 @@ def pack_on_grid(
             names it.
     """
     grids = weight_scale, weight_zero_point, bias, input_scale, input_zero_point
-    return _ops.pack_on_grid.default(weight, *grids, input_dtype, list(geometry))
+    return _ops.pack_on_grid.default(weight, *grids, input_dtype, expect_sizes("pack_on_grid", "geometry", geometry))
 
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -166,14 +177,15 @@ def conv_geometry(
     padding_mode: str = "zeros",
 ) -> list[int]:
     """What `conv` on CUDA must know of the packed weight without reading it. Arguments as in `conv_pack`."""
-    dims = len(kernel_size)
-    pads = conv_padding(padding, kernel_size, dilation)
-    numbers = [*kernel_size, *_per_dim(stride, dims), *pads, *_per_dim(dilation, dims)]
+    op = "conv_geometry"
+    pads, dims = conv_padding(padding, kernel_size, dilation, op), len(kernel_size)
+    strides, dilations = _per_dim(op, "stride", stride, dims), _per_dim(op, "dilation", dilation, dims)
+    numbers = [*kernel_size, *strides, *pads, *dilations]
     if not all(isinstance(number, int) for number in (*numbers, groups)):
         raise InvalidType(f"conv_geometry: sizes, stride, padding, dilation and groups must be integers, got {numbers}")
     if padding_mode not in PADDING_MODES:
         raise InvalidArgument(f"conv_geometry: padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
-    return [*numbers, groups, int(transposed), PADDING_MODES.index(padding_mode)]
+    return [*numbers, groups, int(boolean("conv_geometry: transposed", transposed)), PADDING_MODES.index(padding_mode)]
 
 
 def conv(
@@ -204,7 +216,8 @@ def conv(
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or device, or `packed` belongs to another instruction set.
     """
-    return _ops.conv.default(input, packed, residual, out_channels, list(output_size), output_dtype, list(geometry))
+    output_size, geometry = expect_sizes("conv", "output_size", output_size), expect_sizes("conv", "geometry", geometry)
+    return _ops.conv.default(input, packed, residual, out_channels, output_size, output_dtype, geometry)
 
 
 @register_fake("conv_pack")

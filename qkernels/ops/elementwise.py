@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.ops.expect import expect_list
 from qkernels.ops.fake import register_fake
 from qkernels.ops.layout import empty_channels_last, is_channels_last
 
@@ -100,7 +101,7 @@ def cat(tensors: Sequence[Tensor], tables: Tensor, dim: int) -> Tensor:
     Raises:
         RuntimeError: an argument has the wrong dtype, shape or range; the message names it.
     """
-    return _ops.cat.default(list(tensors), tables, dim)
+    return _ops.cat.default(expect_list("cat", "tensors must be a list of tensors", tensors), tables, dim)
 
 
 @register_fake("lookup")

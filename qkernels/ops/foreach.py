@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.errors import InvalidArgument, integer
 from qkernels.ops.eager import is_eager, needs_grad, refuse_transforms
+from qkernels.ops.expect import expect_list, expect_tensor
 from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
@@ -34,10 +36,12 @@ def foreach_fake_quant(
     Raises:
         RuntimeError: an argument has the wrong dtype, size, layout or range; the message names it.
     """
-    xs, scales, zero_points, axes = list(xs), list(scales), list(zero_points), _axes(xs, axes)
+    op = "foreach_fake_quant"
+    xs, scales, zero_points = _tensors(op, xs=xs, scales=scales, zero_points=zero_points)
+    axes = _axes(op, xs, axes)
     if not xs:  # the dispatcher finds no device in an empty list
         return []
-    if is_eager("foreach_fake_quant", *xs) and needs_grad(*xs):
+    if is_eager(op, *xs) and needs_grad(*xs):
         return list(_ForeachFakeQuant.apply(len(xs), axes, qmin, qmax, *xs, *scales, *zero_points))
     return _ops.foreach_fake_quant.default(xs, scales, zero_points, axes, qmin, qmax)
 
@@ -60,9 +64,10 @@ def foreach_fake_quant_backward(
     Raises:
         RuntimeError: an argument has the wrong dtype, size, layout or range; the message names it.
     """
-    lists = list(grads), list(xs), list(scales), list(zero_points)
-    refuse_transforms("foreach_fake_quant_backward", *lists[0])
-    return _ops.foreach_fake_quant_backward.default(*lists, _axes(xs, axes), qmin, qmax)
+    op = "foreach_fake_quant_backward"
+    lists = _tensors(op, grads=grads, xs=xs, scales=scales, zero_points=zero_points)
+    refuse_transforms(op, *lists[0])
+    return _ops.foreach_fake_quant_backward.default(*lists, _axes(op, lists[1], axes), qmin, qmax)
 
 
 def foreach_observe_fake_quant(
@@ -90,11 +95,13 @@ def foreach_observe_fake_quant(
     Raises:
         RuntimeError: an argument has the wrong dtype, size, layout or range, or is not finite; the message names it.
     """
-    xs, axes = list(xs), _axes(xs, axes)
+    op = "foreach_observe_fake_quant"
+    (xs,) = _tensors(op, xs=xs)
+    axes = _axes(op, xs, axes)
     if not xs:
         return [], [], [], []
     grid = qmin, qmax, symmetric, min_scale, code_dtype
-    if not (is_eager("foreach_observe_fake_quant", *xs) and needs_grad(*xs)):
+    if not (is_eager(op, *xs) and needs_grad(*xs)):
         return _ops.foreach_observe_fake_quant.default(xs, axes, *grid)[:4]
     n = len(xs)
     flat = _ForeachObserveFakeQuant.apply(n, axes, *grid, *xs)
@@ -102,11 +109,23 @@ def foreach_observe_fake_quant(
     return list(flat[:n]), list(flat[n : n + codes]), list(flat[n + codes : 2 * n + codes]), list(flat[2 * n + codes :])
 
 
-def _axes(xs: Sequence[Tensor], axes: Sequence[int | None]) -> list[int]:
+def _tensors(op: str, **lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    found = [expect_list(op, f"{name} must be a list of tensors", value) for name, value in lists.items()]
+    for name, tensors in zip(lists, found, strict=True):
+        for tensor in tensors:
+            expect_tensor(op, f"each of {name}", tensor)
+    return found
+
+
+def _axes(op: str, xs: list[Tensor], axes: Sequence[int | None]) -> list[int]:
     """As the ops take them: -1 for None, others counted from the front."""
+    axes = expect_list(op, "axes must be a list of dimensions or None", axes)
+    if len(axes) != len(xs):
+        raise InvalidArgument(f"{op}: axes must have one entry for each of xs, got {len(axes)} for {len(xs)}")
+    counted = [None if axis is None else integer(f"{op}: each of axes", axis) for axis in axes]
     return [
         -1 if axis is None else axis + x.dim() if -x.dim() <= axis < 0 else axis
-        for x, axis in zip(xs, axes, strict=True)
+        for x, axis in zip(xs, counted, strict=True)
     ]
 
 

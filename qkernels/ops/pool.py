@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkernels.ops.expect import expect_sizes
 from qkernels.ops.fake import register_fake
 from qkernels.ops.layout import empty_channels_last
 
@@ -35,7 +36,8 @@ def max_pool(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    return _ops.max_pool.default(q, list(kernel_size), list(stride), list(padding), list(dilation), ceil_mode)
+    sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    return _ops.max_pool.default(q, *[expect_sizes("max_pool", *size) for size in sizes.items()], ceil_mode)
 
 
 def avg_pool(
@@ -76,9 +78,9 @@ def avg_pool(
     """
     return _ops.avg_pool.default(
         q,
-        list(kernel_size),
-        list(stride),
-        list(padding),
+        expect_sizes("avg_pool", "kernel_size", kernel_size),
+        expect_sizes("avg_pool", "stride", stride),
+        expect_sizes("avg_pool", "padding", padding),
         ceil_mode,
         count_include_pad,
         divisor_override,
@@ -118,9 +120,8 @@ def adaptive_avg_pool(
     Raises:
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
-    return _ops.adaptive_avg_pool.default(
-        q, list(output_size), q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype
-    )
+    output_size = expect_sizes("adaptive_avg_pool", "output_size", output_size)
+    return _ops.adaptive_avg_pool.default(q, output_size, q_scale, q_zero_point, scale, zero_point, qmin, qmax, dtype)
 
 
 def pool_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:

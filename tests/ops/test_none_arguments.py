@@ -39,6 +39,8 @@ def test_none_is_named_by_the_op(call, message):
         call()
 
 
+SIZES = "must be a list of one integer a dimension"
+IMAGE = torch.zeros(1, 4, 9, dtype=torch.uint8)
 SEEN_BEFORE = [
     (lambda: ops.quantize_rows(None, 0, 255, False, torch.uint8), "quantize_rows: x must be a tensor, got None"),
     (lambda: ops.linear_rows(CODES, PACKED, None, ZERO, ONE, ZERO, None, 3), "linear_rows: row_scale must be a tens"),
@@ -65,7 +67,39 @@ SEEN_BEFORE = [
         lambda: ops.conv_pack(None, ONE, None, None, 1.0, 0, torch.uint8, Epilogue()),
         "conv_pack: weight must be a tensor, got NoneType",
     ),
-    (lambda: ops.conv_geometry("a"), "conv_geometry: sizes, stride, padding, dilation and groups must be integers"),
+    (lambda: ops.conv_geometry("a"), f"conv_geometry: kernel_size {SIZES}, got str"),
+    (lambda: ops.conv_geometry(["a"]), "conv_geometry: sizes, stride, padding, dilation and groups must be integers"),
+    (lambda: ops.conv_geometry([3], stride=None), f"conv_geometry: stride {SIZES}, got NoneType"),
+    (lambda: ops.conv_geometry([3], transposed="no"), "conv_geometry: transposed must be True or False, got 'no'"),
+    (lambda: ops.conv_output_size(7, [3]), f"conv_output_size: input_size {SIZES}, got 7"),
+    (lambda: ops.conv_output_size([7], [3], padding=1.5), f"conv_output_size: padding {SIZES}, got 1.5"),
+    (lambda: ops.conv_padding(1, 3), f"conv_padding: kernel_size {SIZES}, got 3"),
+    (
+        lambda: ops.conv_pack(WEIGHT[..., None], ONE, None, None, 1.0, 0, torch.uint8, Epilogue(), dilation=None),
+        f"conv_pack: dilation {SIZES}, got NoneType",
+    ),
+    (lambda: ops.conv(IMAGE, PACKED, None, 3, None, torch.uint8), f"conv: output_size {SIZES}, got NoneType"),
+    (lambda: ops.max_pool(IMAGE, 3, [1], [0], [1]), f"max_pool: kernel_size {SIZES}, got 3"),
+    (
+        lambda: ops.avg_pool(IMAGE, [3], [1], None, False, True, None, 0.1, 0, 0.1, 0, 0, 255, torch.uint8),
+        f"avg_pool: padding {SIZES}, got NoneType",
+    ),
+    (
+        lambda: ops.adaptive_avg_pool(IMAGE, None, 0.1, 0, 0.1, 0, 0, 255, torch.uint8),
+        f"adaptive_avg_pool: output_size {SIZES}, got NoneType",
+    ),
+    (
+        lambda: ops.binary_conv2d(X, X, ONE, None, 4, 3, [1, 1], [0, 0], [1, 1]),
+        f"binary_conv2d: kernel_size {SIZES}, got 3",
+    ),
+    (lambda: ops.cat(CODES, CODES, 0), "cat: tensors must be a list of tensors, got Tensor"),
+    (lambda: ops.foreach_fake_quant(None, [ONE], [ZERO], [None], 0, 1), "foreach_fake_quant: xs must be a list of ten"),
+    (lambda: ops.foreach_fake_quant([3], [ONE], [ZERO], [None], 0, 1), "foreach_fake_quant: each of xs must be a tens"),
+    (lambda: ops.foreach_fake_quant([X], [ONE], [ZERO], 0, 0, 1), "foreach_fake_quant: axes must be a list of dim"),
+    (
+        lambda: ops.foreach_fake_quant([X], [ONE], [ZERO], ["0"], 0, 1),
+        "foreach_fake_quant: each of axes must be an int",
+    ),
     (lambda: ops.conv_geometry([3], groups=1.5), "conv_geometry: sizes, stride, padding, dilation and groups must be"),
 ]
 
@@ -81,6 +115,13 @@ def test_unknown_ways_of_padding_are_named():
         ops.conv_geometry([3], padding_mode="mirror")
     with pytest.raises(InvalidArgument, match=r"^conv_padding: padding must be 'same', 'valid' or numbers, got 'some'"):
         ops.conv_padding("some", [3])
+
+
+def test_lists_of_other_lengths_are_named():
+    with pytest.raises(
+        InvalidArgument, match=r"^foreach_fake_quant: axes must have one entry for each of xs, got 2 for 1$"
+    ):
+        ops.foreach_fake_quant([X], [ONE], [ZERO], [None, 0], 0, 1)
 
 
 def test_messages_of_ops_begin_with_the_op_and_name_dtypes_as_torch_does():
