@@ -1,5 +1,7 @@
 """Files that are the old one or the new one, whatever happens while they are written."""
 
+import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -26,9 +28,12 @@ def write_atomically(path: Path, blob: bytes | bytearray) -> None:
     A symbolic link stays and the file that it leads to is replaced; a file that was there keeps its permissions.
 
     Raises:
-        OSError: of the kind that the system says; it names `path`, not the file beside it.
+        OSError: of the kind that the system says, or `path` is a device or a pipe; it names `path`, not the file beside
+            it.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise FileExistsError(errno.EEXIST, "There is something that is no regular file", str(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")  # short, for a long name is a good one too
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
@@ -39,8 +44,9 @@ def write_atomically(path: Path, blob: bytes | bytearray) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is not None:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     directory = os.open(target.parent, os.O_RDONLY)

@@ -3,6 +3,8 @@
 import io
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,3 +110,35 @@ def test_the_worst_steps_are_counted(count, error, profile):
     assert len(profile.worst(1)) == 1
     with pytest.raises(error, match=r"^worst: count must be"):
         profile.worst(count)
+
+
+@pytest.mark.parametrize("verb", ["save", "plan.save"])
+def test_what_is_no_regular_file_is_not_replaced(verb, converted, plan, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match=r"no regular file: .*pipe"):
+        plan.save(pipe) if verb == "plan.save" else qkernels.save(converted, pipe)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_parent_that_is_no_folder_is_an_error_that_names_the_path(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError) as caught:
+        write_atomically(tmp_path / "file" / "x", b"content")
+    assert caught.value.filename == str(tmp_path / "file" / "x")
+
+
+def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands in for it."""
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom qkernels.core.files import write_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))\n"
+        "try:\n    write_atomically(Path(sys.argv[1]), bytes(4096))\n"
+        "except OSError as error:\n    print(error.filename)\n"
+    )
+    path = tmp_path / "model"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (str(path), "")
+    assert os.listdir(tmp_path) == []
