@@ -2,14 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels import ops, reference
+from qkernels.core.convert import convert
 from qkernels.core.lowering import Clamp
+from qkernels.core.phases import calibrate
+from qkernels.core.prepare import prepare
 from qkernels.core.qspec import QParams
 from qkernels.nn import QAdaptiveAvgPool, QAdd, QAvgPool, QCat, QConv, QLayer, QLinear, QLookup, QMaxPool, QMul
+from qkernels.plan import compile
 from qkernels.testing import isa_cap, supported_isas
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -118,6 +123,68 @@ def _fake_quant_backward(g: torch.Generator) -> Pairs:
 
 
 @_check
+def _fake_quant_mask(g: torch.Generator) -> Pairs:
+    for shape, axis in (((1,), None), ((3, 5), 0), ((2, 17, 9, 11), 1), ((4, 1000), 0)):
+        x, grad = torch.randn(shape, generator=g) * 4, torch.randn(shape, generator=g)
+        channels = 1 if axis is None else shape[axis]
+        grid = torch.rand(channels, generator=g) * 0.1 + 0.01, torch.arange(channels, dtype=torch.int32), axis, 0, 255
+        y, mask, _, codes = ops.fake_quant_mask(x, *grid, torch.uint8)
+        expected, passes, expected_codes = reference.fake_quant_mask(x, *grid, torch.uint8)
+        yield y, expected
+        yield codes, expected_codes
+        yield (
+            ops.fake_quant_mask_backward(grad, mask, axis),
+            reference.fake_quant_mask_backward(grad, passes, axis),
+        )
+
+
+@_check
+def _observe(g: torch.Generator) -> Pairs:
+    for shape, axis in (((1,), None), ((3, 5), 0), ((2, 17, 9, 11), 1), ((4, 1000), None)):
+        x = torch.randn(shape, generator=g) * 4
+        yield from zip(ops.observe_minmax(x, axis), reference.observe_minmax(x, axis), strict=True)
+        channels = 1 if axis is None else shape[axis]
+        state = [torch.full((channels,), float("inf")), torch.full((channels,), float("-inf"))]
+        state += [torch.zeros(channels), torch.zeros(channels, dtype=torch.int32)]
+        ours, theirs = [t.clone() for t in state], [t.clone() for t in state]
+        grid = None, axis, 0, 255, False, 1e-9, 0.1, "x"
+        yield ops.observe_fake_quant(x, *ours, *grid), reference.observe_fake_quant(x, *theirs, *grid)
+        yield from zip(ours, theirs, strict=True)
+        low, high = torch.aminmax(x)
+        yield from zip(_histogram(ops, x, low, high), _histogram(reference, x, low, high), strict=True)
+
+
+def _histogram(module: Any, x: Tensor, low: Tensor, high: Tensor) -> list[Tensor]:
+    state = [torch.tensor([float("inf")]), torch.tensor([float("-inf")]), torch.zeros(64)]
+    for factor in (1.0, 1.5):
+        module.observe_histogram(x * factor, (low * factor).reshape(1), (high * factor).reshape(1), *state)
+    return state
+
+
+@_check
+def _foreach(g: torch.Generator) -> Pairs:
+    xs = [torch.randn(shape, generator=g) for shape in ((16, 3, 3, 3), (5, 129), (1, 1), (33, 8, 1, 1))]
+    arguments = (xs, [0] * len(xs), -127, 127, True, 1e-9, torch.int8)
+    for ours, theirs in zip(
+        ops.foreach_observe_fake_quant(*arguments), reference.foreach_observe_fake_quant(*arguments), strict=True
+    ):
+        yield from zip(ours, theirs, strict=True)
+
+
+@_check
+def _dorefa(g: torch.Generator) -> Pairs:
+    """Of a weight the scalar kernel is the measure: torch's tanh has other last bits."""
+    scale, zero_point = torch.tensor([1 / 7]), torch.zeros(1, dtype=torch.int32)
+    for shape in ((1,), (3, 5), (2, 17, 9, 11), (4, 1000)):
+        x, grad, seed = torch.randn(shape, generator=g), torch.randn(shape, generator=g), torch.tensor([7])
+        yield ops.dorefa_gradient(grad, seed, 4), reference.dorefa_gradient(grad, seed, 4)
+        grid = scale, zero_point, -7, 7
+        ours = ops.dorefa_weight(x, *grid), ops.dorefa_weight_backward(grad, x, *grid)
+        with isa_cap("scalar"):
+            yield from zip(ours, (ops.dorefa_weight(x, *grid), ops.dorefa_weight_backward(grad, x, *grid)), strict=True)
+
+
+@_check
 def _lsq_backward(g: torch.Generator) -> Pairs:
     """On multiples of a quarter step, where the reference's float64 sums and the kernel's are both exact."""
     for shape, axis in (((1,), None), ((3, 5), 0), ((2, 17, 9, 11), 1), ((4, 1000), 0), ((4, 1000), 1)):
@@ -144,6 +211,44 @@ def _linear(g: torch.Generator) -> Pairs:
         for output in (_grid(g), _grid(g, torch.int8), None):
             clamp = Clamp(0.0, 6.0) if output is not None and i % 2 else None
             yield _both(QLinear(_grid(g, dtype), weight, weight_grid, bias, output, clamp), x)
+
+
+@_check
+def _linear_rows(g: torch.Generator) -> Pairs:
+    """A grid a row of the input, chosen from its values."""
+    for m, n, k in ((1, 1, 1), (5, 17, 3), (33, 65, 129), (1, 300, 100)):
+        weight, grid = _weight(g, n, k)
+        x, bias = torch.randn(m, k, generator=g), torch.randn(n, generator=g)
+        rows = ops.quantize_rows(x, 0, 255, False, torch.uint8)
+        yield from zip(rows, reference.quantize_rows(x, 0, 255, False, torch.uint8), strict=True)
+        packed = ops.linear_pack(weight, torch.ones(1), None, None, 1.0, 0, torch.uint8, ops.Epilogue(torch.int32))
+        sums = weight.sum(1, dtype=torch.int32)
+        yield (
+            ops.linear_rows(rows[0], packed, *rows[1:], grid.scale, sums, bias, n),
+            reference.linear_rows(*rows, weight, grid.scale, None, bias, torch.float32),
+        )
+
+
+@_check
+def _binary(g: torch.Generator) -> Pairs:
+    for channels, out, size in ((3, 5, 7), (64, 33, 9), (130, 64, 6)):
+        x, weight = (torch.randn(shape, generator=g) for shape in ((2, channels, size, size), (out, channels, 3, 3)))
+        scale, bias = torch.rand(out, generator=g), torch.randn(out, generator=g)
+        signs, weight_signs = ops.binary_sign(x), ops.binary_sign(weight)
+        yield signs, reference.binary_sign(x)
+        window = (1, 1), (1, 1), (1, 1)
+        packed = ops.pack_signs(x, 1), ops.binary_weight_pack(weight)
+        yield (
+            ops.binary_conv2d(*packed, scale, bias, channels, (3, 3), *window),
+            reference.binary_conv2d(signs, weight_signs, scale, bias, *window),
+        )
+        rows = signs.flatten(2).mT[:, 0]
+        yield (
+            ops.binary_linear(
+                ops.pack_signs(rows, -1), ops.binary_weight_pack(weight[..., 0, 0]), scale, bias, channels
+            ),
+            reference.binary_linear(rows, weight_signs[..., 0, 0], scale, bias),
+        )
 
 
 def _conv_layer(
@@ -239,3 +344,16 @@ def _pool(g: torch.Generator) -> Pairs:
             for size in ([1, 1], [5, 7]):
                 options = {"output_size": size, "flatten": False}
                 yield _both(QAdaptiveAvgPool(_grid(g, dtype), _grid(g), options), x)
+
+
+@_check
+def _plan(g: torch.Generator) -> Pairs:
+    """Quantizing an image, the first layer of a network, an addition and a mean in one call, against the modules."""
+    for channels in (3, 4):
+        network = nn.Sequential(nn.Conv2d(channels, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16))
+        for p in network.parameters():
+            p.data = torch.randn(p.shape, generator=g) * 0.2
+        x = torch.randn(2, channels, 21, 18, generator=g)
+        converted = convert(calibrate(prepare(network.eval(), x), [x]))
+        with torch.no_grad():
+            yield compile(converted, x)(x), converted(x)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
 from qkernels import demo, selftest
@@ -114,6 +115,22 @@ def test_selftest_checks_every_operation_under_every_isa(capsys):
     assert "all agree" in lines[-1]
 
 
+def test_selftest_calls_every_kernel_that_info_names(capsys):
+    called = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.name().removeprefix("qkernels::").removesuffix("_out"))
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        assert main(["selftest"]) == 0
+    capsys.readouterr()
+    inside = {"conv_depthwise": "conv", "conv_winograd": "conv", "observe": "observe_minmax"}
+    named = {inside.get(name, name) for name in qkernels.info()["kernels"]}
+    assert named - called == {"quantize_image"}  # a step of plans, which are no ops of torch's
+
+
 def test_selftest_fails_when_one_bit_differs(capsys, monkeypatch):
     right = qkernels.reference.lookup
 
@@ -142,6 +159,26 @@ def test_the_demo_runs_end_to_end_on_digits(tmp_path, capsys):
     assert ours["bytes"] < float32["bytes"] / 3
     assert abs(ours["accuracy"] - float32["accuracy"]) < 0.03
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_leaves_a_peer_out_that_does_not_run(short_demo, monkeypatch, tmp_path, capsys):
+    row = {"engine": "any", "accuracy": 0.9, "bytes": 1000, "latency_ms": {"1": 1.0, "64": 9.0}}
+    broken = {"torch_ao"}
+
+    def measure(engine, folder):
+        if engine in broken:
+            raise demo.EngineError(f"demo: the engine {engine} failed:\nTraceback\nModuleNotFoundError: no such module")
+        return row
+
+    monkeypatch.setattr(demo, "_measure", measure)
+    arguments = ["demo", "--data", "digits", "--json", str(tmp_path / "demo.json"), "--out", str(tmp_path / "demo.png")]
+    assert main(arguments) == 0
+    assert "torch.ao int8 is left out: ModuleNotFoundError: no such module" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "demo.json").read_text())["rows"]) == 2
+    broken.add("qkernels")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "the engine qkernels failed" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -27,10 +27,14 @@ std::vector<bool> runtime_tensors(const Model& model) {
 }  // namespace
 
 InputLayout contiguous_input(std::initializer_list<int64_t> size) {
+  InputLayout layout;
+  if (size.size() > static_cast<size_t>(kMaxRank)) {
+    layout.size.rank = -1;
+    return layout;
+  }
   View view;
   for (const int64_t n : size) view.size[view.size.rank++] = n;
   set_contiguous(&view);
-  InputLayout layout;
   layout.size = view.size;
   std::memcpy(layout.stride, view.stride, sizeof layout.stride);
   return layout;
@@ -47,6 +51,12 @@ class Plan::Session {
   // longest ago.
   Error prepare(const std::vector<InputLayout>& inputs, const Parallel& parallel,
                 const Program** program) {
+    for (const InputLayout& input : inputs) {
+      if (input.size.rank < 0 || input.size.rank > kMaxRank) {
+        return qk::plan::error(ErrorKind::kArgument, "plan: an input must have 0 to ", kMaxRank,
+                               " dimensions");
+      }
+    }
     ++clock_;
     Entry* oldest = &entries_[0];
     for (Entry& entry : entries_) {

@@ -36,7 +36,7 @@ struct PlanInput {
   Sizes size;  // -1: any
 };
 
-// A dense input in torch's dimension order.
+// A dense input in torch's dimension order; one of more than 6 dimensions is refused by every plan.
 InputLayout contiguous_input(std::initializer_list<int64_t> size);
 
 class Plan {

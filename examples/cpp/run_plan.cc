@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -29,13 +30,14 @@ using qk::plan::OutputSpec;
 using qk::plan::Plan;
 using qk::plan::PlanInput;
 
-// Sleeping workers that take equal parts of each task range; the caller takes the first.
+// Sleeping workers that take equal parts of each task range; the caller takes the first. For one
+// caller at a time: threads that call a plan at once need a pool each.
 class Pool : public Parallel {
  public:
   explicit Pool(int count) {
     threads = count;
     run = [](const Parallel& self, int64_t tasks, Body body, void* context) {
-      // A Pool is only ever passed as itself.
+      // A Pool is only ever passed as itself, and is no constant.
       const_cast<Pool&>(static_cast<const Pool&>(self)).start(tasks, body, context);
     };
     for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -106,6 +108,14 @@ void check(const Error& error) {
   if (!error.ok()) stop(error.message);
 }
 
+int64_t number(const char* text, int64_t most) {
+  const int64_t value = std::atoll(text);
+  if (value < 1 || value > most) {
+    stop(std::string(text) + " must be a number from 1 to " + std::to_string(most));
+  }
+  return value;
+}
+
 // Dense, the open dimensions as the command line says.
 InputLayout layout_of(const PlanInput& input, int64_t batch, int64_t size) {
   InputLayout layout;
@@ -142,10 +152,21 @@ void print_output(const OutputSpec& spec, const std::vector<uint8_t>& bytes) {
   std::printf("%s %s:", qk::plan::dtype_name(spec.dtype), qk::plan::text(spec.size).c_str());
   const int64_t shown = std::min<int64_t>(spec.size.elements(), 5);
   for (int64_t i = 0; i < shown; ++i) {
-    if (spec.dtype == DType::kF32) {
-      std::printf(" %g", reinterpret_cast<const float*>(bytes.data())[i]);
-    } else {
-      std::printf(" %d", bytes[static_cast<size_t>(i)]);
+    switch (spec.dtype) {
+      case DType::kF32:
+        std::printf(" %g", reinterpret_cast<const float*>(bytes.data())[i]);
+        break;
+      case DType::kS32:
+        std::printf(" %d", reinterpret_cast<const int32_t*>(bytes.data())[i]);
+        break;
+      case DType::kS8:
+        std::printf(" %d", reinterpret_cast<const int8_t*>(bytes.data())[i]);
+        break;
+      case DType::kU8:
+        std::printf(" %d", bytes[static_cast<size_t>(i)]);
+        break;
+      default:  // the bits of a half
+        std::printf(" 0x%04x", reinterpret_cast<const uint16_t*>(bytes.data())[i]);
     }
   }
   std::printf("%s\n", spec.size.elements() > shown ? " ..." : "");
@@ -155,28 +176,30 @@ void print_output(const OutputSpec& spec, const std::vector<uint8_t>& bytes) {
 
 int main(int argc, char** argv) {
   if (argc < 2) stop("usage: run_plan network.qkplan [threads] [batch] [size]");
-  const int threads = argc > 2 ? std::max(1, std::atoi(argv[2])) : 1;
-  const int64_t batch = argc > 3 ? std::atoll(argv[3]) : 1,
-                size = argc > 4 ? std::atoll(argv[4]) : 224;
+  const int threads = static_cast<int>(number(argc > 2 ? argv[2] : "1", 1024));
+  const int64_t batch = number(argc > 3 ? argv[3] : "1", 65536);
+  const int64_t size = number(argc > 4 ? argv[4] : "224", 65536);
 
   std::ifstream stream(argv[1], std::ios::binary);
-  if (!stream) stop(std::string("cannot open ") + argv[1]);
+  if (!stream || !std::filesystem::is_regular_file(argv[1])) {
+    stop(std::string("cannot open ") + argv[1]);
+  }
   const std::vector<char> file{std::istreambuf_iterator<char>(stream), {}};
   std::unique_ptr<Plan> plan;
   check(Plan::load(file.data(), static_cast<int64_t>(file.size()), &plan));
 
-  const Pool pool(threads);
+  Pool pool(threads);
   std::vector<InputLayout> layouts;
   std::vector<std::vector<uint8_t>> input_bytes, output_bytes;
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
-  for (const PlanInput& input : plan->inputs()) {
-    layouts.push_back(layout_of(input, batch, size));
-    input_bytes.push_back(random_input(layouts.back(), input.dtype));
+  for (const PlanInput& input : plan->inputs()) layouts.push_back(layout_of(input, batch, size));
+  std::vector<OutputSpec> specs;
+  check(plan->outputs(layouts, pool, &specs));  // refuses what the plan does not take
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    input_bytes.push_back(random_input(layouts[i], plan->inputs()[i].dtype));
   }
   for (const auto& bytes : input_bytes) inputs.push_back(bytes.data());
-  std::vector<OutputSpec> specs;
-  check(plan->outputs(layouts, pool, &specs));
   for (const OutputSpec& spec : specs) output_bytes.emplace_back(static_cast<size_t>(spec.bytes));
   for (auto& bytes : output_bytes) outputs.push_back(bytes.data());
 

@@ -28,12 +28,16 @@ def write_atomically(path: Path, blob: bytes | bytearray) -> None:
     A symbolic link stays and the file that it leads to is replaced; a file that was there keeps its permissions.
 
     Raises:
-        OSError: of the kind that the system says, or `path` is a device or a pipe; it names `path`, not the file beside
-            it.
+        OSError: of the kind that the system says, or `path` is a device or a pipe, or a file that this user may not
+            write; it names `path`, not the file beside it.
     """
     target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise FileExistsError(errno.EEXIST, "There is something that is no regular file", str(path))
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")  # short, for a long name is a good one too
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:

@@ -172,6 +172,8 @@ class Quantizer(nn.Module):
                 self.observer.reset()
             self.observer.observe(x)
             return x
+        if state is State.TRAIN and self.delay > 0 and not self.training:
+            return limited(x, clamp)
         is_part = x.numel() > 0 or (not self.is_weight and is_distributed())  # the other ranks wait for this one
         if state is State.TRAIN and self.training and self.rule is not None and is_part:
             if self.delay > 0:
@@ -208,8 +210,10 @@ class Quantizer(nn.Module):
     def _round(self, x: Tensor, scale: Tensor, zero_point: Tensor, clamp: Limits) -> Tensor:
         """Straight through. On codes a clamp is a narrower range; its ends let the gradient pass half a step longer."""
         qmin, qmax = self.spec.qmin, self.spec.qmax
-        if self.is_weight:
-            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax)  # a weight is kept anyway
+        if self.is_weight:  # x is kept anyway; the grid may move before the backward
+            if torch.is_grad_enabled() and x.requires_grad:
+                scale, zero_point = scale.clone(), zero_point.clone()
+            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax)
         if clamp is None:
             return self._with_mask(x, scale, zero_point, qmin, qmax)
         # The codes beyond the clamp are cut afterwards where the range would not hold the zero point, and while torch
@@ -272,8 +276,11 @@ class Quantizer(nn.Module):
         return ends if clamp is None else _codes_of(clamp, self.scale.item(), self.zero_point.item(), *ends)
 
     def _wait(self, x: Tensor) -> Tensor:
-        """A training step before rounding begins."""
+        """A training step before rounding begins; a weight gets its grid when it does, whatever it had before."""
         self.delay -= self.counts
+        if self.is_weight:
+            self._chosen = False
+            self.scale.zero_()
         if not self.forgets:
             self.observer.observe(x, merged=not self.is_weight)
         if is_distributed() and torch.is_grad_enabled():

@@ -24,7 +24,7 @@ from qkernels.core.expect import expect_module
 from qkernels.core.files import file_path, write_atomically
 from qkernels.core.quantizer import Quantizer
 from qkernels.core.structure import build, describe
-from qkernels.errors import CheckpointError, InvalidArgument
+from qkernels.errors import CheckpointError, InvalidArgument, Unsupported
 
 FORMAT_VERSION = "1"
 _ZERO_DIGEST = "0" * 64
@@ -44,10 +44,14 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
     Raises:
         InvalidType, InvalidArgument: this is no module, or one that is prepared but not converted.
-        Unsupported: the graph holds a function or a module that cannot be described in JSON; the message names it.
+        Unsupported: the graph holds a function or a module that cannot be described in JSON, or a part is a plan; the
+            message names it.
     """
     expect_module("save", model)
     path = file_path("save", path)
+    for name, module in model.named_modules():
+        if getattr(module, "saves_itself", False):
+            raise Unsupported(f"save: {name or 'the model'} is a plan, whose file plan.save(path) writes")
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise InvalidArgument("save: the model is prepared, not converted: call qkernels.convert(prepared) first")
     tensors = {name: t.detach().contiguous().cpu().clone() for name, t in model.state_dict().items()}

@@ -159,7 +159,10 @@ def disable_observer(model: nn.Module) -> None:
 
 
 def enable_fake_quant(model: nn.Module) -> None:
-    """Tensors are rounded again: to their grids, or, where observers went on, to those of what passed meanwhile."""
+    """Tensors are rounded again: to their grids, or, where observers went on, to those of what passed meanwhile.
+
+    Learned grids stay as they were: where much has changed meanwhile, calibrate.
+    """
     warn_without_quantizers("enable_fake_quant", model)
     for quantizer in quantizers(model):
         watched = quantizer.state is State.OBSERVE and quantizer.observer.has_data()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import once_differentiable, refuse_transforms
+from qkernels.ops.eager import note_written, once_differentiable, refuse_transforms
 from qkernels.ops.expect import expect_tensor
 from qkernels.ops.fake import register_fake
 
@@ -48,7 +48,9 @@ def batch_norm_statistics(
         RuntimeError: an argument has the wrong dtype, size, layout or range; the message names it.
     """
     arguments = x, weight, bias, running_mean, running_var, momentum, eps
-    return BatchStatistics(*_ops.batch_norm_statistics.default(*arguments))
+    statistics = BatchStatistics(*_ops.batch_norm_statistics.default(*arguments))
+    note_written(running_mean, running_var)
+    return statistics
 
 
 def norm_fake_quant(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from qkernels.errors import InvalidArgument
+
 _PLAIN = (Tensor, nn.Parameter)
 _functorch = torch._C._functorch
 _DIFFERENTIATING = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
@@ -32,6 +34,18 @@ def refuse_transforms(op: str, *tensors: Tensor) -> None:
     """An error where torch.func or forward-mode AD would differentiate `op`: torch would drop the tangent silently."""
     if not torch.compiler.is_compiling():
         _is_transformed(op, tensors)
+
+
+def expect_no_graph(op: str, name: str, out: Tensor) -> None:
+    """Refuses an `out` whose gradient would still be that of what it held before."""
+    if isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgument(f"{op}: {name} must not require a gradient: detach() it, or call under torch.no_grad()")
+
+
+def note_written(*tensors: Tensor | None) -> None:
+    """Tells autograd that the op has written them: a backward that still needs what they held becomes an error."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None])
 
 
 def _is_transformed(op: str, tensors: tuple[Tensor, ...]) -> bool:

@@ -28,11 +28,12 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _expect_no_lone_meta(op: str, arguments: dict[str, Any]) -> None:
-    device = None
+    first = None
     for name, value in arguments.items():
         for tensor in value if isinstance(value, list | tuple) else (value,):
             if not isinstance(tensor, Tensor):
                 continue
-            device = device or tensor.device
-            if tensor.is_meta and device.type != "meta":
-                raise RuntimeError(f"{op}: {name} must be on {device}, as the other tensors are, got meta")
+            first = tensor if first is None else first
+            if tensor.is_meta != first.is_meta:
+                places = f"must be on {first.device}, as the other tensors are, got {tensor.device}"
+                raise RuntimeError(f"{op}: {name} {places}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad, refuse_transforms
+from qkernels.ops.eager import expect_no_graph, is_eager, needs_grad, note_written, refuse_transforms
 from qkernels.ops.fake import register_fake
 from qkernels.ops.groups import by_group
 
@@ -68,7 +68,9 @@ def fake_quant_out(
     out: Tensor,
 ) -> Tensor:
     """`fake_quant` into `out` (dense; dtype, shape and layout of `x`; `x` itself or apart from it); returns `out`."""
+    expect_no_graph("fake_quant_out", "out", out)
     _ops.fake_quant_out.default(x, scale, zero_point, axis, qmin, qmax, out)
+    note_written(out)
     return out
 
 
@@ -105,7 +107,9 @@ def fake_quant_backward_out(
     out: Tensor,
 ) -> Tensor:
     """`fake_quant_backward` into `out` (dense; dtype, shape and layout of `x`; may be `grad`); returns `out`."""
+    expect_no_graph("fake_quant_backward_out", "out", out)
     _ops.fake_quant_backward_out.default(grad, x, scale, zero_point, axis, qmin, qmax, out)
+    note_written(out)
     return out
 
 
@@ -231,7 +235,7 @@ class _FakeQuantMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, axis, qmin, qmax, code_dtype):
         y, mask, clipped, codes = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
-        ctx.mask, ctx.axis, ctx.like = mask if x.is_cuda or clipped else None, axis, y.stride()
+        ctx.mask, ctx.axis, ctx.like = mask if x.device.type != "cpu" or clipped else None, axis, y.stride()
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)  # zeros for the codes
         return y, codes

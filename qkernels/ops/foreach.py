@@ -157,7 +157,9 @@ class _ForeachObserveFakeQuant(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.count = n
         # Asking a GPU would wait for it.
-        ctx.clipped = list(range(n)) if clipped.is_cuda else [i for i, c in enumerate(clipped.tolist()) if c]
+        ctx.clipped = (
+            list(range(n)) if clipped.device.type != "cpu" else [i for i, c in enumerate(clipped.tolist()) if c]
+        )
         ctx.save_for_backward(*[t[i] for t in (xs, scales, zero_points) for i in ctx.clipped])
         ctx.grid = [axes[i] for i in ctx.clipped], qmin, qmax
         return *ys, *codes, *scales, *zero_points

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
+from qkernels.ops.eager import (
+    expect_no_graph,
+    is_eager,
+    needs_grad,
+    note_written,
+    once_differentiable,
+    refuse_transforms,
+)
 from qkernels.ops.fake import register_fake
 from qkernels.ops.groups import by_group
 
@@ -54,7 +61,9 @@ def lsq_out(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int, out: Tensor
 ) -> Tensor:
     """The forward of `lsq` into `out` (dense; dtype, shape and layout of `x`; may be `x`); returns `out`."""
+    expect_no_graph("lsq_out", "out", out)
     _ops.lsq_out.default(x, scale, zero_point, axis, qmin, qmax, out)
+    note_written(out)
     return out
 
 
@@ -100,7 +109,9 @@ def lsq_backward_out(
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lsq_backward` with the gradient of `x` in `out` (dense; dtype, shape and layout of `x`; may be `grad`)."""
+    expect_no_graph("lsq_backward_out", "out", out)
     sums = _ops.lsq_backward_out.default(grad, x, scale, zero_point, axis, qmin, qmax, grad_factor, out)
+    note_written(out)
     return out, *sums
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qkernels.ops.eager import is_eager, needs_grad
+from qkernels.ops.eager import expect_no_graph, is_eager, needs_grad, note_written
 from qkernels.ops.expect import expect_tensor
 from qkernels.ops.fake import register_fake
 from qkernels.ops.fake_quant import fake_quant, fake_quant_backward
@@ -68,6 +68,7 @@ def observe(
     """
     grid = axis, qmin, qmax, symmetric, min_scale, momentum, source
     _ops.observe.default(x, low, high, scale, zero_point, non_finite, *grid, floor, ceiling)
+    note_written(low, high, scale, zero_point, non_finite)
 
 
 def observe_fake_quant(
@@ -118,6 +119,7 @@ def observe_fake_quant(
         return _ObserveFakeQuant.apply(x, *state, *grid)
     out = torch.empty_like(x)
     _ops.observe_fake_quant_out.default(x, *state, *grid, out)
+    note_written(*state)
     return out
 
 
@@ -143,7 +145,10 @@ def observe_fake_quant_out(
         A bool tensor of no dimension: whether a value of `x` was clipped.
     """
     grid = axis, qmin, qmax, symmetric, min_scale, momentum, source
-    return _ops.observe_fake_quant_out.default(x, low, high, scale, zero_point, non_finite, *grid, out)
+    expect_no_graph("observe_fake_quant_out", "out", out)
+    clipped = _ops.observe_fake_quant_out.default(x, low, high, scale, zero_point, non_finite, *grid, out)
+    note_written(low, high, scale, zero_point, non_finite, out)
+    return clipped
 
 
 def observe_histogram(
@@ -167,6 +172,7 @@ def observe_histogram(
         RuntimeError: an argument has the wrong dtype or size; the message names it.
     """
     _ops.observe_histogram.default(x, batch_low, batch_high, low, high, histogram)
+    note_written(low, high, histogram)
 
 
 class _ObserveFakeQuant(torch.autograd.Function):
@@ -175,7 +181,8 @@ class _ObserveFakeQuant(torch.autograd.Function):
         out = torch.empty_like(x)
         ctx.grid = grid[:3]
         clipped = _ops.observe_fake_quant_out.default(x, low, high, scale, zero_point, non_finite, *grid, out)
-        if x.is_cuda or clipped:  # asking a GPU would wait for it
+        note_written(low, high, scale, zero_point, non_finite)
+        if x.device.type != "cpu" or clipped:  # asking a GPU would wait for it
             # Copies: the next batch moves the grid.
             ctx.save_for_backward(x, scale.clone(), zero_point.clone())
         return out

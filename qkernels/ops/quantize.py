@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkernels.ops.eager import expect_no_graph, note_written
 from qkernels.ops.fake import register_fake
 
 _ops = torch.ops.qkernels
@@ -42,6 +43,7 @@ def quantize_out(
 ) -> Tensor:
     """`quantize` into `out` (uint8 or int8, dense, shape and layout of `x`); returns `out`."""
     _ops.quantize_out.default(x, scale, zero_point, axis, qmin, qmax, out)
+    note_written(out)
     return out
 
 
@@ -68,7 +70,9 @@ def dequantize(
 
 def dequantize_out(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, out: Tensor) -> Tensor:
     """`dequantize` into `out` (float32, bfloat16 or float16, dense, shape and layout of `q`); returns `out`."""
+    expect_no_graph("dequantize_out", "out", out)
     _ops.dequantize_out.default(q, scale, zero_point, axis, out)
+    note_written(out)
     return out
 
 

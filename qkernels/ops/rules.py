@@ -108,10 +108,13 @@ def dorefa_gradient(grad: Tensor, seed: Tensor, bits: int) -> Tensor:
 
 
 def round_gradient(x: Tensor, bits: int, seed: Tensor | None = None) -> Tensor:
-    """The identity whose gradient goes through `dorefa_gradient`; without a seed, one from torch's generator."""
+    """The identity whose gradient goes through `dorefa_gradient`.
+
+    Without a seed, one from torch's generator for the device of `x`: a CUDA graph draws another at each replay.
+    """
     refuse_transforms("round_gradient", expect_tensor("round_gradient", "x", x))
     if seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu")
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     return _RoundGradient.apply(x, seed, bits)
 
 

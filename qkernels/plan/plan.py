@@ -33,6 +33,8 @@ class Plan(nn.Module):
     `islands`, which torch would run, are none.
     """
 
+    saves_itself = True
+
     def __init__(self, data: bytes) -> None:
         super().__init__()
         if not isinstance(data, bytes):
@@ -106,6 +108,8 @@ class PlanWithIslands(nn.Module):
 
     `islands` says which nodes, and why.
     """
+
+    saves_itself = True
 
     def __init__(
         self,

@@ -202,6 +202,33 @@ def test_rounding_begins_on_grids_for_what_passed_before(apply):
     assert qkernels.verify(qat, qkernels.convert(qat), [images(5)]).total_mismatches == 0
 
 
+@pytest.mark.parametrize("rule", ["ste", "lsq", "lsq_plus", "range"])
+def test_weights_that_grew_before_the_start_step_get_grids_for_what_they_are(rule):
+    """200 steps in float make them ten times as large."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    y = 10 * x[:, :1]
+    model = qkernels.prepare_qat(
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)), x, rule=rule, start_step=200
+    )
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if "rule" not in name], lr=0.05)
+    for i in range(200):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        if i < 199:
+            with torch.no_grad():
+                assert torch.equal((model.eval()(x) - y).square().mean(), loss)  # float in eval mode too
+            model.train()
+        loss.backward()
+        optimizer.step()
+    model(x)
+    with torch.no_grad():
+        rounded = (model.eval()(x) - y).square().mean()
+    assert loss < 0.01
+    assert rounded < 1.0  # 119 on the grids of the beginning
+    assert qkernels.verify(model, qkernels.convert(model), [x]).total_mismatches == 0
+
+
 def test_until_the_start_step_training_is_float():
     model = conv_bn_relu()
     del model[7]

@@ -12,7 +12,7 @@ from torch import nn
 
 import qkernels
 from qkernels.core.files import write_atomically
-from qkernels.errors import InvalidArgument, InvalidType
+from qkernels.errors import InvalidArgument, InvalidType, Unsupported
 from qkernels.plan.profile import Profile, StepTime
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -141,4 +141,27 @@ def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_nothing(tmp_path
     path = tmp_path / "model"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (str(path), "")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_that_leads_to_itself_stays(tmp_path):
+    os.symlink("loop", tmp_path / "loop")
+    with pytest.raises(OSError, match="loop"):
+        write_atomically(tmp_path / "loop", b"content")
+    assert os.readlink(tmp_path / "loop") == "loop"
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anything
+    with pytest.raises(PermissionError, match="model"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_plan_inside_a_model_is_no_model_to_save(plan, tmp_path):
+    for model, name in ((plan, "the model"), (nn.Sequential(plan, nn.Softmax(-1)), "0")):
+        with pytest.raises(Unsupported, match=rf"save: {name} is a plan, whose file plan.save\(path\) writes"):
+            qkernels.save(model, tmp_path / "model")
     assert os.listdir(tmp_path) == []

@@ -150,6 +150,21 @@ void quantize_and_dequantize_are_the_formula() {
   }
 }
 
+void inputs_of_too_many_dimensions_are_an_error() {
+  NetworkWriter n(1);
+  const int x = n.file.input(DType::kF32, {-1, 3});
+  n.file.output(n.dequantize(n.quantize(x, 2), 2));
+  const std::unique_ptr<Plan> plan = load(n.file.bytes());
+  InputLayout wrong = contiguous_input({2, 3});
+  for (const int rank : {-1, 7, 1 << 30}) {
+    wrong.size.rank = rank;
+    std::vector<OutputSpec> specs;
+    const Error error = plan->outputs({wrong}, kSerial, &specs);
+    CHECK(error.kind == ErrorKind::kArgument, error.message);
+  }
+  CHECK_EQ(contiguous_input({1, 1, 1, 1, 1, 1, 1}).size.rank, -1);
+}
+
 // A layer writes float32 itself; 16 bits are a step of their own, with the same values.
 void layers_are_dequantized_to_every_float() {
   const auto outputs = [](DType dtype, size_t* operations) {
@@ -431,6 +446,7 @@ int main(int argc, char** argv) {
   }
   planar_images_are_interleaved();
   quantize_and_dequantize_are_the_formula();
+  inputs_of_too_many_dimensions_are_an_error();
   layers_are_dequantized_to_every_float();
   every_isa_and_thread_count_gives_the_same_bits();
   slices_of_the_batch_give_the_same_bits();

@@ -41,3 +41,28 @@ def test_an_output_is_not_left_as_it_was():
 def test_meta_tensors_alone_give_meta_tensors():
     codes = ops.quantize(lone(X), lone(SCALE), lone(ZERO), *GRID, torch.int8)
     assert (codes.device.type, codes.dtype, codes.shape) == ("meta", torch.int8, X.shape)
+
+
+def test_a_meta_tensor_in_front_of_others_is_refused():
+    image = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    state = torch.ones(1), torch.ones(1), SCALE.clone(), ZERO.clone()
+    for call in (
+        lambda: ops.fake_quant_out(lone(X), SCALE, ZERO, *GRID, torch.zeros_like(X)),
+        lambda: ops.lsq_backward(lone(X), X, SCALE, ZERO.float(), *GRID, 1.0),
+        lambda: ops.binary_sign_backward(lone(X), X),
+        lambda: ops.batch_norm_statistics(lone(image), None, None, torch.zeros(3), torch.ones(3), 0.1, 1e-5),
+        lambda: ops.observe(lone(X), *state, None, *GRID, False, 1e-9, None, "x"),
+    ):
+        with pytest.raises(RuntimeError, match=r"^\w+: \w+ must be on meta, as the other tensors are, got cpu$"):
+            call()
+
+
+def test_training_has_shapes_on_the_meta_device():
+    x = torch.randn(4, 8, device="meta", requires_grad=True)
+    scale, zero_point = lone(SCALE), lone(ZERO)
+    assert ops.fake_quant(x, scale, zero_point, *GRID, keep="mask").shape == (4, 8)
+    assert ops.foreach_observe_fake_quant([x], [None], -8, 7, True, 1e-9)[0][0].shape == (4, 8)
+    state = lone(torch.ones(1)), lone(torch.ones(1)), scale, zero_point, None
+    y = ops.observe_fake_quant(x, *state, *GRID, False, 1e-9, None, "x")
+    y.sum().backward()
+    assert x.grad.shape == (4, 8)

@@ -1,9 +1,12 @@
 """What the `_out` ops write to: memory of their own or, where they allow it, that of an input, but not a part of it."""
 
+import math
+
 import pytest
 import torch
 
 from qkernels import ops
+from qkernels.errors import InvalidArgument
 
 N = 70_000
 SCALE, ZERO_POINT, INF = torch.tensor([0.1]), torch.tensor([3], dtype=torch.int32), float("inf")
@@ -91,3 +94,47 @@ def test_int32_codes_may_become_floats_in_place():
     expected = ops.dequantize(q, SCALE, torch.zeros(1, dtype=torch.int32), None)
     out = ops.dequantize_out(q, SCALE, torch.zeros(1, dtype=torch.int32), None, q.view(torch.float32))
     assert torch.equal(out, expected)
+
+
+X, ZERO = torch.randn(8), torch.zeros(1, dtype=torch.int32)
+CODES = torch.zeros(8, dtype=torch.int8)
+WRITING = {
+    "fake_quant_out": lambda out: ops.fake_quant_out(X, SCALE, ZERO, None, -8, 7, out),
+    "fake_quant_backward_out": lambda out: ops.fake_quant_backward_out(X, X, SCALE, ZERO, None, -8, 7, out),
+    "lsq_out": lambda out: ops.lsq_out(X, SCALE, ZERO.float(), None, -8, 7, out),
+    "lsq_backward_out": lambda out: ops.lsq_backward_out(X, X, SCALE, ZERO.float(), None, -8, 7, 1.0, out),
+    "dequantize_out": lambda out: ops.dequantize_out(CODES, SCALE, ZERO, None, out),
+    "observe_fake_quant_out": lambda out: ops.observe_fake_quant_out(
+        X, torch.ones(1), torch.ones(1), SCALE.clone(), ZERO.clone(), None, None, -8, 7, False, 1e-9, None, "x", out
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_backward_that_needs_what_was_overwritten_is_an_error(name):
+    leaf = torch.randn(8, requires_grad=True)
+    kept = leaf * 1
+    square = kept * kept
+    with torch.no_grad():
+        WRITING[name](kept)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_out_has_no_gradient(name):
+    with pytest.raises(InvalidArgument, match=f"^{name}: out must not require a gradient"):
+        WRITING[name](torch.zeros(8, requires_grad=True))
+    with torch.inference_mode():
+        WRITING[name](torch.zeros(8))
+
+
+def test_a_grid_that_an_observer_moves_is_not_that_of_an_earlier_forward():
+    x, low, high, scale = torch.tensor([0.5, 5.0], requires_grad=True), torch.zeros(1), torch.zeros(1), SCALE.clone()
+    y = ops.fake_quant(x, scale, ZERO, None, -8, 7)
+    ops.observe(torch.tensor([-80.0, 70.0]), low, high, scale, ZERO.clone(), None, None, 0, 255, False, 1e-9, None, "x")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    low, high, bins = torch.tensor([math.inf]), torch.tensor([-math.inf]), torch.zeros(16)
+    ops.observe_histogram(X, X.min()[None], X.max()[None], low, high, bins)
+    assert [t._version for t in (low, high, bins)] == [1, 1, 1]
