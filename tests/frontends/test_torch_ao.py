@@ -476,3 +476,14 @@ def test_converting_twice_and_layers_with_hooks_say_what_helps():
     model.module[0].register_forward_hook(lambda *_: None)
     with pytest.raises(InvalidState, match=r"forward hooks.*Take them off"):
         torch_ao.convert(model)
+
+
+def test_an_empty_batch_first_leaves_the_number_of_channels_open():
+    observer, theirs = (
+        torch_ao.PerChannelMinMaxObserver(ch_axis=0),
+        torch.ao.quantization.PerChannelMinMaxObserver(ch_axis=0),
+    )
+    for x in (torch.empty(0, 6), torch.randn(4, 6)):
+        observer(x)
+        theirs(x)
+    torch.testing.assert_close(observer.calculate_qparams()[0], theirs.calculate_qparams()[0])

@@ -107,6 +107,8 @@ class ObserverBase(nn.Module, _Factory):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is None:
+            if x.numel() == 0:
+                return x  # it may lack channels too
             self.observer = self._make(x.shape[self.ch_axis]).to(x.device)
         self.observer.observe(x)
         return x
