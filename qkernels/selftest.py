@@ -181,7 +181,8 @@ def _dorefa(g: torch.Generator) -> Pairs:
         grid = scale, zero_point, -7, 7
         ours = ops.dorefa_weight(x, *grid), ops.dorefa_weight_backward(grad, x, *grid)
         with isa_cap("scalar"):
-            yield from zip(ours, (ops.dorefa_weight(x, *grid), ops.dorefa_weight_backward(grad, x, *grid)), strict=True)
+            expected = ops.dorefa_weight(x, *grid), ops.dorefa_weight_backward(grad, x, *grid)
+        yield from zip(ours, expected, strict=True)
 
 
 @_check
@@ -348,7 +349,7 @@ def _pool(g: torch.Generator) -> Pairs:
 
 @_check
 def _plan(g: torch.Generator) -> Pairs:
-    """Quantizing an image, the first layer of a network, an addition and a mean in one call, against the modules."""
+    """Quantizing an image, the first layer of a network and a depthwise one in one call, against the modules."""
     for channels in (3, 4):
         network = nn.Sequential(nn.Conv2d(channels, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16))
         for p in network.parameters():

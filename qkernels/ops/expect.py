@@ -24,4 +24,6 @@ def expect_list(op: str, what: str, value: Any) -> list[Any]:
 
 
 def expect_sizes(op: str, name: str, value: Any) -> list[int]:
+    if isinstance(value, (list, tuple)):  # in every call of a convolution: no message is made up
+        return list(value)
     return expect_list(op, f"{name} must be a list of one integer a dimension", value)
