@@ -121,7 +121,7 @@ class ExactUnit(nn.Module):
         target, weighted = self.target[0], self.template.module
         if target.follows or not target.rounds:
             return False
-        if any(not source.rounds or (dropped and self.training) for source, dropped in self.sources):
+        if any(not source.rounded or (dropped and self.training) for source, dropped in self.sources):
             return False
         if not isinstance(weighted, Prepared):
             return True

@@ -18,7 +18,7 @@ from qkernels.ops.eager import once_differentiable
 def takes_integers(layer: nn.Module, x: Tensor, source: Quantizer) -> bool:
     """Whether the forward of `layer` on `x` can run on the kernels now."""
     return (
-        source.rounds
+        source.rounded
         and layer.quantizers["weight"].rounds
         and not (source.spec.simulated or layer.quantizers["weight"].spec.simulated)
         and (x.is_cpu or x.is_cuda)

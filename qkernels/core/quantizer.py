@@ -77,6 +77,7 @@ class Quantizer(nn.Module):
         self.counts = True  # whether each batch is a step; otherwise somebody else takes steps off the delay
         self.gives_codes = False  # whether a layer that runs on integers reads the output
         self.joins = False  # whether several tensors of one forward pass here, which share the grid
+        self._waits = False  # whether the tensor of now belongs to a training step of the delay
         self._ready: tuple[weakref.ref, Tensor] | None = None  # the last output and its codes, until they are asked for
         self._done: weakref.ref | None = None  # what `normalized` gave, until it arrives
         self._counts: tuple[int, ...] | None = None
@@ -124,16 +125,19 @@ class Quantizer(nn.Module):
             if x is done:
                 return x
         if exact is not None:
+            self._waits = False
             return Substitute.apply(self.on_grid(x, clamp), exact) if torch.is_grad_enabled() else exact
         self._begin(joined)
         block = self.spec.block
         if block is None or x.numel() == 0:
-            return self._as_state_says(x, clamp)
-        return from_rows(self._as_state_says(self._rows(x), clamp), x.shape, block)
+            return self._as_state_says(x, clamp, joined)
+        return from_rows(self._as_state_says(self._rows(x), clamp, joined), x.shape, block)
 
     @torch.no_grad()
     def _begin(self, joined: bool) -> None:
         """A tensor comes, maybe as a further part of what this watches."""
+        if not joined:
+            self._waits = self.delay > 0
         if self.joins and (self.state is State.OBSERVE or (self.state is State.TRAIN and self.training)):
             self.observer.begin(joined)
 
@@ -162,7 +166,7 @@ class Quantizer(nn.Module):
         """Lets the observer see `x`, whatever the state."""
         self.observer.observe(x if self.spec.block is None else self._rows(x))
 
-    def _as_state_says(self, x: Tensor, clamp: Limits) -> Tensor:
+    def _as_state_says(self, x: Tensor, clamp: Limits, joined: bool) -> Tensor:
         state = self.state
         if state is State.OFF or state is State.FROZEN_OFF:
             return limited(x, clamp)
@@ -176,8 +180,8 @@ class Quantizer(nn.Module):
             return limited(x, clamp)
         is_part = x.numel() > 0 or (not self.is_weight and is_distributed())  # the other ranks wait for this one
         if state is State.TRAIN and self.training and self.rule is not None and is_part:
-            if self.delay > 0:
-                return self._wait(limited(x, clamp))
+            if self._waits:
+                return self._wait(limited(x, clamp), joined)
             if self.rule.observes or not self._chosen:
                 return self._follow(x, clamp)
         return self.on_grid(x, clamp)
@@ -275,13 +279,17 @@ class Quantizer(nn.Module):
         ends = self.spec.qmin, self.spec.qmax
         return ends if clamp is None else _codes_of(clamp, self.scale.item(), self.zero_point.item(), *ends)
 
-    def _wait(self, x: Tensor) -> Tensor:
-        """A training step before rounding begins; a weight gets its grid when it does, whatever it had before."""
-        self.delay -= self.counts
+    def _wait(self, x: Tensor, joined: bool) -> Tensor:
+        """A training step before rounding begins; the last one chooses the grid, whatever it was before."""
+        self.delay -= self.counts and not joined
         if self.is_weight:
             self._chosen = False
             self.scale.zero_()
-        if not self.forgets:
+        if self.delay == 0:
+            if self.forgets:
+                self.observer.reset()
+            self._measure(x)
+        elif not self.forgets:
             self.observer.observe(x, merged=not self.is_weight)
         if is_distributed() and torch.is_grad_enabled():
             for parameter in self.rule.parameters():
@@ -417,6 +425,11 @@ class Quantizer(nn.Module):
     def rounds(self) -> bool:
         """Whether forward rounds, in a batch that comes now."""
         return self._chosen and self.delay == 0 and self.state in ROUNDING
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the tensor that came last was rounded."""
+        return self.rounds and not self._waits
 
     @property
     def follows(self) -> bool:

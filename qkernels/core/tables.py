@@ -54,13 +54,18 @@ def codes_by_byte(dtype: torch.dtype) -> Tensor:
 
 
 def function_table(function: Callable[[Tensor], Tensor], input: QParams, output: QParams) -> Tensor:
-    """`clamp(RNE(function((q - zi) * si) / so) + zo, qmin, qmax)` for each byte of q, all in float64."""
+    """`clamp(RNE(function((q - zi) * si) / so) + zo, qmin, qmax)` for each byte of q, all in float64 on the CPU.
+
+    The table lies where `output` does.
+    """
     (input_scale, input_zero_point), (scale, zero_point) = input.item(), output.item()
     x = (codes_by_byte(input.dtype) - input_zero_point).to(torch.float64) * input_scale
     y = function(x)
     if bool(torch.isnan(y).any()):
         raise Unsupported("table: the function is not defined everywhere on the input grid; leave it in float")
-    return (torch.round(y / scale) + zero_point).clamp(output.qmin, output.qmax).to(output.dtype)
+    return (
+        (torch.round(y / scale) + zero_point).clamp(output.qmin, output.qmax).to(output.dtype).to(output.scale.device)
+    )
 
 
 def unary_table(name: str, options: Mapping[str, Any], input: QParams, output: QParams) -> Tensor:

@@ -1,5 +1,7 @@
 """The tables of unary functions: rounded once from float64, indexed by the byte of the code."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,3 +59,10 @@ def test_unknown_names_options_and_undefined_values_are_refused():
         tables.unary_table("relu", {"alpha": 1}, IN_UINT8, OUT)
     with pytest.raises(Unsupported, match="not defined everywhere"):
         tables.function_table(torch.sqrt, IN_UINT8, OUT)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_table_lies_where_its_output_grid_does(device):
+    """As a model on a GPU needs it; the device without memory stands for that."""
+    output = SimpleNamespace(item=OUT.item, qmin=0, qmax=255, dtype=torch.uint8, scale=torch.empty(1, device=device))
+    assert tables.requantize_table(IN_UINT8, output).device.type == device

@@ -238,6 +238,49 @@ def test_until_the_start_step_training_is_float():
     assert not torch.allclose(qat(images(5)), model(images(5)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("forward", ["int8", "float"])
+@pytest.mark.parametrize("rule", ["ste", "lsq", "lsq_plus", "range", "pact"])
+def test_the_last_step_before_rounding_chooses_the_grids(rule, forward):
+    qat = qkernels.prepare_qat(conv_bn_relu(), images(), rule=rule, forward=forward, start_step=2)
+    train(qat, 2)
+    x = images(5)
+    assert qkernels.verify(qat, qkernels.convert(qat), [x]).total_mismatches == 0
+    qat.eval()
+    with torch.no_grad():
+        first = qat(x)
+        assert torch.equal(first, qat(x))
+        assert forward == "float" or torch.equal(first, qkernels.exact(qat)(x))
+    again = qkernels.prepare_qat(conv_bn_relu(), images(), rule=rule, forward=forward, start_step=2)
+    again.load_state_dict(qat.state_dict())
+    losses = []
+    for model in (qat.train(), again):
+        torch.manual_seed(1)  # for dropout
+        losses.append(train(model, 2))
+    assert losses[0] == losses[1]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return torch.cat([F.relu(self.left(x)), F.relu(self.right(x)), x], 1)
+
+
+@pytest.mark.parametrize("rule", ["ste", "lsq"])
+def test_the_branches_of_a_concatenation_are_one_step_of_the_delay(rule):
+    float_model = Branches()
+    qat = qkernels.prepare_qat(float_model, images(), rule=rule, start_step=4)
+    for step in range(4):
+        assert {q.delay for q in quantizers(qat)} == {4 - step}
+        torch.testing.assert_close(qat(images(step)), float_model(images(step)), rtol=1e-4, atol=1e-5)
+    assert {q.delay for q in quantizers(qat)} == {0}
+    output = qat(images(4))
+    assert not torch.allclose(output, float_model(images(4)), rtol=1e-4, atol=1e-5)
+    assert qkernels.verify(qat, qkernels.convert(qat), [images(5)]).total_mismatches == 0
+
+
 def test_calibration_sets_the_grids_of_a_model_in_training():
     qat = qkernels.prepare_qat(conv_bn_relu(), images(), forward="float").eval()
     with pytest.raises(InvalidState, match="no grid yet"):
