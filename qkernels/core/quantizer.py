@@ -286,8 +286,6 @@ class Quantizer(nn.Module):
             self._chosen = False
             self.scale.zero_()
         if self.delay == 0:
-            if self.forgets:
-                self.observer.reset()
             self._measure(x)
         elif not self.forgets:
             self.observer.observe(x, merged=not self.is_weight)
@@ -303,8 +301,6 @@ class Quantizer(nn.Module):
                 return self._fresh(x, None)[0]
             if self.is_weight or not is_distributed():
                 return self._observe_fake_quant(x, clamp)
-        if self.forgets:
-            self.observer.reset()
         x = limited(x, clamp)
         self._measure(x)
         if not self._chosen:
@@ -314,6 +310,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> None:
+        """Lets the grid follow `x`, or start from it."""
+        if self.forgets:
+            self.observer.reset()
         scale = self.rule.measure(x)
         if scale is None or not self._chosen:
             self.observer.observe(x, merged=not self.is_weight)

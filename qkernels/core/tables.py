@@ -63,9 +63,8 @@ def function_table(function: Callable[[Tensor], Tensor], input: QParams, output:
     y = function(x)
     if bool(torch.isnan(y).any()):
         raise Unsupported("table: the function is not defined everywhere on the input grid; leave it in float")
-    return (
-        (torch.round(y / scale) + zero_point).clamp(output.qmin, output.qmax).to(output.dtype).to(output.scale.device)
-    )
+    codes = (torch.round(y / scale) + zero_point).clamp(output.qmin, output.qmax)
+    return codes.to(output.scale.device, output.dtype)
 
 
 def unary_table(name: str, options: Mapping[str, Any], input: QParams, output: QParams) -> Tensor:
