@@ -51,6 +51,9 @@ struct OpName {
   char text[kSize] = {};
 };
 
+// The op that this thread runs, for errors of what ops share.
+inline thread_local const char* running_op = "qkernels";
+
 // None comes through a schema's `Tensor` as an undefined one, of which torch says nothing useful.
 inline void check_defined(const char* op, int position, const Tensor& t) {
   STD_TORCH_CHECK(t.defined(), op, ": argument ", position, " must be a tensor, got None");
@@ -64,6 +67,7 @@ struct Boxed;
 template <OpName op, typename Result, typename... Parameters, Result (*function)(Parameters...)>
 struct Boxed<op, function> {
   static Result call(Parameters... arguments) {
+    running_op = op.text;
     int position = 0;
     (check_defined(op.text, ++position, arguments), ...);
     return function(std::forward<Parameters>(arguments)...);

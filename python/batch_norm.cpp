@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "csrc/fake_quant/fake_quant.h"
-#include "python/layout.h"
+#include "python/fake_quant_backward.h"
 
 namespace qk::seam {
 namespace {
@@ -46,22 +46,30 @@ float* running(const char* op, const char* name, Tensor& t, int64_t channels) {
 
 Tensor vector_of(int64_t channels) { return empty_on_cpu({channels}, ScalarType::Float); }
 
-NormGrid check_norm_grid(const char* op, double scale, int64_t zero_point, int64_t qmin,
-                         int64_t qmax, std::optional<double> floor, std::optional<double> ceiling) {
-  STD_TORCH_CHECK(-kFakeQuantLimit <= qmin && qmin <= qmax && qmax <= kFakeQuantLimit, op,
-                  ": qmin and qmax must be in [-2^21, 2^21] and qmin not above qmax, got qmin ",
-                  qmin, " and qmax ", qmax);
-  STD_TORCH_CHECK(-kFakeQuantLimit <= zero_point && zero_point <= kFakeQuantLimit, op,
-                  ": zero_point must be in [-2^21, 2^21], got ", zero_point);
-  NormGrid grid{.scale = check_scale(op, "scale", scale),
-                .zero_point = static_cast<int32_t>(zero_point),
-                .qmin = static_cast<int32_t>(qmin),
-                .qmax = static_cast<int32_t>(qmax)};
-  if (floor.has_value()) grid.floor = static_cast<float>(*floor);
-  if (ceiling.has_value()) grid.ceiling = static_cast<float>(*ceiling);
-  STD_TORCH_CHECK(grid.floor <= grid.ceiling, op, ": floor must not be above ceiling, got ",
-                  grid.floor, " and ", grid.ceiling);
-  return grid;
+// A zero point in float32 is learned, and rounded here.
+NormGrid check_norm_grid(const char* op, const Tensor& x, const Tensor& scale,
+                         const Tensor& zero_point, int64_t qmin, int64_t qmax,
+                         std::optional<double> floor, std::optional<double> ceiling) {
+  check_grid_ends(op, qmin, qmax);
+  const bool learned = zero_point.scalar_type() == ScalarType::Float;
+  const GridView view = learned
+                            ? check_learned_grid(op, x, scale, zero_point, std::nullopt, qmin, qmax)
+                            : check_grid(op, x, scale, zero_point, std::nullopt, qmin, qmax);
+  const Limits limits = check_limits(op, floor, ceiling);
+  return {.scale = *view.scale,
+          .zero_point = *view.zero_point,
+          .qmin = static_cast<int32_t>(qmin),
+          .qmax = static_cast<int32_t>(qmax),
+          .floor = limits.floor,
+          .ceiling = limits.ceiling};
+}
+
+// Straight through a clamp: it leaves fewer codes.
+NormGrid without_clamp(const NormGrid& grid) {
+  const CodeEnds range = clamped_ends(grid.floor, grid.ceiling, 1.0f / grid.scale, grid.zero_point,
+                                      grid.qmin, grid.qmax);
+  return {
+      .scale = grid.scale, .zero_point = grid.zero_point, .qmin = range.qmin, .qmax = range.qmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_statistics(
@@ -101,13 +109,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_statistics(
 }
 
 std::tuple<Tensor, Tensor> norm_fake_quant(const Tensor& x, const Tensor& factor,
-                                           const Tensor& shift, double scale, int64_t zero_point,
-                                           int64_t qmin, int64_t qmax, std::optional<double> floor,
+                                           const Tensor& shift, const Tensor& scale,
+                                           const Tensor& zero_point, int64_t qmin, int64_t qmax,
+                                           std::optional<double> floor,
                                            std::optional<double> ceiling,
                                            std::optional<ScalarType> code_dtype) {
   const char* op = "norm_fake_quant";
   const auto [rows, channels] = check_matrix(op, "x", x);
-  const NormGrid grid = check_norm_grid(op, scale, zero_point, qmin, qmax, floor, ceiling);
+  const NormGrid grid = check_norm_grid(op, x, scale, zero_point, qmin, qmax, floor, ceiling);
   if (code_dtype.has_value()) {
     check_code_type(op, "code_dtype", *code_dtype);
     check_code_range(op, *code_dtype, qmin, qmax);
@@ -132,8 +141,8 @@ std::tuple<Tensor, Tensor> norm_fake_quant(const Tensor& x, const Tensor& factor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_fake_quant_backward(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& inv_std,
-    const Tensor& factor, const Tensor& shift, double scale, int64_t zero_point, int64_t qmin,
-    int64_t qmax, std::optional<double> floor, std::optional<double> ceiling,
+    const Tensor& factor, const Tensor& shift, const Tensor& scale, const Tensor& zero_point,
+    int64_t qmin, int64_t qmax, std::optional<double> floor, std::optional<double> ceiling,
     std::optional<double> grad_factor) {
   const char* op = "norm_fake_quant_backward";
   const auto [rows, channels] = check_matrix(op, "x", x);
@@ -142,11 +151,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_fake_quant_backward(
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == ScalarType::Float, op,
                   ": grad must be float32 on the CPU, got ", dtype_text(grad.scalar_type()));
   const bool learned = grad_factor.has_value();
-  STD_TORCH_CHECK(learned || (!floor.has_value() && !ceiling.has_value()), op,
-                  ": floor and ceiling must come with a grad_factor; narrow the grid instead");
   STD_TORCH_CHECK(!learned || std::isfinite(*grad_factor), op, ": grad_factor must be finite, got ",
                   *grad_factor);
-  const NormGrid grid = check_norm_grid(op, scale, zero_point, qmin, qmax, floor, ceiling);
+  const NormGrid grid = check_norm_grid(op, x, scale, zero_point, qmin, qmax, floor, ceiling);
   const Tensor means = check_channels(op, "mean", mean, channels);
   const Tensor inverses = check_channels(op, "inv_std", inv_std, channels);
   const Tensor factors = check_channels(op, "factor", factor, channels);
@@ -166,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_fake_quant_backward(
                  .inv_std = inverses.const_data_ptr<float>(),
                  .factor = factors.const_data_ptr<float>(),
                  .shift = shifts.const_data_ptr<float>(),
-                 .grid = grid,
+                 .grid = learned ? grid : without_clamp(grid),
                  .learned = learned,
                  .grad_factor = grad_factor.value_or(1.0),
                  .weight = grad_weight.mutable_data_ptr<float>(),

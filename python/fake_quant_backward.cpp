@@ -34,6 +34,30 @@ void check_learned_zero_point(const char* op, const Tensor& x, const Tensor& sca
                   qmax);
 }
 
+GridView check_learned_grid(const char* op, const Tensor& x, const Tensor& scale,
+                            const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
+                            int64_t qmax) {
+  check_learned_zero_point(op, x, scale, zero_point, qmin, qmax);
+  const Tensor learned = torch::stable::contiguous(zero_point);
+  const float* values = learned.const_data_ptr<float>();
+  for (int64_t c = 0; c < learned.numel(); ++c) {
+    STD_TORCH_CHECK(std::isfinite(values[c]), op, ": zero_point must be finite, got ", values[c],
+                    " at channel ", c);
+  }
+  Tensor rounded = empty_on_cpu(sizes_of(learned), ScalarType::Int);
+  round_zero_points(values, rounded.mutable_data_ptr<int32_t>(), learned.numel(),
+                    static_cast<int32_t>(qmin), static_cast<int32_t>(qmax));
+  return check_grid(op, x, scale, rounded, axis, qmin, qmax);
+}
+
+Limits check_mask_limits(const char* op, std::optional<int64_t> axis, std::optional<double> floor,
+                         std::optional<double> ceiling) {
+  STD_TORCH_CHECK(!axis.has_value() || (!floor.has_value() && !ceiling.has_value()), op,
+                  ": floor and ceiling need one grid for the whole tensor, got axis ",
+                  axis.value_or(0));
+  return check_limits(op, floor, ceiling);
+}
+
 Pass::Pass(const Tensor& grad_in, const Tensor& x_in, FloatType type, std::optional<int64_t> axis,
            const GridView& grid, int64_t qmin, int64_t qmax, Tensor out)
     : grad(same_layout(grad_in, out) ? grad_in : copy_in_layout(grad_in, out)), x(x_in) {
@@ -69,23 +93,6 @@ Tensor fake_quant_backward(const Tensor& grad, const Tensor& x, const Tensor& sc
   Tensor out = empty_like(x, x.scalar_type());
   fake_quant_backward_out(grad, x, scale, zero_point, axis, qmin, qmax, out);
   return out;
-}
-
-// The grid of a learned zero point.
-GridView check_learned_grid(const char* op, const Tensor& x, const Tensor& scale,
-                            const Tensor& zero_point, std::optional<int64_t> axis, int64_t qmin,
-                            int64_t qmax) {
-  check_learned_zero_point(op, x, scale, zero_point, qmin, qmax);
-  const Tensor learned = torch::stable::contiguous(zero_point);
-  const float* values = learned.const_data_ptr<float>();
-  for (int64_t c = 0; c < learned.numel(); ++c) {
-    STD_TORCH_CHECK(std::isfinite(values[c]), op, ": zero_point must be finite, got ", values[c],
-                    " at channel ", c);
-  }
-  Tensor rounded = empty_on_cpu(sizes_of(learned), ScalarType::Int);
-  round_zero_points(values, rounded.mutable_data_ptr<int32_t>(), learned.numel(),
-                    static_cast<int32_t>(qmin), static_cast<int32_t>(qmax));
-  return check_grid(op, x, scale, rounded, axis, qmin, qmax);
 }
 
 void lsq_out(Tensor x, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
@@ -157,11 +164,10 @@ Tensor pact(Tensor x, const Tensor& scale, const Tensor& zero_point, std::option
 
 // The walk of a mask: over a dense tensor in its own layout, so that shape, strides and axis
 // decide.
-std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, const Tensor& scale,
-                                                           const Tensor& zero_point,
-                                                           std::optional<int64_t> axis,
-                                                           int64_t qmin, int64_t qmax,
-                                                           std::optional<ScalarType> code_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(
+    const Tensor& input, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
+    int64_t qmin, int64_t qmax, std::optional<ScalarType> code_dtype, std::optional<double> floor,
+    std::optional<double> ceiling) {
   const char* op = "fake_quant_mask";
   const FloatType type = check_float_type(op, "x", input);
   axis = check_axis(op, input, axis);
@@ -170,6 +176,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
   if (code_dtype.has_value()) {
     check_code_type(op, "code_dtype", *code_dtype);
     check_code_range(op, *code_dtype, qmin, qmax);
+  }
+  const Limits limits = check_mask_limits(op, axis, floor, ceiling);
+  CodeEnds range{static_cast<int32_t>(qmin), static_cast<int32_t>(qmax)};
+  if (!axis.has_value()) {
+    range = clamped_ends(limits.floor, limits.ceiling, 1.0f / *view.scale, *view.zero_point,
+                         range.qmin, range.qmax);
   }
   Tensor y = empty_like(input, input.scalar_type());
   Tensor codes =
@@ -184,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
        .mask = mask.mutable_data_ptr<uint8_t>(),
        .codes = code_dtype.has_value() ? static_cast<uint8_t*>(codes.mutable_data_ptr()) : nullptr,
        .type = type,
-       .qmin = static_cast<int32_t>(qmin),
-       .qmax = static_cast<int32_t>(qmax),
+       .qmin = range.qmin,
+       .qmax = range.qmax,
        .grid = grid},
       torch_threads());
   return {y, mask, clipped, codes};

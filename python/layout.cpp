@@ -60,14 +60,29 @@ void check_memory(const char* op, const Tensor& out, const Read& read) {
                   same ? "its memory" : "a part of its memory");
 }
 
+// Calls `call`; torch 2.11 and 2.12 do not tell an extension why it failed.
+template <class Call>
+void allocate(const std::vector<int64_t>& sizes, ScalarType dtype, const Call& call) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error(message_text(running_op, ": out of memory for a ", dtype_text(dtype),
+                                          " tensor of shape [", shape, "]: ", error.what()));
+  }
+}
+
 // Past the dispatcher, which would cost more than a small operation.
 Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& sizes,
                 const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      device_index, &handle));
+  allocate(sizes, dtype, [&] {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+        device_index, &handle));
+  });
   return Tensor(handle);
 }
 
@@ -96,8 +111,10 @@ Tensor empty_like(const Tensor& like, ScalarType dtype) {
   std::array<StableIValue, 6> stack{from(like),         from(std::optional<ScalarType>(dtype)),
                                     from(std::nullopt), from(std::nullopt),
                                     from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  allocate(sizes_of(like), dtype, [&] {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  });
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -220,6 +237,15 @@ float check_scale(const char* op, const char* name, double scale) {
   STD_TORCH_CHECK(std::isnormal(value) && value > 0, op, ": ", name,
                   " must be positive, finite and normal in float32, got ", scale);
   return value;
+}
+
+Limits check_limits(const char* op, std::optional<double> floor, std::optional<double> ceiling) {
+  Limits limits;
+  if (floor.has_value()) limits.floor = static_cast<float>(*floor);
+  if (ceiling.has_value()) limits.ceiling = static_cast<float>(*ceiling);
+  STD_TORCH_CHECK(limits.floor <= limits.ceiling, op, ": floor must not be above ceiling, got ",
+                  limits.floor, " and ", limits.ceiling);
+  return limits;
 }
 
 void check_add_scale(const char* op, const char* name, float scale) {

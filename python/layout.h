@@ -3,6 +3,8 @@
 #pragma once
 
 #include <initializer_list>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include "csrc/base/dtype.h"
@@ -53,6 +55,12 @@ FloatType check_float_type(const char* op, const char* name, const Tensor& t);
 bool check_code_type(const char* op, const char* name, ScalarType type);
 // A scale given as a number: positive, finite and normal in float32.
 float check_scale(const char* op, const char* name, double scale);
+// A clamp, each end infinite for none.
+struct Limits {
+  float floor = -std::numeric_limits<float>::infinity();
+  float ceiling = std::numeric_limits<float>::infinity();
+};
+Limits check_limits(const char* op, std::optional<double> floor, std::optional<double> ceiling);
 // The scale of an operand of an addition.
 void check_add_scale(const char* op, const char* name, float scale);
 // A zero point inside the range of the dtype.

@@ -8,13 +8,6 @@
 namespace qk::seam {
 Tensor dense(const Tensor& x) { return is_dense(x) ? x : torch::stable::contiguous(x); }
 
-void Observer::limit(std::optional<double> low_end, std::optional<double> high_end) {
-  if (low_end.has_value()) floor = static_cast<float>(*low_end);
-  if (high_end.has_value()) ceiling = static_cast<float>(*high_end);
-  STD_TORCH_CHECK(floor <= ceiling, "observe: floor must not be above ceiling, got ", floor,
-                  " and ", ceiling);
-}
-
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> observe_minmax(const Tensor& input,
@@ -82,8 +75,8 @@ ObserverCall check_observer(const char* op, const Tensor& x, const Observer& obs
                                    .min_scale = min_scale},
                           .averages = observer.momentum.has_value(),
                           .momentum = momentum,
-                          .floor = observer.floor,
-                          .ceiling = observer.ceiling};
+                          .floor = observer.limits.floor,
+                          .ceiling = observer.limits.ceiling};
   return {out == nullptr ? dense(x) : x, type, axis, channels, rule, state, counts};
 }
 
@@ -136,9 +129,9 @@ void observe(const Tensor& x, const Tensor& low, const Tensor& high, const Tenso
              std::optional<int64_t> axis, int64_t qmin, int64_t qmax, bool symmetric,
              double min_scale, std::optional<double> momentum, std::string source,
              std::optional<double> floor, std::optional<double> ceiling) {
-  Observer observer{low,  high, scale,     zero_point, non_finite, axis,
-                    qmin, qmax, symmetric, min_scale,  momentum};
-  observer.limit(floor, ceiling);
+  const Observer observer{low,        high,      scale,    zero_point,
+                          non_finite, axis,      qmin,     qmax,
+                          symmetric,  min_scale, momentum, check_limits("observe", floor, ceiling)};
   run_observer("observe", x, observer, source, nullptr);
 }
 

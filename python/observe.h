@@ -32,11 +32,7 @@ struct Observer {
   bool symmetric;
   double min_scale;
   std::optional<double> momentum;
-  float floor = -std::numeric_limits<float>::infinity();
-  float ceiling = std::numeric_limits<float>::infinity();
-
-  // Limits to what is observed.
-  void limit(std::optional<double> low, std::optional<double> high);
+  Limits limits = {};  // to what is observed
 };
 
 struct ObserverCall {

@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "int qmin, int qmax, Tensor(a!) out) -> ()");
   m.def(
       "fake_quant_mask(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
-      "ScalarType? code_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      "ScalarType? code_dtype=None, float? floor=None, float? ceiling=None) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def("fake_quant_mask_backward(Tensor grad, Tensor mask, int? axis) -> Tensor");
   m.def(
       "lsq_out(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax, "
@@ -83,11 +84,11 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "Tensor(b!) running_var, float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
   m.def(
-      "norm_fake_quant(Tensor x, Tensor factor, Tensor shift, float scale, int zero_point, int "
+      "norm_fake_quant(Tensor x, Tensor factor, Tensor shift, Tensor scale, Tensor zero_point, int "
       "qmin, int qmax, float? floor, float? ceiling, ScalarType? code_dtype) -> (Tensor, Tensor)");
   m.def(
       "norm_fake_quant_backward(Tensor grad, Tensor x, Tensor mean, Tensor inv_std, Tensor factor, "
-      "Tensor shift, float scale, int zero_point, int qmin, int qmax, float? floor, float? "
+      "Tensor shift, Tensor scale, Tensor zero_point, int qmin, int qmax, float? floor, float? "
       "ceiling, float? grad_factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Many tensors in one call (all weights of a model); axis -1: per tensor.

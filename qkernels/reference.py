@@ -50,11 +50,24 @@ def fake_quant_mask(
     qmin: int,
     qmax: int,
     code_dtype: torch.dtype | None = None,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output, where the gradient passes as bools (the op packs them in rows of its own choice), and the codes."""
+    if axis is None:
+        qmin, qmax = clamped_ends(floor, ceiling, scale, zero_point, qmin, qmax)
     grid = scale, zero_point, axis, qmin, qmax
     codes = None if code_dtype is None else quantize(x, *grid, code_dtype)
     return fake_quant(x, *grid), fake_quant_backward(torch.ones_like(x), x, *grid) == 1, codes
+
+
+def clamped_ends(
+    floor: float | None, ceiling: float | None, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> tuple[int, int]:
+    """The ends of the codes that a clamp leaves."""
+    ends = torch.tensor(_ends(floor, ceiling), device=scale.device)
+    low, high = quantize(ends, scale, zero_point, None, qmin, qmax, torch.int32).tolist()
+    return low, high
 
 
 def fake_quant_mask_backward(grad: Tensor, passes: Tensor, axis: int | None) -> Tensor:
@@ -692,8 +705,8 @@ def norm_fake_quant(
     x: Tensor,
     factor: Tensor,
     shift: Tensor,
-    scale: float,
-    zero_point: int,
+    scale: Tensor,
+    zero_point: Tensor,
     qmin: int,
     qmax: int,
     floor: float | None = None,
@@ -701,7 +714,7 @@ def norm_fake_quant(
     code_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     u = _affine(x, factor, shift).clamp(*_ends(floor, ceiling))
-    grid = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), None, qmin, qmax
+    grid = scale, lsq_zero_point(zero_point, qmin, qmax), None, qmin, qmax
     return fake_quant(u, *grid), None if code_dtype is None else quantize(u, *grid, code_dtype)
 
 
@@ -712,8 +725,8 @@ def norm_fake_quant_backward(
     inv_std: Tensor,
     factor: Tensor,
     shift: Tensor,
-    scale: float,
-    zero_point: int,
+    scale: Tensor,
+    zero_point: Tensor,
     qmin: int,
     qmax: int,
     floor: float | None = None,
@@ -721,10 +734,15 @@ def norm_fake_quant_backward(
     grad_factor: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """In float64 but for where the gradient passes and the terms of the grid's sums."""
-    t, (low, high) = _affine(x, factor, shift), _ends(floor, ceiling)
-    grid = torch.tensor([scale]), torch.tensor([float(zero_point)]), None, qmin, qmax
-    through, by_scale, by_zero_point = lsq_backward(grad, t.clamp(low, high), *grid, grad_factor or 1.0)
-    g = torch.where((t > low) & (t < high), through, torch.zeros_like(through)).double()
+    t, by_grid = _affine(x, factor, shift), (None, None)
+    if grad_factor is None:
+        codes = clamped_ends(floor, ceiling, scale, lsq_zero_point(zero_point, qmin, qmax), qmin, qmax)
+        g = fake_quant_backward(grad, t, scale, zero_point, None, *codes).double()
+    else:
+        low, high = _ends(floor, ceiling)
+        grid = scale, zero_point, None, qmin, qmax
+        through, *by_grid = lsq_backward(grad, t.clamp(low, high), *grid, grad_factor)
+        g = torch.where((t > low) & (t < high), through, torch.zeros_like(through)).double()
     others = [d for d in range(x.dim()) if d != 1]
     centered = x.double() - _along(mean, x, 1).double()
     by_bias, product = g.sum(others), (g * centered).sum(others)
@@ -732,7 +750,6 @@ def norm_fake_quant_backward(
     rows = x.numel() // x.shape[1]
     slope = _along(inv_std.double() * by_weight / rows, x, 1)
     by_x = _along(factor, x, 1).double() * (g - _along(by_bias / rows, x, 1) - centered * slope)
-    by_grid = (None, None) if grad_factor is None else (by_scale, by_zero_point)
     return by_x.float(), by_weight.float(), by_bias.float(), *by_grid
 
 

@@ -61,6 +61,15 @@ QK_HD int32_t quantize(float x, float inv_scale, int32_t zp, int32_t qmin, int32
   return static_cast<int32_t>(quantize_offset(x * inv_scale, zp, qmin, qmax)) + zp;
 }
 
+// What a clamp to [floor, ceiling] in front of the grid leaves of its codes.
+struct CodeEnds {
+  int32_t qmin, qmax;
+};
+QK_HD CodeEnds clamped_ends(float floor, float ceiling, float inv_scale, int32_t zp, int32_t qmin,
+                            int32_t qmax) {
+  return {quantize(floor, inv_scale, zp, qmin, qmax), quantize(ceiling, inv_scale, zp, qmin, qmax)};
+}
+
 QK_HD float dequantize(int32_t q, float scale, int32_t zp) {
   return static_cast<float>(q - zp) * scale;
 }

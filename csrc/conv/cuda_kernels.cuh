@@ -169,7 +169,8 @@ class AnyPixels {
       row = row * s_.in[d] + i;
     }
     const uint8_t* from = s_.input + row * s_.in[2] * s_.channels;
-    const int32_t first = p.at[2] * s_.channels + k_.within, end = s_.in[2] * s_.channels;
+    const int64_t first = int64_t{p.at[2]} * s_.channels + k_.within;
+    const int64_t end = int64_t{s_.in[2]} * s_.channels;
     if (first >= 0 && first + count <= end) return gather_16(from + first, count);
     uint32_t word[4] = {};
 #pragma unroll

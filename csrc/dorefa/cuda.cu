@@ -202,6 +202,19 @@ cudaError_t backward_of(const DorefaWeightCudaArgs& args, cudaStream_t stream) {
                       scratch);
 }
 
+template <typename T, int kCount>
+QK_DEVICE void gradient_elements(const DorefaGradientRun& run, bool finite, bool zero, int64_t i) {
+  auto v = cuda::load_vector<kCount>(static_cast<const T*>(run.grad) + i);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float g = finite && !zero ? dorefa_gradient_value(run, to_float(v.v[k]), i + k)
+                    : finite        ? 0.0f
+                                    : bits_float(0x7fc00000u);
+    from_float(g, &v.v[k]);
+  }
+  cuda::store_vector(static_cast<T*>(run.out) + i, v);
+}
+
 // Block b: sample b.
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads)
@@ -218,13 +231,16 @@ __global__ void __launch_bounds__(kGradientThreads)
   const auto seed = static_cast<uint64_t>(args.seed != nullptr ? *args.seed : args.seed_value);
   const DorefaGradientRun run{
       grad, out, args.inner, twice, inv, args.steps, noise_key(seed, blockIdx.x)};
+  constexpr int kVector = 16 / sizeof(T);
+  const bool aligned = run_is_aligned<T>(grad, 0) && run_is_aligned<T>(out, 0);
+  const int64_t vectors = aligned ? args.inner / kVector * kVector : 0;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < args.inner; i += kGradientThreads) {
-    if (finite && !zero) {
-      dorefa_gradient_element<T>(run, i);
-    } else {
-      from_float(finite ? 0.0f : bits_float(0x7fc00000u), out + i);
-    }
+  for (int64_t i = int64_t{threadIdx.x} * kVector; i < vectors; i += kGradientThreads * kVector) {
+    gradient_elements<T, kVector>(run, finite, zero, i);
+  }
+#pragma unroll 1
+  for (int64_t i = vectors + threadIdx.x; i < args.inner; i += kGradientThreads) {
+    gradient_elements<T, 1>(run, finite, zero, i);
   }
 }
 

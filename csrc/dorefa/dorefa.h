@@ -132,14 +132,19 @@ QK_HD void dorefa_backward_element(const DorefaBackwardRun& run, int64_t i, floa
   from_float((d - through_maximum) * fma(-t, t, 1.0f), static_cast<T*>(run.out) + i);
 }
 
-template <typename T>
-QK_HD void dorefa_gradient_element(const DorefaGradientRun& run, int64_t i) {
+// Of the gradient g of element i.
+QK_HD float dorefa_gradient_value(const DorefaGradientRun& run, float g, int64_t i) {
   const float steps = static_cast<float>(run.steps);
-  const float g = to_float(static_cast<const T*>(run.grad)[i]);
   const float noise = uniform_noise(run.key, static_cast<uint32_t>(i));
   const float v = round_nearest_even((g * run.inv + 0.5f) * steps + noise);
   const float q = clamp_nan_to_lo(v, 0.0f, steps);
-  from_float((q / steps - 0.5f) * run.twice_largest, static_cast<T*>(run.out) + i);
+  return (q / steps - 0.5f) * run.twice_largest;
+}
+
+template <typename T>
+QK_HD void dorefa_gradient_element(const DorefaGradientRun& run, int64_t i) {
+  const float g = to_float(static_cast<const T*>(run.grad)[i]);
+  from_float(dorefa_gradient_value(run, g, i), static_cast<T*>(run.out) + i);
 }
 
 using DorefaWeightKernel = void (*)(const DorefaWeightRun&);

@@ -8,7 +8,6 @@ namespace qk {
 namespace {
 
 constexpr int kRunThreads = 256, kFinishThreads = 128;
-constexpr int kColumnThreads = static_cast<int>(kGridBlock);
 
 // Of the channel at hand.
 struct Point {
@@ -100,9 +99,9 @@ struct ColumnTasks {
   int64_t rows, fold, row_elements, folded_rows, width, chunk, chunks;
 };
 
-// Block b: task b of detail::ChannelRows, a thread a column. Workspace: [task][2][width].
-template <typename T>
-__global__ void __launch_bounds__(kColumnThreads)
+// Block b: task b of detail::ChannelRows, a thread kVector columns. Workspace: [task][2][width].
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kGridBlock / kVector)
     lsq_column_kernel(const __grid_constant__ LsqBackwardCudaArgs args,
                       const __grid_constant__ ColumnTasks tasks) {
   const DenseGrid& grid = args.grid;
@@ -110,26 +109,38 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int64_t first_row = blockIdx.x % tasks.chunks * tasks.chunk;
   const int64_t last_row =
       first_row + tasks.chunk < tasks.folded_rows ? first_row + tasks.chunk : tasks.folded_rows;
-  const int64_t column = first + threadIdx.x;
-  if (threadIdx.x >= tasks.width) return;
-  float sums[2] = {};
+  const int64_t within = int64_t{threadIdx.x} * kVector, column = first + within;
+  if (within >= tasks.width) return;
+  float sums[2][kVector] = {};
   if (column < tasks.row_elements) {
-    const int64_t c = column % grid.channels;
-    const Point at{1.0f / grid.scale[c], grid.zero_point[c]};
+    Point at[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const int64_t c = (column + k) % grid.channels;
+      at[k] = {1.0f / grid.scale[c], grid.zero_point[c]};
+    }
 #pragma unroll 2
     for (int64_t row = first_row; row < last_row; ++row) {
       const int64_t i = row * tasks.row_elements + column;
-      if (i >= grid.size) break;  // the last folded row may be short
-      float terms[2];
-      static_cast<T*>(args.out)[i] = pass(args, at, static_cast<const T*>(args.grad)[i],
-                                          static_cast<const T*>(args.x)[i], &terms[0], &terms[1]);
-      sums[0] += terms[0];
-      sums[1] += terms[1];
+      if (i >= grid.size) break;  // the last folded row may be short, by whole channels
+      auto grad = cuda::load_vector<kVector>(static_cast<const T*>(args.grad) + i);
+      const auto x = cuda::load_vector<kVector>(static_cast<const T*>(args.x) + i);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        float terms[2];
+        grad.v[k] = pass(args, at[k], grad.v[k], x.v[k], &terms[0], &terms[1]);
+        sums[0][k] += terms[0];
+        sums[1][k] += terms[1];
+      }
+      cuda::store_vector(static_cast<T*>(args.out) + i, grad);
     }
   }
-  double* partial = args.workspace + int64_t{blockIdx.x} * 2 * tasks.width + threadIdx.x;
-  partial[0] = static_cast<double>(sums[0]);
-  partial[tasks.width] = static_cast<double>(sums[1]);
+  double* partial = args.workspace + int64_t{blockIdx.x} * 2 * tasks.width + within;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    partial[k] = static_cast<double>(sums[0][k]);
+    partial[tasks.width + k] = static_cast<double>(sums[1][k]);
+  }
 }
 
 // Where the partial sums of a channel lie: number j of `count`.
@@ -235,8 +246,15 @@ cudaError_t launch_sums(const LsqBackwardCudaArgs& args, cudaStream_t stream) {
   const ColumnTasks tasks{plan.rows,  plan.fold,  plan.row_elements, plan.folded_rows,
                           plan.width, plan.chunk, plan.chunks};
   if (plan.tasks() > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return cuda::launch(lsq_column_kernel<T>, static_cast<unsigned>(plan.tasks()), kColumnThreads, 0,
-                      stream, args, tasks);
+  const auto launch = [&](auto kernel, int vector) {
+    return cuda::launch(kernel, static_cast<unsigned>(plan.tasks()),
+                        static_cast<int>(kGridBlock) / vector, 0, stream, args, tasks);
+  };
+  constexpr int kVector = 16 / sizeof(T);
+  const bool aligned = cuda::is_aligned(args.grad, 16) && cuda::is_aligned(args.x, 16) &&
+                       cuda::is_aligned(args.out, 16);
+  return aligned && grid.channels % kVector == 0 ? launch(lsq_column_kernel<T, kVector>, kVector)
+                                                 : launch(lsq_column_kernel<T, 1>, 1);
 }
 
 }  // namespace

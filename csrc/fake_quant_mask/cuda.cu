@@ -80,20 +80,23 @@ struct Mask {
     Eight<T> v;
     v.load(static_cast<const T*>(args.x) + at.first, at.count, vectors);
     cuda::GridCursor<Index> grid(args.grid, static_cast<Index>(at.first));
+    CodeEnds ends{args.qmin, args.qmax};
+    if (args.grid.channels == 1) {
+      ends = clamped_ends(args.floor, args.ceiling, grid.inv_scale, grid.zero_point, ends.qmin,
+                          ends.qmax);
+    }
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (i >= at.count) break;
-      const float x = to_float(v.v[i]);
-      const bool passes =
-          fake_quant_passes(x * grid.inv_scale, grid.zero_point, args.qmin, args.qmax);
-      bits |= uint32_t{passes} << i;
+      const float x = to_float(v.v[i]), inv_scale = grid.inv_scale;
+      const int32_t zp = grid.zero_point;
+      bits |= uint32_t{fake_quant_passes(x * inv_scale, zp, ends.qmin, ends.qmax)} << i;
       if (args.codes != nullptr) {
-        args.codes[at.first + i] = static_cast<uint8_t>(
-            quantize(x, grid.inv_scale, grid.zero_point, args.qmin, args.qmax));
+        args.codes[at.first + i] =
+            static_cast<uint8_t>(quantize(x, inv_scale, zp, ends.qmin, ends.qmax));
       }
-      from_float(fake_quant(x, grid.scale, grid.inv_scale, grid.zero_point, args.qmin, args.qmax),
-                 &v.v[i]);
+      from_float(fake_quant(x, grid.scale, inv_scale, zp, ends.qmin, ends.qmax), &v.v[i]);
       grid.next();
     }
     v.store(static_cast<T*>(args.y) + at.first, at.count, vectors);

@@ -5,10 +5,13 @@
 // Memory: every pointer is device memory of the caller, `clipped` too; out may alias grad exactly.
 // Launches are asynchronous on `stream`, never synchronize and allocate nothing: a CUDA graph can
 // capture them.
-// Trick: a thread does the 8 elements of a byte of the mask.
+// Trick: a thread does the 8 elements of a byte of the mask. The codes that a clamp leaves are
+// found where the grid is, on the device: nobody waits for its values.
 #pragma once
 
 #include <cuda_runtime_api.h>
+
+#include <limits>
 
 #include "csrc/fake_quant_mask/mask.h"
 
@@ -25,6 +28,9 @@ struct FakeQuantMaskCudaArgs {
   int32_t qmax;
   DenseGrid grid;
   MaskLayout layout;
+  // A clamp in front of one grid.
+  float floor = -std::numeric_limits<float>::infinity();
+  float ceiling = std::numeric_limits<float>::infinity();
 };
 
 struct MaskBackwardCudaArgs {

@@ -1,5 +1,6 @@
 #include "csrc/observe/cuda.h"
 
+#include "csrc/base/cuda_elementwise.cuh"
 #include "csrc/base/float_types.h"
 #include "csrc/base/integers.h"
 #include "csrc/observe/cuda_extremes.cuh"
@@ -33,22 +34,28 @@ __global__ void __launch_bounds__(kObserveThreads, 4)
     cuda::store_16(static_cast<uint4*>(args.workspace) + blockIdx.x, packed(found));
 }
 
-// Block b: kObserveThreads columns, one of `pieces` of a row, of kColumnRows rows. Workspace:
-// [b / pieces][channel].
-template <typename T>
+// Block b: kObserveThreads threads of kVector columns, one of `pieces` of a row, of kColumnRows
+// rows. Workspace: [b / pieces][channel].
+template <typename T, int kVector>
 __global__ void __launch_bounds__(kObserveThreads, 4)
     extremes_column_kernel(const __grid_constant__ MinMaxCudaArgs args, uint32_t pieces) {
-  const int64_t c = int64_t{blockIdx.x % pieces} * kObserveThreads + threadIdx.x,
+  const int64_t c = (int64_t{blockIdx.x % pieces} * kObserveThreads + threadIdx.x) * kVector,
                 channels = args.grid.channels, chunk = blockIdx.x / pieces;
   if (c >= channels) return;
   const int64_t rows = args.grid.size / channels, first = chunk * kColumnRows;
   const int64_t last = first + kColumnRows < rows ? first + kColumnRows : rows;
-  cuda::Extremes found;
-#pragma unroll 4
+  cuda::Extremes found[kVector];
+#pragma unroll(16 / kVector)
   for (int64_t row = first; row < last; ++row) {
-    found.add(to_float(static_cast<const T*>(args.x)[row * channels + c]));
+    const auto v = cuda::load_vector<kVector>(static_cast<const T*>(args.x) + row * channels + c);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) found[k].add(to_float(v.v[k]));
   }
-  cuda::store_16(static_cast<uint4*>(args.workspace) + chunk * channels + c, packed(found));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    cuda::store_16(static_cast<uint4*>(args.workspace) + chunk * channels + c + k,
+                   packed(found[k]));
+  }
 }
 
 // Block c joins what was left for channel c: `below` neighbours, again and again.
@@ -118,11 +125,17 @@ template <typename T>
 cudaError_t launch_extremes(const MinMaxCudaArgs& args, const Left& left, cudaStream_t stream) {
   const DenseGrid& grid = args.grid;
   if (grid.channel_is_innermost()) {
-    const int64_t pieces = (grid.channels + kObserveThreads - 1) / kObserveThreads;
-    const int64_t blocks = pieces * left.count;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    return cuda::launch(extremes_column_kernel<T>, static_cast<unsigned>(blocks), kObserveThreads,
-                        0, stream, args, static_cast<uint32_t>(pieces));
+    const auto launch = [&](auto kernel, int64_t vector) {
+      const int64_t columns = kObserveThreads * vector;
+      const int64_t pieces = (grid.channels + columns - 1) / columns, blocks = pieces * left.count;
+      if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+      return cuda::launch(kernel, static_cast<unsigned>(blocks), kObserveThreads, 0, stream, args,
+                          static_cast<uint32_t>(pieces));
+    };
+    constexpr int kVector = 16 / sizeof(T);
+    return grid.channels % kVector == 0 && cuda::is_aligned(args.x, 16)
+               ? launch(extremes_column_kernel<T, kVector>, kVector)
+               : launch(extremes_column_kernel<T, 1>, 1);
   }
   const int64_t blocks = left.count * grid.channels;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -6,7 +6,7 @@
 
 namespace qk::cuda {
 
-// Of finite values; low > high: of none. And how many were not finite.
+// Of finite values; low > high: of none. And how many were not finite, up to 2^32 - 1.
 struct Extremes {
   float low = bits_float(0x7f800000u), high = bits_float(0xff800000u);
   uint32_t nans = 0, infinities = 0;
@@ -24,9 +24,12 @@ struct Extremes {
   QK_DEVICE void join(const Extremes& other) {
     if (other.low < low) low = other.low;
     if (other.high > high) high = other.high;
-    nans += other.nans;
-    infinities += other.infinities;
+    nans = saturated(nans, other.nans);
+    infinities = saturated(infinities, other.infinities);
   }
+
+ private:
+  QK_DEVICE static uint32_t saturated(uint32_t a, uint32_t b) { return a + b < a ? ~0u : a + b; }
 };
 
 QK_DEVICE Extremes join_lanes(Extremes mine) {

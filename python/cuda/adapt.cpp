@@ -1,11 +1,38 @@
 #include "python/cuda/adapt.h"
 
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
 #include "csrc/gemm/cuda.h"
 
 namespace qk::seam {
+namespace {
+
+void check_capability(const char* op, int32_t device) {
+  static std::array<std::atomic<bool>, 64> known{};  // to be new enough
+  const auto index = static_cast<size_t>(device);
+  if (index < known.size() && known[index].load(std::memory_order_relaxed)) return;
+  int major = 0, minor = 0;
+  check_launch(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_launch(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  constexpr int least = least_cuda_capability(QK_CUDA_ARCHS);
+  STD_TORCH_CHECK(major * 10 + minor >= least, op, ": needs a GPU of compute capability ",
+                  least / 10, ".", least % 10, " or newer (built for ", QK_CUDA_ARCHS, "), got ",
+                  major, ".", minor,
+                  "; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU");
+  if (index < known.size()) known[index].store(true, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+int32_t guarded_device(const char* op, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda(), op, ": every tensor must be on CUDA, as some are, got one on ",
+                  device_text(t));
+  check_capability(op, t.get_device_index());
+  return t.get_device_index();
+}
 
 DenseGrid dense_grid(const Tensor& out, std::optional<int64_t> axis, const GridView& grid) {
   DenseGrid dense{grid.scale, grid.zero_point, out.numel(), 1, 1};
@@ -36,7 +63,7 @@ Tensor to_device_of(const Tensor& like, const Tensor& t) {
   return torch::stable::to(t, std::nullopt, std::nullopt, like.device());
 }
 
-CudaMachine check_machine(const char* op) {
+CudaMachine current_machine(const char* op) {
   // Read once: at every launch it would race with whoever changes the environment.
   static const bool wgmma = [] {
     const char* asked = std::getenv("QKERNELS_WGMMA");
@@ -45,11 +72,6 @@ CudaMachine check_machine(const char* op) {
   CudaMachine machine;
   check_launch(op, cuda_machine(&machine));
   machine.wgmma = wgmma;
-  constexpr int least = least_cuda_capability(QK_CUDA_ARCHS);
-  STD_TORCH_CHECK(machine.capability >= least, op, ": needs a GPU of compute capability ",
-                  least / 10, ".", least % 10, " or newer (built for ", QK_CUDA_ARCHS, "), got ",
-                  machine.capability / 10, ".", machine.capability % 10,
-                  "; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU");
   return machine;
 }
 

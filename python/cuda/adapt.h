@@ -25,12 +25,9 @@ inline cudaStream_t current_stream(int32_t device) {
 
 inline cudaStream_t current_stream(const Tensor& t) { return current_stream(t.get_device_index()); }
 
-// The device of an op's first tensor, which decides where all of them must be.
-inline int32_t guarded_device(const char* op, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cuda(), op, ": every tensor must be on CUDA, as some are, got one on ",
-                  device_text(t));
-  return t.get_device_index();
-}
+// The device of an op's first tensor, which decides where all of them must be; an error if it is
+// too old for the kernels.
+int32_t guarded_device(const char* op, const Tensor& t);
 
 inline void check_launch(const char* op, cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();  // forgotten, or a later call would report it
@@ -47,9 +44,9 @@ Tensor to_cpu(const Tensor& t);
 OptionalTensor to_cpu(const OptionalTensor& t);
 Tensor to_device_of(const Tensor& like, const Tensor& t);
 
-// The current device; an error if it is too old for the kernels. QKERNELS_WGMMA=1, at the first
-// call of the process, asks for those of sm_90a.
-CudaMachine check_machine(const char* op);
+// The current device. QKERNELS_WGMMA=1, at the first call of the process, asks for the kernels of
+// sm_90a.
+CudaMachine current_machine(const char* op);
 // Few enough blocks for one launch of a linear layer.
 void check_launch_size(const char* op, int64_t rows, int64_t out_features);
 

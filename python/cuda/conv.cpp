@@ -76,7 +76,7 @@ Tensor conv(const Tensor& input, const Tensor& packed, const OptionalTensor& res
                   "elements of one image), got shape ",
                   shape_text(input), "; split the batch");
 
-  const CudaMachine machine = check_machine(op);
+  const CudaMachine machine = current_machine(op);
   const Tensor x = as_channels_last(input);
   Tensor out = empty_channels_last(input, sizes, output_dtype), other;
   args.packed = packed.const_data_ptr();

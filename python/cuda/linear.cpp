@@ -49,8 +49,8 @@ Tensor linear(const Tensor& input, const Tensor& packed, const OptionalTensor& r
   sizes.back() = out_features;
   const bool residual_signed = check_residual_cuda(op, residual, facts, sizes, input);
 
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const CudaMachine machine = check_machine(op);
+  const torch::stable::accelerator::DeviceGuard guard(guarded_device(op, input));
+  const CudaMachine machine = current_machine(op);
   Tensor out = empty(input, sizes, output_dtype);
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];

@@ -36,7 +36,7 @@ Tensor linear_rows(const Tensor& input, const Tensor& packed, const Tensor& row_
                   ": input must be ", facts.input_signed ? "int8" : "uint8",
                   ", as it was when the weight was packed, got ", dtype_text(input.scalar_type()));
   check_row_sums(call.depth, facts.weight_zero_points);
-  const CudaMachine machine = check_machine(op);
+  const CudaMachine machine = current_machine(op);
   Tensor out = empty(input, call.sizes, output_dtype);
   if (call.rows == 0 || out_features == 0) return out;
   check_launch_size(op, call.rows, out_features);

@@ -173,11 +173,10 @@ std::tuple<Tensor, Tensor> pact_backward(const Tensor& grad, const Tensor& x, co
 
 // ---- bit masks ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, const Tensor& scale,
-                                                           const Tensor& zero_point,
-                                                           std::optional<int64_t> axis,
-                                                           int64_t qmin, int64_t qmax,
-                                                           std::optional<ScalarType> code_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(
+    const Tensor& input, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
+    int64_t qmin, int64_t qmax, std::optional<ScalarType> code_dtype, std::optional<double> floor,
+    std::optional<double> ceiling) {
   const char* op = "fake_quant_mask";
   const DeviceGuard guard(guarded_device(op, input));
   const FloatType type = check_float_type(op, "x", input);
@@ -187,6 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
     check_code_type(op, "code_dtype", *code_dtype);
     check_code_range(op, *code_dtype, qmin, qmax);
   }
+  const Limits limits = check_mask_limits(op, axis, floor, ceiling);
   const GridView view = check_grid(op, input, scale, zero_point, axis, qmin, qmax);
   Tensor y = empty_like(input, input.scalar_type());
   Tensor x = in_layout_of(y, input);
@@ -207,7 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quant_mask(const Tensor& input, 
                .qmin = static_cast<int32_t>(qmin),
                .qmax = static_cast<int32_t>(qmax),
                .grid = dense_grid(y, axis, view),
-               .layout = layout},
+               .layout = layout,
+               .floor = limits.floor,
+               .ceiling = limits.ceiling},
               current_stream(input)));
   return {y, mask, clipped, codes};
 }
@@ -287,9 +289,9 @@ void observe(const Tensor& x, const Tensor& low, const Tensor& high, const Tenso
              double min_scale, std::optional<double> momentum, std::string,
              std::optional<double> floor, std::optional<double> ceiling) {
   const DeviceGuard guard(guarded_device("observe", x));
-  Observer observer{low,  high, scale,     zero_point, non_finite, axis,
-                    qmin, qmax, symmetric, min_scale,  momentum};
-  observer.limit(floor, ceiling);
+  const Observer observer{low,        high,      scale,    zero_point,
+                          non_finite, axis,      qmin,     qmax,
+                          symmetric,  min_scale, momentum, check_limits("observe", floor, ceiling)};
   run_observer("observe", check_observer("observe", x, observer, nullptr), nullptr);
 }
 

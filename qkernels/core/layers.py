@@ -14,12 +14,14 @@ scaled back.
 import copy
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkernels import ops
 from qkernels.core.blocks import counts
 from qkernels.core.integer import IntegerConv, IntegerForward, IntegerLinear, takes_integers
 from qkernels.core.norm import Norm, scale_shift, watches_output
@@ -176,9 +178,11 @@ class Prepared:
         """The layer with the norm folded into weight and bias: computed with the numbers that `convert` will take."""
         if not self.runs_on_integers(x):
             return self.compute(x, weight, bias)
-        rows, number, grid = self.canonical_rows()
-        zero_point = None if self.has_no_zero_points(grid.zero_point) else grid.zero_point
-        arguments = (weight.detach(), self.from_rows(grid.quantize(rows)), grid.scale, zero_point, number)
+        rows, number, (scale, zero_point, axis) = self.canonical_rows()
+        spec = self.quantizers["weight"].spec
+        codes = ops.quantize(rows, scale, zero_point, axis, spec.qmin, spec.qmax, spec.dtype)
+        zero_point = None if self.has_no_zero_points(zero_point) else zero_point
+        arguments = (weight.detach(), self.from_rows(codes), scale, zero_point, number)
         return IntegerForward.apply(x, weight, bias, self, self.source[0], *arguments)
 
     def has_no_zero_points(self, zero_point: Tensor) -> bool:
@@ -257,14 +261,18 @@ class Prepared:
         """Weight, bias and weight grid of the integer layer, the norm folded in; the weight of a trained layer lies on
         its grid already, so that the integers are those it was trained with.
         """
-        rows, bias, grid = self.canonical_rows()
+        of_weight = self.quantizers["weight"].qparams()
+        rows, bias, (scale, zero_point, axis) = self.canonical_rows()
+        grid = replace(of_weight, scale=scale.clone(), zero_point=zero_point.clone(), axis=axis)
         return self.from_rows(rows), bias, self.in_layout(grid)
 
     @torch.no_grad()
-    def canonical_rows(self) -> tuple[Tensor, Tensor | None, QParams]:
-        """`canonical` with the output channels of the weight first."""
+    def canonical_rows(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, int | None]]:
+        """`canonical` with the output channels of the weight first; its grid (scale, zero point, axis) is not looked at,
+        nothing waits for a device.
+        """
         quantizer, bias = self.quantizers["weight"], self.corrected_bias()
-        bias, grid = None if bias is None else bias.detach(), quantizer.qparams()
+        bias, grid = None if bias is None else bias.detach(), (*quantizer.grid(), quantizer.axis)
         if not self.trained and self.norm is None:
             return self._corrected_rows().detach(), self.rounded_bias(bias), grid
         rows = quantizer.on_grid(self.observed_weight())
@@ -273,7 +281,8 @@ class Prepared:
         scale, shift = scale_shift(self.norm)
         bias = self.rounded_bias((shift if bias is None else bias.double() * scale + shift).to(torch.float32))
         if self.grid_is_on_weight():
-            rows, grid = rescaled(rows, grid, scale.to(torch.float32))
+            rows, new = rescaled(rows, grid[0], scale.to(torch.float32))
+            grid = new, torch.zeros_like(new, dtype=torch.int32), 0
         return rows, bias, grid
 
     @torch.no_grad()
@@ -305,17 +314,17 @@ def away_from_zero(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() >= floor, scale, torch.where(scale < 0, -floor, floor))
 
 
-def rescaled(rows: Tensor, grid: QParams, scale: Tensor) -> tuple[Tensor, QParams]:
-    """Rows on a symmetric grid, each multiplied by its element of `scale`: the same codes up to their sign.
+def rescaled(rows: Tensor, step: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows on a symmetric grid, each multiplied by its element of `scale`: the same codes up to their sign; and the new
+    steps of the grid.
 
     A row that vanishes becomes zero on the old grid.
     """
     factor = scale.abs()
-    alive = grid.scale * factor >= MIN_SCALE
-    new = torch.where(alive, grid.scale * factor, grid.scale)
-    codes = torch.round(rows / along(grid.scale, rows)) * along(torch.sign(scale) * alive, rows)
-    zero_point = torch.zeros_like(new, dtype=torch.int32)
-    return codes * along(new, rows), QParams(new, zero_point, 0, grid.qmin, grid.qmax, grid.dtype)
+    alive = step * factor >= MIN_SCALE
+    new = torch.where(alive, step * factor, step)
+    codes = torch.round(rows / along(step, rows)) * along(torch.sign(scale) * alive, rows)
+    return codes * along(new, rows), new
 
 
 class PreparedLinear(IntegerLinear, Prepared, nn.Linear):

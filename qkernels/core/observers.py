@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from qkernels.core.qspec import QParams, QSpec, choose_qparams
+from qkernels.core.qspec import QParams, QSpec, choose_qparams, grid_values
 from qkernels.errors import CalibrationError, InvalidArgument
 from qkernels.ops import observe_histogram, observe_minmax
 
@@ -430,30 +430,28 @@ class Mse(Observer):
             self.seen.merge()
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        if self.seen is None:
-            self.low.copy_(low)
-            self.high.copy_(high)
-            rows = self.by_channel(x)
-            best = self.search(rows, torch.ones_like(rows[:1]))
-        else:
+        if self.seen is not None:
             self.seen.update(x, low, high)
             self.low.copy_(self.seen.low)
             self.high.copy_(self.seen.high)
             return
-        self.best_low.copy_(best[0])
-        self.best_high.copy_(best[1])
+        rows = self.by_channel(x)
+        best = self.search(rows, torch.ones_like(rows[:1]), low, high)
+        has_data = low <= high
+        for kept, new in zip((self.low, self.high, self.best_low, self.best_high), (low, high, *best), strict=True):
+            kept.copy_(torch.where(has_data, new, kept))
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self.seen is None:
             return self.best_low, self.best_high
         width = (self.high - self.low) / self.BINS
         centers = self.low + width * (torch.arange(self.BINS, dtype=torch.float32, device=width.device) + 0.5)
-        return self.search(centers.reshape(1, -1), self.seen.histogram.reshape(1, -1))
+        return self.search(centers.reshape(1, -1), self.seen.histogram.reshape(1, -1), self.low, self.high)
 
-    def search(self, rows: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    def search(self, rows: Tensor, mass: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Per row the shrunk [low, high] with the least sum of mass * error^2."""
         symmetric = self.spec.symmetric
-        low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         ends = (1.0,) if symmetric else (1.0, 0.0)
         best_low, best_high = low.clone(), high.clone()
         # First both ends together, then (affine) the low end alone and the high end alone.
@@ -471,7 +469,6 @@ class Mse(Observer):
         return best_low, best_high
 
     def error(self, rows: Tensor, mass: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grid = choose_qparams(self.spec, low, high)
-        scale, zero_point = grid.scale.reshape(-1, 1), grid.zero_point.reshape(-1, 1)
+        scale, zero_point = (t.reshape(-1, 1) for t in grid_values(self.spec, low, high))
         codes = (torch.round(rows / scale) + zero_point).clamp(self.spec.qmin, self.spec.qmax)
         return (mass * ((codes - zero_point) * scale - rows).square()).sum(dim=1)

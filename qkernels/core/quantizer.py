@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -212,31 +211,19 @@ class Quantizer(nn.Module):
         return (scale.detach(), zero_point.detach()) if self.state is State.FROZEN else (scale, zero_point)
 
     def _round(self, x: Tensor, scale: Tensor, zero_point: Tensor, clamp: Limits) -> Tensor:
-        """Straight through. On codes a clamp is a narrower range; its ends let the gradient pass half a step longer."""
+        """Straight through."""
         qmin, qmax = self.spec.qmin, self.spec.qmax
         if self.is_weight:  # x is kept anyway; the grid may move before the backward
             if torch.is_grad_enabled() and x.requires_grad:
                 scale, zero_point = scale.clone(), zero_point.clone()
             return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax)
-        if clamp is None:
-            return self._with_mask(x, scale, zero_point, qmin, qmax)
-        # The codes beyond the clamp are cut afterwards where the range would not hold the zero point, and while torch
-        # compiles, when tensors have no numbers.
-        if torch.compiler.is_compiling() or not clamp[0] <= 0.0 <= clamp[1]:
-            y = ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
-            ends = torch.tensor(clamp, dtype=torch.float32, device=x.device)
-            low, high = ops.fake_quant(ends, scale, zero_point, None, qmin, qmax).to(y.dtype)
-            return torch.where(
-                y < low, low, torch.where(y > high, high, y)
-            )  # unlike clamp, at an end the gradient is y's
-        return self._with_mask(x, scale, zero_point, *self._ends(clamp))
-
-    def _with_mask(self, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """An activation; in training its codes are made in the same pass if they will be read."""
+        # Codes are made in the same pass if they will be read.
         wanted = self.gives_codes and self.training and x.dtype == torch.float32
+        floor, ceiling = clamp or (None, None)
         if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask")
-        y, codes = ops.fake_quant_codes(x, scale, zero_point, qmin, qmax, self.spec.dtype)
+            limits = {"floor": floor, "ceiling": ceiling}
+            return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask", **limits)
+        y, codes = ops.fake_quant_codes(x, scale, zero_point, qmin, qmax, self.spec.dtype, floor, ceiling)
         self._ready = weakref.ref(y), codes
         return y
 
@@ -256,28 +243,21 @@ class Quantizer(nn.Module):
         """What `forward` gives for the normalized `x`, which passes here unchanged afterwards."""
         self._begin(joined)
         statistics, spec = norm.statistics(x), self.spec
-        floor, ceiling, factor = None, None, None
+        floor, ceiling = clamp or (None, None)
+        factor = None
         if isinstance(self.rule, LearnedStep):
             scale, zero_point = self._ruled_grid()
-            qmin, qmax, factor = spec.qmin, spec.qmax, self.rule.grad_factor(x.numel())
-            if clamp is not None:
-                floor, ceiling = clamp
+            factor = self.rule.grad_factor(x.numel())
         else:
             if self.follows:
                 self._observe(statistics.extremes, clamp, x)
             scale, zero_point = self.scale, self.zero_point
-            qmin, qmax = self._ends(clamp)
         codes = spec.dtype if self.gives_codes else None
-        grid = scale, zero_point, qmin, qmax, floor, ceiling, codes, factor
+        grid = scale, zero_point, spec.qmin, spec.qmax, floor, ceiling, codes, factor
         y, codes = ops.batch_norm_fake_quant(x, norm.weight, norm.bias, statistics, *grid)
         self._ready = (weakref.ref(y), codes) if self.gives_codes else None
         self._done = weakref.ref(y)
         return y
-
-    def _ends(self, clamp: Limits) -> tuple[int, int]:
-        """The ends of the grid that the clamp leaves."""
-        ends = self.spec.qmin, self.spec.qmax
-        return ends if clamp is None else _codes_of(clamp, self.scale.item(), self.zero_point.item(), *ends)
 
     def _wait(self, x: Tensor, joined: bool) -> Tensor:
         """A training step before rounding begins; the last one chooses the grid, whatever it was before."""
@@ -549,15 +529,6 @@ def _rows_lie_in_order(x: Tensor) -> bool:
         return True
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
-
-
-def _codes_of(clamp: tuple[float, float], scale: float, zero_point: int, qmin: int, qmax: int) -> tuple[int, int]:
-    """The ends of the grid that a clamp leaves, in the arithmetic of the kernels."""
-    if clamp == (0.0, math.inf):
-        return min(max(zero_point, qmin), qmax), qmax
-    inverse = np.float32(1.0) / np.float32(scale)
-    low, high = (float(np.rint(np.float32(end) * inverse)) + zero_point for end in clamp)
-    return int(min(max(low, qmin), qmax)), int(min(max(high, qmin), qmax))
 
 
 class Substitute(torch.autograd.Function):

@@ -57,8 +57,8 @@ def norm_fake_quant(
     x: Tensor,
     factor: Tensor,
     shift: Tensor,
-    scale: float,
-    zero_point: int,
+    scale: Tensor,
+    zero_point: Tensor,
     qmin: int,
     qmax: int,
     floor: float | None = None,
@@ -70,7 +70,7 @@ def norm_fake_quant(
     Args:
         x: float32 [N, C, ...] in channels_last memory, at least 2 values a channel.
         factor, shift: float32 [C].
-        scale, zero_point, qmin, qmax: the grid.
+        scale, zero_point, qmin, qmax: the grid, one element each; a float32 zero point is learned, and is rounded.
         floor, ceiling: a clamp before rounding, each None for none.
         code_dtype: torch.uint8 or torch.int8 to have the codes too.
 
@@ -91,8 +91,8 @@ def norm_fake_quant_backward(
     inv_std: Tensor,
     factor: Tensor,
     shift: Tensor,
-    scale: float,
-    zero_point: int,
+    scale: Tensor,
+    zero_point: Tensor,
     qmin: int,
     qmax: int,
     floor: float | None = None,
@@ -105,8 +105,8 @@ def norm_fake_quant_backward(
         grad: the gradient of the rounded tensor; of any layout, channels_last is not copied.
         x, scale, zero_point, qmin, qmax, floor, ceiling: the arguments of the forward.
         mean, inv_std, factor, shift: from `batch_norm_statistics`.
-        grad_factor: None: straight-through, and floor and ceiling must be None. Else the gradients of `lsq` with this
-            factor; a clamp passes gradients strictly inside.
+        grad_factor: None: straight-through; the clamp leaves fewer codes, as in `fake_quant`. Else the gradients of
+            `lsq` with this factor; a clamp passes gradients strictly inside.
 
     Returns:
         The gradients of x, of the weight and bias of the norm, and of scale and zero point (empty without
@@ -139,8 +139,7 @@ def batch_norm_fake_quant(
 
     Args:
         x, weight, bias, statistics: the arguments and the result of `batch_norm_statistics`.
-        scale, zero_point: one element each; the zero point int32, or float32 if it is learned (it is then rounded).
-        qmin, qmax, floor, ceiling, code_dtype: as in `norm_fake_quant`.
+        scale, zero_point, qmin, qmax, floor, ceiling, code_dtype: as in `norm_fake_quant`.
         grad_factor: for a learned grid, as in `norm_fake_quant_backward`.
 
     Returns:
@@ -149,40 +148,40 @@ def batch_norm_fake_quant(
     refuse_transforms("batch_norm_fake_quant", *(t for t in (x, weight, bias, scale, zero_point) if t is not None))
     for name, value in (("scale", scale), ("zero_point", zero_point)):
         expect_tensor("batch_norm_fake_quant", name, value)
-    numbers = scale.item(), min(max(round(zero_point.item()), qmin), qmax), qmin, qmax, floor, ceiling
-    return _BatchNormFakeQuant.apply(x, weight, bias, scale, zero_point, statistics, numbers, code_dtype, grad_factor)
+    rest = statistics, qmin, qmax, floor, ceiling, code_dtype, grad_factor
+    return _BatchNormFakeQuant.apply(x, weight, bias, scale, zero_point, *rest)
 
 
 class _BatchNormFakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, zero_point, statistics, numbers, code_dtype, grad_factor):
+    def forward(ctx, x, weight, bias, scale, zero_point, statistics, *rest):
+        *limits, code_dtype, grad_factor = rest
         mean, inv_std, factor, shift, _ = statistics
-        y, codes = _ops.norm_fake_quant.default(x, factor, shift, *numbers, code_dtype)
-        ctx.save_for_backward(x, mean, inv_std, factor, shift)
-        ctx.numbers, ctx.grad_factor = numbers, grad_factor
-        ctx.sizes = scale.shape, zero_point.shape
+        y, codes = _ops.norm_fake_quant.default(x, factor, shift, scale, zero_point, *limits, code_dtype)
+        grid = scale.clone(), zero_point.clone()  # an observer may move it before the backward
+        ctx.save_for_backward(x, mean, inv_std, factor, shift, *grid)
+        ctx.rest = *limits, grad_factor
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)  # zeros for the codes
         return y, codes
 
     @staticmethod
     def backward(ctx, grad, _):
-        return (None,) * 9 if grad is None else _gradients(ctx, grad, *ctx.saved_tensors)
+        return (None,) * 12 if grad is None else _gradients(ctx, grad, *ctx.saved_tensors)
 
 
 @once_differentiable("batch_norm_fake_quant")
 def _gradients(ctx, *tensors):
-    by_x, by_weight, by_bias, by_scale, by_zero_point = _ops.norm_fake_quant_backward.default(
-        *tensors, *ctx.numbers, ctx.grad_factor
-    )
-    needed, learned = ctx.needs_input_grad, ctx.grad_factor is not None
+    by_x, by_weight, by_bias, by_scale, by_zero_point = _ops.norm_fake_quant_backward.default(*tensors, *ctx.rest)
+    scale, zero_point = tensors[-2:]
+    needed, learned = ctx.needs_input_grad, ctx.rest[-1] is not None
     return (
         by_x if needed[0] else None,
         by_weight if needed[1] else None,
         by_bias if needed[2] else None,
-        by_scale.reshape(ctx.sizes[0]) if learned and needed[3] else None,
-        by_zero_point.reshape(ctx.sizes[1]) if learned and needed[4] else None,
-        *[None] * 4,
+        by_scale.reshape(scale.shape) if learned and needed[3] else None,
+        by_zero_point.reshape(zero_point.shape) if learned and needed[4] else None,
+        *[None] * 7,
     )
 
 

@@ -19,6 +19,8 @@ def fake_quant(
     qmax: int,
     keep: str = "input",
     group_size: int | None = None,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> Tensor:
     """Rounds `x` to the grid and back: `(clamp(RNE(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
 
@@ -33,6 +35,8 @@ def fake_quant(
             clipped: the backward then returns the incoming gradient itself. The gradients have the same bits.
         group_size: one grid for each run of so many elements along `axis`, instead of one a channel; `scale` and
             `zero_point` then have the shape of `x` with that dimension divided by it. Fast where `axis` is innermost.
+        floor, ceiling: a clamp of `x` in front of one grid, each None for none; for `keep="mask"`. It leaves the codes
+            between those of its ends; so at an end the gradient passes half a step further.
 
     Its gradient by `x` is the straight-through estimator (`fake_quant_backward`).
 
@@ -45,12 +49,17 @@ def fake_quant(
     """
     if keep not in ("input", "mask"):
         raise ValueError(f'fake_quant: keep must be "input" or "mask", got {keep!r}')
+    limits = floor, ceiling
+    if limits != (None, None) and (keep != "mask" or group_size is not None):
+        raise ValueError(
+            f'fake_quant: floor and ceiling need keep="mask" and no group_size, got {floor!r}, {ceiling!r}'
+        )
     if group_size is not None:
         return by_group(fake_quant, "fake_quant", x, scale, zero_point, axis, group_size, qmin, qmax, keep)
-    if keep == "mask" and needs_grad(x):
+    if (keep == "mask" and needs_grad(x)) or limits != (None, None):
         if is_eager("fake_quant", x):
-            return _FakeQuantMask.apply(x, scale, zero_point, axis, qmin, qmax, None)[0]
-        return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax)[0]
+            return _FakeQuantMask.apply(x, scale, zero_point, axis, qmin, qmax, None, *limits)[0]
+        return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, None, *limits)[0]
     if not is_eager("fake_quant", x):
         return _ops.fake_quant.default(x, scale, zero_point, axis, qmin, qmax)
     if needs_grad(x):
@@ -114,21 +123,29 @@ def fake_quant_backward_out(
 
 
 def fake_quant_codes(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, code_dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    code_dtype: torch.dtype,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fake_quant(keep="mask")` on one grid, and `quantize`, in one pass.
 
     Args:
-        x, scale, zero_point, qmin, qmax: as in `fake_quant`.
+        x, scale, zero_point, qmin, qmax, floor, ceiling: as in `fake_quant`.
         code_dtype: torch.uint8 or torch.int8.
 
     Returns:
         The rounded tensor, with its straight-through gradient, and its codes.
     """
+    arguments = x, scale, zero_point, None, qmin, qmax, code_dtype, floor, ceiling
     if not is_eager("fake_quant_codes", x):
-        y, _, _, codes = _ops.fake_quant_mask.default(x, scale, zero_point, None, qmin, qmax, code_dtype)
+        y, _, _, codes = _ops.fake_quant_mask.default(*arguments)
         return y, codes
-    return _FakeQuantMask.apply(x, scale, zero_point, None, qmin, qmax, code_dtype)
+    return _FakeQuantMask.apply(*arguments)
 
 
 def fake_quant_mask(
@@ -139,11 +156,13 @@ def fake_quant_mask(
     qmin: int,
     qmax: int,
     code_dtype: torch.dtype | None = None,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fake_quant` and one bit an element that says where the gradient passes.
 
     Args:
-        x, scale, zero_point, axis, qmin, qmax: as in `fake_quant`.
+        x, scale, zero_point, axis, qmin, qmax, floor, ceiling: as in `fake_quant`.
         code_dtype: torch.uint8 or torch.int8 to have what `quantize` gives too.
 
     Returns:
@@ -154,7 +173,7 @@ def fake_quant_mask(
         RuntimeError: an argument has the wrong dtype, size or range; the message names it.
     """
     refuse_transforms("fake_quant_mask", x)
-    return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
+    return _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype, floor, ceiling)
 
 
 def fake_quant_mask_backward(grad: Tensor, mask: Tensor, axis: int | None) -> Tensor:
@@ -233,8 +252,8 @@ torch.library.register_autograd(
 
 class _FakeQuantMask(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, axis, qmin, qmax, code_dtype):
-        y, mask, clipped, codes = _ops.fake_quant_mask.default(x, scale, zero_point, axis, qmin, qmax, code_dtype)
+    def forward(ctx, x, scale, zero_point, axis, *rest):
+        y, mask, clipped, codes = _ops.fake_quant_mask.default(x, scale, zero_point, axis, *rest)
         ctx.mask, ctx.axis, ctx.like = mask if x.device.type != "cpu" or clipped else None, axis, y.stride()
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)  # zeros for the codes
@@ -244,7 +263,7 @@ class _FakeQuantMask(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is not None and ctx.mask is not None:
             grad = (_MaskBackward.apply if needs_grad(grad) else _masked)(grad, ctx.mask, ctx.axis, ctx.like)
-        return grad, None, None, None, None, None, None
+        return grad, *[None] * 8
 
 
 class _MaskBackward(torch.autograd.Function):
@@ -284,7 +303,7 @@ def _mask_bytes(x: Tensor, axis: int | None) -> int:
 
 
 @register_fake("fake_quant_mask")
-def _(x, scale, zero_point, axis, qmin, qmax, code_dtype=None):
+def _(x, scale, zero_point, axis, qmin, qmax, code_dtype=None, floor=None, ceiling=None):
     mask = x.new_empty(_mask_bytes(x, axis), dtype=torch.uint8)
     codes = x.new_empty(0, dtype=torch.uint8) if code_dtype is None else torch.empty_like(x, dtype=code_dtype)
     return torch.empty_like(x), mask, x.new_empty((), dtype=torch.bool), codes
@@ -303,6 +322,6 @@ def _keep_mask(ctx, inputs, output):
 
 torch.library.register_autograd(
     "qkernels::fake_quant_mask",
-    lambda ctx, grad, *others: (_masked(grad, *ctx.saved_tensors, ctx.axis, ctx.like), *[None] * 6),
+    lambda ctx, grad, *others: (_masked(grad, *ctx.saved_tensors, ctx.axis, ctx.like), *[None] * 8),
     setup_context=_keep_mask,
 )

@@ -8,6 +8,7 @@ from qkernels.core.qspec import QSpec, choose_qparams
 from qkernels.errors import CalibrationError, InvalidArgument
 
 ao = torch.ao.quantization
+PER_CHANNEL = ("minmax", "moving_average", "mse")
 
 
 def batches(kind: str, seed: int = 0, count: int = 4):
@@ -212,6 +213,17 @@ def test_observing_without_waiting_leaves_out_and_counts_what_is_not_finite(name
     assert does_not.non_finite.tolist() == waits.non_finite.tolist()
 
 
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_a_batch_that_was_not_waited_for_changes_no_channel_if_it_is_at_fault(name):
+    watcher = make_observer(name, QSpec(per_channel=True), 2)
+    watcher.observe_without_waiting(torch.tensor([[1.0, -2.0], [0.5, 4.0]]))
+    before = [t.clone() for t in watcher.range()]
+    watcher.observe_without_waiting(torch.tensor([[float("nan"), 5.0], [float("inf"), 8.0]]))
+    assert all(torch.equal(a, b) for a, b in zip(watcher.range(), before, strict=True))
+    with pytest.raises(CalibrationError, match="had 1 NaN and 1 infinite"):
+        watcher.qparams()
+
+
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
 def test_what_was_not_waited_for_is_an_error_of_the_grid(name):
     watcher, expected = make_observer(name, QSpec()), make_observer(name, QSpec())
@@ -226,13 +238,17 @@ def test_what_was_not_waited_for_is_an_error_of_the_grid(name):
     assert watcher.qparams() == expected.qparams()
 
 
-@pytest.mark.parametrize("name", sorted(OBSERVERS))
-def test_observing_on_cuda_asks_the_device_for_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [*((name, QSpec()) for name in sorted(OBSERVERS)), *((n, QSpec(per_channel=True)) for n in PER_CHANNEL)],
+    ids=lambda of: "per channel" if getattr(of, "per_channel", False) else None,
+)
+def test_observing_on_cuda_asks_the_device_for_nothing(name, spec):
     """A fake CUDA tensor has no values: whatever asks for one is an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode():
-        watcher = make_observer(name, QSpec())
+        watcher = make_observer(name, spec, 8)
         x = torch.empty(8, 5, device="cuda")
         for buffer in ("low", "high", "histogram", "best_low", "best_high"):
             if buffer in watcher._buffers:

@@ -272,6 +272,7 @@ SAMPLES["foreach_observe_fake_quant"] = [
 SAMPLES["fake_quant_mask"] = [
     lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8, torch.int8),
     lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8),
+    lambda: (torch.randn(3, 5, requires_grad=True), *grid(), None, -7, 8, torch.int8, 0.0, 0.5),
     lambda: (torch.randn(2, 4, 3), *grid(4), 1, -7, 8),
     lambda: (torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), *grid(4), 1, -7, 8),
 ]
@@ -343,10 +344,20 @@ SAMPLES["batch_norm_statistics"] = [
     lambda: (torch.randn(6, 4), None, None, torch.zeros(4), torch.ones(4), 0.1, 1e-5),
 ]
 SAMPLES["norm_fake_quant"] = [
-    lambda: (_image(), torch.rand(4), torch.rand(4), 0.05, 0, -128, 127, None, None, torch.int8),
-    lambda: (torch.randn(6, 4), torch.rand(4), torch.rand(4), 0.05, 0, -128, 127, 0.0, 6.0, None),
+    lambda: (_image(), torch.rand(4), torch.rand(4), *grid(), -128, 127, None, None, torch.int8),
+    lambda: (torch.randn(6, 4), torch.rand(4), torch.rand(4), *grid(), -128, 127, 0.0, 6.0, None),
 ]
 SAMPLES["norm_fake_quant_backward"] = [
-    lambda: (_image(), _image(), *(torch.rand(4) for _ in range(4)), 0.05, 0, -128, 127, None, None, None),
-    lambda: (_image(), _image(), *(torch.rand(4) for _ in range(4)), 0.05, 3, -128, 127, 0.0, 6.0, 0.5),
+    lambda: (_image(), _image(), *(torch.rand(4) for _ in range(4)), *grid(), -128, 127, 0.0, None, None),
+    lambda: (
+        _image(),
+        _image(),
+        *(torch.rand(4) for _ in range(4)),
+        *(t.detach() for t in learned_grid()),
+        -128,
+        127,
+        0.0,
+        6.0,
+        0.5,
+    ),
 ]

@@ -34,6 +34,10 @@ def case(shape, offset=0.0, seed=0):
     return channels_last(x), grad, weight, bias
 
 
+def numbers(scale, zero_point):
+    return torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
+
+
 def statistics(x, weight, bias, momentum=0.1, eps=1e-5):
     running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
     return ops.batch_norm_statistics(x, weight, bias, *running, momentum, eps), running
@@ -77,7 +81,7 @@ def test_forward_has_the_bits_of_fake_quant_and_quantize(isa, shape, clamp):
     x, _, weight, bias = case(shape)
     found, _ = statistics(x, weight, bias)
     for dtype, zero_point, qmin, qmax in ((torch.uint8, 3, 0, 255), (torch.int8, -5, -128, 100)):
-        arguments = found.factor, found.shift, 0.02, zero_point, qmin, qmax, *clamp
+        arguments = found.factor, found.shift, *numbers(0.02, zero_point), qmin, qmax, *clamp
         y, codes = ops.norm_fake_quant(x, *arguments, dtype)
         expected, expected_codes = reference.norm_fake_quant(x, *arguments, dtype)
         assert torch.equal(y, expected)
@@ -90,13 +94,15 @@ def test_forward_has_the_bits_of_fake_quant_and_quantize(isa, shape, clamp):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_straight_through_gradients_are_those_of_torch_in_float64(isa, shape, offset):
+@pytest.mark.parametrize(
+    ("clamp", "codes"), [((None, None), (-100, 90)), ((0.0, None), (3, 90)), ((-0.5, 0.3), (-47, 33))]
+)
+def test_straight_through_gradients_are_those_of_torch_in_float64(isa, shape, offset, clamp, codes):
     x, grad, weight, bias = case(shape, offset)
     found, _ = statistics(x, weight, bias)
-    grid = 0.01, 3, -100, 90  # some values are clipped
-    got = ops.norm_fake_quant_backward(grad, x, *found[:4], *grid)
-    tensors = torch.tensor([0.01]), torch.tensor([3], dtype=torch.int32), None, -100, 90
-    passes = ops.fake_quant_backward(torch.ones_like(x), reference._affine(x, *found[2:4]), *tensors)
+    grid = numbers(0.01, 3)
+    got = ops.norm_fake_quant_backward(grad, x, *found[:4], *grid, -100, 90, *clamp)  # some values are clipped
+    passes = ops.fake_quant_backward(torch.ones_like(x), reference._affine(x, *found[2:4]), *grid, None, *codes)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     y = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True, 0.1, 1e-5)
     for ours, expected in zip(got[:3], torch.autograd.grad(y, leaves, (grad * passes).double()), strict=True):
@@ -130,10 +136,10 @@ def test_learned_gradients_are_those_of_the_steps_one_by_one(isa, shape, clamp):
     for ours, theirs in zip(torch.autograd.grad(y, leaves, grad), one_by_one, strict=True):
         assert ours.shape == theirs.shape
         assert (ours - theirs).norm() <= 2e-3 * theirs.norm() + 1e-4
-    numbers = 0.02, 2, -100, 90, *clamp, 0.3
-    direct = ops.norm_fake_quant_backward(grad, x.detach(), *found[:4], *numbers)
+    arguments = *numbers(0.02, 2), -100, 90, *clamp, 0.3
+    direct = ops.norm_fake_quant_backward(grad, x.detach(), *found[:4], *arguments)
     for ours, theirs in zip(
-        direct, reference.norm_fake_quant_backward(grad, x.detach(), *found[:4], *numbers), strict=True
+        direct, reference.norm_fake_quant_backward(grad, x.detach(), *found[:4], *arguments), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6 * (1 + theirs.abs().max().item()))
 
@@ -141,9 +147,13 @@ def test_learned_gradients_are_those_of_the_steps_one_by_one(isa, shape, clamp):
 def everything(shape):
     x, grad, weight, bias = case(shape, 3.0)
     found, running = statistics(x, weight, bias)
-    results = [*found, *running, *ops.norm_fake_quant(x, *found[2:4], 0.02, 0, 0, 255, None, None, torch.uint8)]
-    for rest in ((None, None, None), (0.0, 6.0, 0.5)):
-        results += ops.norm_fake_quant_backward(grad, x, *found[:4], 0.02, 0, 0, 255, *rest)
+    results = [
+        *found,
+        *running,
+        *ops.norm_fake_quant(x, *found[2:4], *numbers(0.02, 0), 0, 255, None, None, torch.uint8),
+    ]
+    for rest in ((None, None, None), (0.0, 2.0, None), (0.0, 6.0, 0.5)):
+        results += ops.norm_fake_quant_backward(grad, x, *found[:4], *numbers(0.02, 0), 0, 255, *rest)
     return results
 
 
@@ -189,12 +199,12 @@ def test_where_no_gradient_arrives_none_is_made():
 def test_gradients_of_another_layout_and_expanded_ones():
     x, grad, weight, bias = case((2, 16, 9, 7))
     found, _ = statistics(x, weight, bias)
-    expected = ops.norm_fake_quant_backward(grad, x, *found[:4], 0.02, 0, -128, 127)
-    got = ops.norm_fake_quant_backward(grad.contiguous(), x, *found[:4], 0.02, 0, -128, 127)
+    expected = ops.norm_fake_quant_backward(grad, x, *found[:4], *numbers(0.02, 0), -128, 127)
+    got = ops.norm_fake_quant_backward(grad.contiguous(), x, *found[:4], *numbers(0.02, 0), -128, 127)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     one = torch.ones(1, 1, 1, 1).expand(x.shape)
-    expected = ops.norm_fake_quant_backward(torch.ones_like(x), x, *found[:4], 0.02, 0, -128, 127)
-    got = ops.norm_fake_quant_backward(one, x, *found[:4], 0.02, 0, -128, 127)
+    expected = ops.norm_fake_quant_backward(torch.ones_like(x), x, *found[:4], *numbers(0.02, 0), -128, 127)
+    got = ops.norm_fake_quant_backward(one, x, *found[:4], *numbers(0.02, 0), -128, 127)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -229,13 +239,16 @@ def test_bad_arguments_of_statistics_are_errors(change, message):
     ("change", "message"),
     [
         ({"factor": torch.ones(3)}, r"factor must be float32 \[4\]"),
-        ({"scale": 0.0}, "scale must be positive"),
-        ({"scale": float("nan")}, "scale must be positive"),
-        ({"qmin": 5, "qmax": 4}, "qmin not above qmax"),
+        ({"scale": torch.zeros(1)}, "scale must be positive"),
+        ({"scale": torch.tensor([float("nan")])}, "scale must be positive"),
+        ({"qmin": 4, "qmax": 4}, "qmin must be below qmax"),
+        ({"qmax": 1 << 22}, "qmin and qmax must be in"),
         ({"qmin": -1, "code_dtype": torch.uint8}, "qmin"),
         ({"floor": 2.0, "ceiling": 1.0}, "floor must not be above ceiling"),
         ({"floor": float("nan")}, "floor must not be above ceiling"),
-        ({"zero_point": 1 << 40}, "zero_point must be in"),
+        ({"zero_point": torch.tensor([256], dtype=torch.int32)}, "zero_point must be in"),
+        ({"zero_point": torch.tensor([float("nan")])}, "zero_point must be finite"),
+        ({"zero_point": torch.zeros(2, dtype=torch.int32)}, "zero_point must have 1 element"),
         ({"code_dtype": torch.int32}, "code_dtype must be"),
     ],
 )
@@ -244,8 +257,8 @@ def test_bad_arguments_of_the_forward_are_errors(change, message):
         "x": torch.randn(8, 4),
         "factor": torch.ones(4),
         "shift": torch.zeros(4),
-        "scale": 0.1,
-        "zero_point": 0,
+        "scale": torch.tensor([0.1]),
+        "zero_point": torch.tensor([0], dtype=torch.int32),
         "qmin": 0,
         "qmax": 255,
     }
@@ -258,11 +271,10 @@ def test_bad_arguments_of_the_forward_are_errors(change, message):
     [
         (torch.randn(8, 3), (None, None, None), "grad must have shape"),
         (torch.randn(8, 4).double(), (None, None, None), "grad must be float32"),
-        (torch.randn(8, 4), (0.0, None, None), "must come with a grad_factor"),
         (torch.randn(8, 4), (None, None, INF), "grad_factor must be finite"),
     ],
 )
 def test_bad_arguments_of_the_backward_are_errors(grad, options, message):
     channels = [torch.ones(4) for _ in range(4)]
     with pytest.raises(RuntimeError, match=f"norm_fake_quant_backward: .*{message}"):
-        ops.norm_fake_quant_backward(grad, torch.randn(8, 4), *channels, 0.1, 0, 0, 255, *options)
+        ops.norm_fake_quant_backward(grad, torch.randn(8, 4), *channels, *numbers(0.1, 0), 0, 255, *options)

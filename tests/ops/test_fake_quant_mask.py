@@ -169,6 +169,45 @@ def test_codes_come_with_the_straight_through_gradient(isa):
         ops.fake_quant_mask(x, *grid(), None, *ends, torch.uint8)
 
 
+LIMITS = [(0.0, None), (0.0, 0.6), (-0.4, 0.5), (None, 0.3), (0.3, 0.6), (-0.6, -0.3), (0.25, 0.25), (-1e30, 1e30)]
+
+
+@pytest.mark.parametrize(("floor", "ceiling"), LIMITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clamp_in_front_gives_the_codes_of_the_clamped_tensor(isa, floor, ceiling, dtype):
+    x, grad = tensors(37, 1000, dtype=dtype)
+    scale, zero_point = grid()
+    limits = {"floor": floor, "ceiling": ceiling}
+    y, mask, _, codes = ops.fake_quant_mask(x, scale, zero_point, None, -100, 90, torch.int8, **limits)
+    clamped = x.float().clamp(floor, ceiling)
+    expected = torch.fake_quantize_per_tensor_affine(clamped, scale, zero_point, -100, 90)
+    assert torch.equal(y, expected.to(dtype))
+    assert torch.equal(codes, ops.quantize(clamped, scale, zero_point, None, -100, 90, torch.int8))
+    for gradients in (True, False):
+        leaf = x.clone().requires_grad_(gradients)
+        assert torch.equal(ops.fake_quant(leaf, scale, zero_point, None, -100, 90, "mask", **limits), y)
+    leaf = x.clone().requires_grad_()
+    y, codes_again = ops.fake_quant_codes(leaf, scale, zero_point, -100, 90, torch.int8, floor, ceiling)
+    y.backward(grad)
+    assert torch.equal(codes_again, codes)
+    assert torch.equal(leaf.grad, ops.fake_quant_mask_backward(grad, mask, None))
+    rounded = torch.round(x.float() / scale) + zero_point  # half a step outside of an end still passes
+    assert torch.equal(leaf.grad != 0, (rounded >= codes.min()) & (rounded <= codes.max()) & (grad != 0))
+
+
+def test_clamps_that_make_no_sense_are_refused_by_name():
+    x, scale, zero_point = torch.ones(3, 4), torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32)
+    for limits in ((1.0, 0.0), (float("nan"), None), (None, float("nan"))):
+        with pytest.raises(RuntimeError, match="fake_quant_mask: floor must not be above ceiling"):
+            ops.fake_quant_mask(x, scale, zero_point, None, -8, 7, None, *limits)
+    with pytest.raises(RuntimeError, match="fake_quant_mask: floor and ceiling need one grid"):
+        ops.fake_quant_mask(x, scale.expand(3), zero_point.expand(3), 0, -8, 7, None, 0.0)
+    with pytest.raises(ValueError, match='fake_quant: floor and ceiling need keep="mask"'):
+        ops.fake_quant(x, scale, zero_point, None, -8, 7, floor=0.0)
+    with pytest.raises(ValueError, match='fake_quant: floor and ceiling need keep="mask" and no group_size'):
+        ops.fake_quant(x, scale.expand(3, 2), zero_point.expand(3, 2), 1, -8, 7, "mask", 2, ceiling=1.0)
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_second_derivatives_are_those_of_the_kept_input(axis):
     x = tensors(64, 33)[0]

@@ -276,3 +276,11 @@ def test_bad_scale_is_refused_by_name(op, scale):
     grid = per_tensor(scale, 3)
     with pytest.raises(RuntimeError, match=f"{op}: scale must be positive, finite and normal"):
         GRID_CALLS[op](grid)
+
+
+def test_memory_that_is_not_there_is_an_error_that_names_the_op_and_the_size():
+    huge = torch.ones(1).expand(1 << 58)
+    grid = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"^quantize: out of memory for a torch.uint8 tensor of shape \[2882"):
+        ops.quantize(huge, *grid, None, 0, 255, torch.uint8)
+    assert ops.quantize(torch.ones(3), *grid, None, 0, 255, torch.uint8).tolist() == [1, 1, 1]

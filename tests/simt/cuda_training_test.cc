@@ -70,16 +70,25 @@ void masks_give_the_bits_of_the_cpu(const Shape& shape, FloatType type, int64_t 
   const bool wild = rng.chance(0.7);
   for (T& v : x) from_float(rng.real(-0.05f, 0.05f), &v);
   if (wild) fill_floats(x, rng);
-  const bool expected =
-      fake_quant_mask({x.data() + misalign, y_expected.data(), mask_expected.data(),
-                       with_codes ? codes_expected.data() : nullptr, type, -7, 8, walk},
-                      kSerial);
+  // Without channels perhaps behind a clamp, whose codes the device finds by itself.
+  const float infinity = std::numeric_limits<float>::infinity();
+  float floor = -infinity, ceiling = infinity;
+  if (shape.channels == 1) {
+    floor = rng.pick({-infinity, -0.1f, 0.0f, 0.02f});
+    ceiling = rng.pick({infinity, 0.02f, 0.3f});
+  }
+  const CodeEnds range =
+      clamped_ends(floor, ceiling, 1.0f / walk.scale[0], walk.zero_point[0], -7, 8);
+  const bool expected = fake_quant_mask(
+      {x.data() + misalign, y_expected.data(), mask_expected.data(),
+       with_codes ? codes_expected.data() : nullptr, type, range.qmin, range.qmax, walk},
+      kSerial);
   bool clipped = !expected;
   simt::seed = rng.bits();
-  CHECK_EQ(fake_quant_mask_cuda(
-               {x.data() + misalign, y.data() + misalign, mask.data(),
-                with_codes ? codes.data() : nullptr, &clipped, type, -7, 8, grids.dense(), layout},
-               nullptr),
+  CHECK_EQ(fake_quant_mask_cuda({x.data() + misalign, y.data() + misalign, mask.data(),
+                                 with_codes ? codes.data() : nullptr, &clipped, type, -7, 8,
+                                 grids.dense(), layout, floor, ceiling},
+                                nullptr),
            cudaSuccess);
   CHECK(same_bytes(y.data() + misalign, y_expected.data(), size));
   CHECK(same_bytes(mask.data(), mask_expected.data(), layout.bytes));
@@ -162,6 +171,18 @@ void observers_give_the_bits_of_the_cpu(const Shape& shape, FloatType type, bool
 }
 
 // More chunks of rows than the second dimension of a grid has blocks.
+// Not from the start again: none would look like no fault.
+void strange_values_are_counted_as_far_as_numbers_go() {
+  cuda::Extremes half, other;
+  half.nans = half.infinities = 1u << 31;
+  other.infinities = 5;
+  other.join(half);
+  CHECK_EQ(other.infinities, (1u << 31) + 5);
+  half.join(other);
+  CHECK_EQ(half.nans, ~0u);
+  CHECK_EQ(half.infinities, ~0u);
+}
+
 void millions_of_rows_are_observed() {
   const int64_t rows = 65536 * kColumnRows;
   std::vector<BFloat16> x(static_cast<size_t>(2 * rows));
@@ -353,10 +374,13 @@ int main() {
     for (const bool averages : {false, true}) {
       observers_give_the_bits_of_the_cpu<float>(shape, FloatType::kFloat32, !averages, averages);
       observers_give_the_bits_of_the_cpu<BFloat16>(shape, FloatType::kBFloat16, averages, averages);
+      observers_give_the_bits_of_the_cpu<Float16>(shape, FloatType::kFloat16, averages, !averages);
     }
   }
+  strange_values_are_counted_as_far_as_numbers_go();
   millions_of_rows_are_observed();
   lists_give_the_bits_of_the_cpu<float>(FloatType::kFloat32);
+  lists_give_the_bits_of_the_cpu<BFloat16>(FloatType::kBFloat16);
   lists_give_the_bits_of_the_cpu<Float16>(FloatType::kFloat16);
   a_row_that_is_not_finite_becomes_nan();
   zero_points_are_rounded_as_on_the_cpu();
