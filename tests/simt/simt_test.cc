@@ -1,6 +1,9 @@
 // The emulator itself: its instructions do what PTX says, and each kind of mistake is noticed.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "csrc/base/cuda_sm90.cuh"
 #include "tests/csrc/check.h"
 #include "tests/simt/expect_fault.h"
@@ -26,6 +29,26 @@ void shuffles_and_votes_see_all_lanes() {
     CHECK_EQ(sum, threadIdx.x / 32 * 1024 + 496);
     CHECK_EQ(__ballot_sync(kAllLanes, lane() % 3 == 0), 0x49249249u);
   });
+}
+
+// In which order a seed lets blocks and warps begin.
+std::vector<uint32_t> order_of(uint64_t seed) {
+  std::vector<uint32_t> order;
+  simt::seed = seed;
+  simt::launch(6, 256, 0, [&] {
+    if (lane() == 0) order.push_back(blockIdx.x * 8 + threadIdx.x / kWarpSize);
+  });
+  return order;
+}
+
+void the_seed_decides_the_order_of_warps_and_blocks() {
+  CHECK(order_of(1) == order_of(1));
+  CHECK(order_of(1) != order_of(2));
+  std::vector<uint32_t> all = order_of(3);
+  CHECK(!std::is_sorted(all.begin(), all.end()));
+  std::sort(all.begin(), all.end());
+  CHECK_EQ(all.size(), 48u);
+  for (uint32_t i = 0; i < 48; ++i) CHECK_EQ(all[i], i);
 }
 
 // A 16x32 by 32x8 product with known fragments, by ldmatrix and mma.
@@ -294,6 +317,7 @@ void blocks_add_up() {
 
 int main() {
   shuffles_and_votes_see_all_lanes();
+  the_seed_decides_the_order_of_warps_and_blocks();
   mma_multiplies();
   dot4_multiplies_signed_and_unsigned();
   a_missing_barrier_is_a_race();
