@@ -72,7 +72,7 @@ class Norm(Freezable, _BatchNorm):
         own = (self.running_mean, self.running_var, self.weight, self.bias)
         if any(t is not None and t.dtype != torch.float32 for t in own) or x.dtype != torch.float32:
             return False
-        return x.is_cpu and x.numel() // x.shape[1] > 1 and _is_channels_last(x)
+        return (x.is_cpu or x.is_cuda) and x.numel() // x.shape[1] > 1 and _is_channels_last(x)
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> ops.BatchStatistics:

@@ -233,7 +233,7 @@ class Quantizer(nn.Module):
             return False
         if self.observer.non_finite is not None or self.spec.uneven or is_distributed():
             return False
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return False
         if isinstance(self.rule, LearnedStep):
             return not self.rule.plain and (clamp is None or clamp[0] == 0.0 or math.inf not in map(abs, clamp))

@@ -154,6 +154,8 @@ ELEMENTWISE = [
     ("13DorefaForwardI", 1, 1),
     ("4SignI", 1, 1),
     ("12SignBackwardI", 2, 1),
+    ("11NormForward", 1, 1),
+    ("7NormOutI", 2, 1),
 ]
 
 

@@ -12,14 +12,14 @@ from qkernels import _C, ops, reference
 ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "python/schema.cpp").read_text()))
 CUDA_OPS = [
-    "adaptive_avg_pool", "add", "avg_pool", "binary_conv2d", "binary_linear", "binary_sign", "binary_sign_backward",
-    "binary_weight_pack", "cat", "conv", "conv_pack", "dequantize", "dequantize_out", "dorefa_gradient",
-    "dorefa_weight", "dorefa_weight_backward", "fake_quant", "fake_quant_backward", "fake_quant_backward_out",
-    "fake_quant_mask", "fake_quant_mask_backward", "fake_quant_out", "foreach_fake_quant",
+    "adaptive_avg_pool", "add", "avg_pool", "batch_norm_statistics", "binary_conv2d", "binary_linear", "binary_sign",
+    "binary_sign_backward", "binary_weight_pack", "cat", "conv", "conv_pack", "dequantize", "dequantize_out",
+    "dorefa_gradient", "dorefa_weight", "dorefa_weight_backward", "fake_quant", "fake_quant_backward",
+    "fake_quant_backward_out", "fake_quant_mask", "fake_quant_mask_backward", "fake_quant_out", "foreach_fake_quant",
     "foreach_fake_quant_backward", "foreach_observe_fake_quant", "linear", "linear_pack", "linear_rows", "lookup",
-    "lsq", "lsq_backward", "lsq_backward_out", "lsq_out", "max_pool", "mul", "observe", "observe_fake_quant_out",
-    "observe_histogram", "observe_minmax", "pack_on_grid", "pack_signs", "pact", "pact_backward", "quantize",
-    "quantize_out", "quantize_rows",
+    "lsq", "lsq_backward", "lsq_backward_out", "lsq_out", "max_pool", "mul", "norm_fake_quant",
+    "norm_fake_quant_backward", "observe", "observe_fake_quant_out", "observe_histogram", "observe_minmax",
+    "pack_on_grid", "pack_signs", "pact", "pact_backward", "quantize", "quantize_out", "quantize_rows",
 ]  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import qkernels
 from qkernels import ops
@@ -169,3 +171,30 @@ def test_a_batch_that_is_used_twice_and_a_hook_on_the_layer_change_nothing():
     layer.register_forward_hook(lambda module, args, y: y * 1.0)
     y, expected = twin(images(1)), model(images(1))
     assert (y - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("rule", ["ste", "lsq", "lsq_plus"])
+def test_on_cuda_it_is_one_op_too_and_nothing_asks_for_a_value(monkeypatch, rule):
+    """Fake CUDA tensors have none: whatever asks for one is an error."""
+    model = qkernels.prepare_qat(network(), images(), rule=rule)
+    step(model, 0)
+    fused = count_fused(monkeypatch)
+    with FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False), allow_non_fake_inputs=True):
+        new = torch.empty(0, device="cuda").new_empty
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else new(buffer.shape, dtype=buffer.dtype)
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = None if parameter is None else nn.Parameter(new(parameter.shape))
+        x = new(4, 12, 12, 3).permute(0, 3, 1, 2)
+        assert model(x).device.type == "cuda"
+        assert [t.device.type for t in fused] == ["cuda", "cuda"]
+        channels, grid = [new(16) for _ in range(4)], (new(1), new(1, dtype=torch.int32), 0, 255)
+        for factor, sizes in ((None, 0), (0.5, 1)):
+            made = ops.norm_fake_quant_backward(fused[0], fused[0], *channels, *grid, 0.0, 6.0, factor)
+            assert [t.shape for t in made] == [fused[0].shape, (16,), (16,), (sizes,), (sizes,)]
+            assert made[0].stride() == fused[0].stride()
+            assert {t.device.type for t in made} == {"cuda"}
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        model(x)
+        assert len(fused) == 2
