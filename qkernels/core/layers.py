@@ -268,8 +268,8 @@ class Prepared:
 
     @torch.no_grad()
     def canonical_rows(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, int | None]]:
-        """`canonical` with the output channels of the weight first; its grid (scale, zero point, axis) is not looked at,
-        nothing waits for a device.
+        """`canonical` with the output channels of the weight first; its grid (scale, zero point, axis) is not looked
+        at, nothing waits for a device.
         """
         quantizer, bias = self.quantizers["weight"], self.corrected_bias()
         bias, grid = None if bias is None else bias.detach(), (*quantizer.grid(), quantizer.axis)
