@@ -13,6 +13,7 @@ Environment: FORCE_CUDA=0|1 (default: CUDA if a toolkit is found and torch is a 
 TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), MAX_JOBS, DEBUG=1.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -34,12 +35,30 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).resolve().parent
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+KINDS = ("h", "inc", "cc", "cu", "cuh", "cpp", "txt")  # of files that what is built depends on
 ARCH_OF_FILE = re.compile(r"_sm(\d+[af])\.cu$")  # what is compiled for one architecture alone says so in its name
+SPILL_FREE = {"75", "80", "86", "89", "90", "90a"}  # what .ci/run compiles; on newer ones some kernels spill a little
+# In what a compiler says. `make build` looks for the same; ptxas only informs where it serializes wgmma.
+COMPLAINT = r"warning *:|Potential Performance Loss"
 STABLE_ABI_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
 
 def files(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def sources() -> list[str]:
+    """Everything that the extension is made of."""
+    return files(*(f"{room}/**/*.{kind}" for room in ("csrc", "python") for kind in KINDS))
+
+
+def fingerprint() -> str:
+    """Of the names and bytes of `sources`. The extension carries it: `make gpu-check` asks what it was built from."""
+    digest = hashlib.sha256()
+    for name in sources():
+        content = (ROOT / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def cxx_flags() -> list[str]:
@@ -169,10 +188,20 @@ def is_current(target: Path, command: str) -> bool:
 
 def nvcc_flags() -> list[str]:
     return [
-        # A kernel that spills is a mistake: ptxas warns, and `make build` fails on warnings.
-        *(["-O0", "-g", "-G"] if DEBUG else ["-O3", "-Xptxas=-warn-spills,-warn-lmem-usage"]),
+        *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]),
         *("-std=c++20", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"),
     ]
+
+
+def spill_flags(gencode: list[str]) -> list[str]:
+    """A kernel that spills or uses local memory is an error, where every architecture is one that the kernels fit."""
+    archs = {found[1] for flag in gencode if (found := re.search(r"code=sm_(\w+)", flag))}
+    return [] if DEBUG or archs - SPILL_FREE else ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+
+
+def host_compiler() -> list[str]:
+    """For what has no part of torch in it."""
+    return [*cxx_compiler(), "-fPIC", *cxx_flags()]
 
 
 def cxx_compiler() -> list[str]:
@@ -183,37 +212,60 @@ def cxx_compiler() -> list[str]:
     return command
 
 
+def compile_file(source: Path, target: Path, compiler: list[str]) -> str:
+    """Compiles `source` unless `target` is current; returns `target`.
+
+    What was made with a complaint is made again the next time, so that `make build`, which refuses complaints, does so
+    every time.
+    """
+    depfile = ["-MD", "-MF", str(target.with_suffix(".d"))]
+    command = [*compiler, f"-I{ROOT}", *depfile, "-c", str(source), "-o", str(target)]
+    if is_current(target, " ".join(command)):
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made_by = target.with_suffix(".command")
+    made_by.unlink(missing_ok=True)  # not there while the object may be half written
+    print(" ".join(command), flush=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    print(result.stdout, end="", flush=True)
+    if result.returncode != 0:
+        target.unlink(missing_ok=True)
+        name = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source
+        raise RuntimeError(f"qkernels: {name} does not compile; the compiler's messages are above")
+    if not re.search(COMPLAINT, result.stdout):
+        made_by.write_text(" ".join(command))
+    return str(target)
+
+
 def compile_core(cuda: Cuda | None, build_dir: Path, jobs: int) -> list[str]:
     """Compiles the files of csrc/ whose objects are older than what they read; returns all objects."""
-    commands = {}  # the longest first
+    compilers = {}  # the longest first
     if cuda is not None:
-        nvcc = [cuda.nvcc, *nvcc_flags()]
-        commands |= {source: [*nvcc, *gencode_of(source, cuda)] for source in files("csrc/**/*.cu")}
-    host = [*cxx_compiler(), "-fPIC", *cxx_flags()]
-    commands |= dict.fromkeys(files("csrc/**/*.cc"), host)
-
-    def compile_one(source: str) -> str:
-        target = build_dir / f"{source}.o"
-        depfile = ["-MD", "-MF", str(target.with_suffix(".d"))]
-        command = [*commands[source], f"-I{ROOT}", *depfile, "-c", str(ROOT / source), "-o", str(target)]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if is_current(target, " ".join(command)):
-            return str(target)
-        made_by = target.with_suffix(".command")
-        made_by.unlink(missing_ok=True)  # not there while the object may be half written
-        print(" ".join(command), flush=True)
-        if subprocess.run(command).returncode != 0:
-            raise RuntimeError(f"qkernels: {source} does not compile; the compiler's messages are above")
-        made_by.write_text(" ".join(command))
-        return str(target)
+        for source in files("csrc/**/*.cu"):
+            gencode = gencode_of(source, cuda)
+            compilers[source] = [cuda.nvcc, *nvcc_flags(), *spill_flags(gencode), *gencode]
+    compilers |= dict.fromkeys(files("csrc/**/*.cc"), host_compiler())
 
     with ThreadPoolExecutor(jobs) as pool:
-        objects = [pool.submit(compile_one, source) for source in commands]
+        objects = [
+            pool.submit(compile_file, ROOT / source, build_dir / f"{source}.o", compiler)
+            for source, compiler in compilers.items()
+        ]
         try:
             return [made.result() for made in objects]
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(str(error))
+
+
+def write_fingerprint(build_dir: Path) -> Path:
+    """A source file that defines it for python/module.cpp, written only where it changes."""
+    path = build_dir / "fingerprint.cc"
+    text = f'extern "C" const char qk_source_fingerprint[];\nconst char qk_source_fingerprint[] = "{fingerprint()}";\n'
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
 
 
 # ---- the extension ---------------------------------------------------------------------------------------------------
@@ -227,7 +279,11 @@ class BuildQKernels(BuildExtension):
     def build_extensions(self) -> None:
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         [extension] = self.extensions
-        extension.extra_objects = compile_core(self.cuda, Path(self.build_temp).resolve(), jobs)
+        build_dir = Path(self.build_temp).resolve()
+        source = write_fingerprint(build_dir)
+        objects = compile_core(self.cuda, build_dir, jobs)
+        extension.extra_objects = [*objects, compile_file(source, source.with_suffix(".cc.o"), host_compiler())]
+        extension.depends.append(str(source))
         if not self.use_ninja:
             self.compiler.compile = parallel_compile(self.compiler, jobs)
         super().build_extensions()
@@ -257,24 +313,24 @@ def parallel_compile(compiler, jobs: int):
 
 
 def make_extension(cuda: Cuda | None) -> Extension:
-    sources = files("python/*.cpp")
+    own = files("python/*.cpp")
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TARGET), *([("QK_DEBUG_BUILD", "1")] if DEBUG else [])]
     system_includes, library_dirs = list(include_paths()), list(library_paths())
     libraries = ["torch", "torch_cpu", "c10"]
     if cuda is not None:
-        sources += files("python/cuda/*.cpp")
+        own += files("python/cuda/*.cpp")
         macros += [("QK_CUDA_ARCHS", f'"{cuda.names}"'), ("QK_CUDA_VERSION", f'"{cuda.version}"')]
         system_includes.append(str(cuda.home / "include"))
         library_dirs.append(str(cuda.library_dir))
         libraries += ["cudart_static", "rt", "dl", "pthread"]
     return Extension(
         "qkernels._C",
-        sources,
+        own,
         language="c++",
         include_dirs=[str(ROOT)],
         define_macros=macros,
         # What setuptools does not know to be read: it links again when one of these is newer than what is built.
-        depends=files(*(f"csrc/**/*.{kind}" for kind in ("h", "inc", "cc", "cu", "cuh", "txt")), "python/**/*.h"),
+        depends=[name for name in sources() if name not in own],
         # Warnings of other people's headers are not ours: -isystem.
         extra_compile_args=[*cxx_flags(), *(f"-isystem{path}" for path in system_includes)],
         library_dirs=library_dirs,

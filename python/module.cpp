@@ -23,6 +23,9 @@
 
 namespace py = pybind11;
 
+// Made by setup.py for each build: of the names and bytes of csrc/ and python/.
+extern "C" const char qk_source_fingerprint[];
+
 namespace {
 
 using KernelLists = std::map<std::string, std::vector<std::pair<std::string, bool>>>;
@@ -143,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = "";
   m.attr("cuda_version") = "";
 #endif
+  m.attr("source_fingerprint") = std::string(qk_source_fingerprint);
 #if defined(QK_DEBUG_BUILD)
   m.attr("debug") = true;
 #else

@@ -3,14 +3,16 @@
     python tests/gpu/gpu_check.py [--only PART ...] [--small] [--out FILE]
 
 Needs torch with CUDA and an NVIDIA GPU of compute capability 7.5 or newer; nothing is downloaded. qkernels is built in
-place for this GPU, or brought up to date (nvcc, a C++20 compiler, Python.h, setuptools). Parts: linear, conv, rows,
-floats, ops (every CUDA op against the CPU, bit for bit), model (converted networks), graph (capture and replay),
-streams, errors, opcheck, wgmma (the kernel that is off by default, on capability 9.0), bench (times), sanitizer
-(compute-sanitizer on small shapes, where it is installed).
+place for this GPU, or brought up to date (nvcc, a C++20 compiler, Python.h, setuptools); without nvcc an extension that
+is there will do if it has kernels for this GPU and was built from exactly these sources. Parts: linear, conv, rows,
+floats, ops, large (every CUDA op against the CPU, bit for bit), model (converted networks, layer by layer), training
+(every rule), graph (capture and replay), streams, errors, opcheck, wgmma (the kernel that is off by default, on
+capability 9.0), bench (times against targets), sanitizer (compute-sanitizer on small shapes, where it is installed).
 
 A part runs in a process of its own, case by case: a case that fails, crashes, hangs or poisons the device is named and
-does not hide the others. Everything found, times too, is in bench/results/<gpu>.json after each part. Exit status: 0
-all passed, 1 something failed, 2 nothing could be checked.
+does not hide the others. Everything found, times too, is in bench/results/<gpu>.json after each part. A target of speed
+that is missed is a line at the end, no failure. Exit status: 0 nothing failed, 1 something failed, 2 nothing could be
+checked. The last line names what was skipped, and what the end of the time has cut short.
 """
 
 import argparse
@@ -19,40 +21,32 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD_SECONDS = 1800
+from building import ROOT, START_SECONDS, build, end, refuse, run, start
+
 BUDGET_SECONDS = 480
 LEAST_SECONDS = 15  # what a part needs to begin at all
 CASE_SECONDS = 60
-START_SECONDS = 90  # for the start of a child, and for its first case
-SLOW_CASES = {"more than 2^31 elements": 120}
+SLOW_CASES = {"more than 2^31 elements": 120, "inference resnet50": 120, "training resnet18": 120}
 MOST_STARTS = 6  # of one part
 MOST_HANGS = 2  # of one part
 POISONED = 3  # the exit status of a child whose device is lost
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/ops"), str(ROOT / "tests/gpu")]
 
 PARTS = (
-    *("linear", "conv", "rows", "floats", "ops", "model", "graph", "streams", "errors", "opcheck"),
-    *("wgmma", "bench", "sanitizer"),  # what hangs or takes its time does so behind what is in use
+    *("linear", "conv", "rows", "floats", "ops", "large", "model", "training", "graph", "streams", "errors"),
+    *("opcheck", "wgmma", "bench", "sanitizer"),  # what hangs or takes its time does so behind what is in use
 )
-SMALL = ("linear", "conv", "rows", "floats", "ops")  # what runs under compute-sanitizer
-
-
-def refuse(reason: str) -> None:
-    print(f"gpu-check: nothing was checked: {reason}")
-    sys.exit(2)
+SMALL = ("linear", "conv", "rows", "floats", "ops", "large")  # what runs under compute-sanitizer
 
 
 def require_gpu():
@@ -71,67 +65,6 @@ def require_gpu():
     return torch
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen:
-    """A process in a group of its own, its errors in its output."""
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def end(process: subprocess.Popen) -> None:
-    """Ends it with all that it has started. One that the driver holds fast is left behind."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(5)
-
-
-def run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
-    """The exit status, None if it did not end in time, and the output."""
-    process = start(command, **environment)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None, ""
-    finally:
-        end(process)
-    return process.returncode, output
-
-
-def why_unfit(arch: str) -> str:
-    """Empty if qkernels has kernels for `arch`. Asked in a process of its own: what was imported cannot be replaced."""
-    probe = (
-        "import sys; sys.path.insert(0, 'tests/gpu'); import stand_ins; from qkernels import _C; "
-        "print('it is built for', _C.cuda_archs or 'the CPU only'); sys.exit(sys.argv[1] not in _C.cuda_archs.split())"
-    )
-    status, output = run([sys.executable, "-c", probe, arch], START_SECONDS)
-    return "" if status == 0 else f"this GPU needs {arch}, and {output.strip()[-1000:]}"
-
-
-def build(torch) -> None:
-    """Whatever is there already: kernels of another commit must not pass for these."""
-    major, minor = torch.cuda.get_device_capability()
-    arch, environment = f"sm_{major}{minor}", {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    # Without ninja, setuptools takes a build for another GPU for current.
-    force = ["--force"] if why_unfit(arch) else []
-    print(f"gpu-check: building for {arch} ...", flush=True)
-    began = time.monotonic()
-    command = [sys.executable, "setup.py", "build_ext", "--inplace", *force]
-    status, output = run(command, BUILD_SECONDS, **environment)
-    if status != 0:
-        print(output[-6000:])
-        refuse("the build failed" if status else f"the build did not end in {BUILD_SECONDS} s")
-    if why := why_unfit(arch):
-        refuse(f"it was built, but {why}")
-    print(f"gpu-check: built in {time.monotonic() - began:.0f} s", flush=True)
-
-
 # ---- a child: the cases of one part ----------------------------------------------------------------------------------
 
 
@@ -145,12 +78,12 @@ def run_cases(parts: list[str], first: int, small: bool) -> int:
     import torch
 
     everything = itertools.chain.from_iterable(cases.cases_of(part, small) for part in parts)
-    for number, (name, run) in enumerate(everything):
+    for number, (name, case) in enumerate(everything):
         if number < first:
             continue
         say(start=number, name=name)
         try:
-            say(result=run())
+            say(result=case())
         except Exception as error:  # a case that fails must not hide the others
             say(error=f"{type(error).__name__}: {error}"[:2000])
             try:
@@ -172,10 +105,19 @@ class Part:
         self.failures: list[dict[str, str]] = []
         self.results: dict[str, Any] = {}
         self.note = ""
+        self.is_cut_short = False  # by the end of the time
 
     @property
     def verdict(self) -> str:
         return "FAILED" if self.failures else "ok" if self.passed else "skipped"
+
+    def cut_short(self, note: str) -> None:
+        self.note, self.is_cut_short = note, True
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        """What its results say of targets."""
+        return [t for result in self.results.values() if isinstance(result, dict) for t in result.get("targets", [])]
 
     def to_json(self) -> dict[str, Any]:
         known = {"verdict": self.verdict, "passed": self.passed, "seconds": round(self.seconds, 1)}
@@ -192,13 +134,13 @@ def run_part(part: Part, command: Callable[[int], list[str]], deadline: float) -
     began, first, hangs = time.monotonic(), 0, 0
     for _ in range(MOST_STARTS):
         if deadline - time.monotonic() < LEAST_SECONDS:
-            part.note = f"stopped at case {first}: the time is up"
+            part.cut_short(f"stopped at case {first}: the time is up")
             break
         running, ending, why = _follow(part, command(first), deadline)
         if ending == "done":
             break
         if ending == "late":
-            part.note = f"stopped at case {running[0] if running else first}: the time is up"
+            part.cut_short(f"stopped at case {running[0] if running else first}: the time is up")
             break
         if running is None:
             part.failures.append({"case": f"start at case {first}", "error": why})
@@ -278,12 +220,13 @@ def run_sanitizer(part: Part, deadline: float) -> Part:
             part.passed += 1
         else:
             part.failures.append({"case": kind, "error": output[-3500:].strip()})
-    part.note = f"not finished in time: {', '.join(unfinished)}" if unfinished else ""
+    if unfinished:
+        part.cut_short(f"not finished in time: {', '.join(unfinished)}")
     part.seconds = time.monotonic() - began
     return part
 
 
-def facts(torch) -> dict[str, Any]:
+def facts(torch, built: str) -> dict[str, Any]:
     import stand_ins  # noqa: F401
 
     from qkernels import _C
@@ -298,6 +241,7 @@ def facts(torch) -> dict[str, Any]:
         "commit": commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "build": built,
         "built_for": _C.cuda_archs,
     }
 
@@ -313,17 +257,32 @@ def run_all(names: list[str], small: bool, known: dict[str, Any], path: Path, de
     for name in names:
         part = found[name] = Part(name)
         if deadline - time.monotonic() < LEAST_SECONDS:
-            part.note = "the time is up"
+            part.cut_short("the time is up")
         elif name == "sanitizer":
             run_sanitizer(part, deadline)
         else:
             run_part(part, lambda first, name=name: command(name, first), deadline)
         print(part, flush=True)
         path.write_text(json.dumps({**known, "parts": {n: p.to_json() for n, p in found.items()}}, indent=2) + "\n")
+    for line in itertools.chain.from_iterable(map(target_lines, found.values())):
+        print(line)
     failed = [name for name, part in found.items() if part.failures]
     skipped = [name for name, part in found.items() if part.verdict == "skipped"]
-    print(f"gpu-check: {len(failed)} parts failed {failed}, skipped {skipped}; wrote {path}")
-    return 1 if failed else 0
+    cut_short = [name for name, part in found.items() if part.is_cut_short]
+    print(
+        f"gpu-check: {len(failed)} parts failed {failed}, skipped {skipped}, "
+        f"cut short by the end of the time {cut_short}; wrote {path}"
+    )
+    return 1 if failed else 2 if len(skipped) == len(found) else 0
+
+
+def target_lines(part: Part) -> list[str]:
+    """A line for each target: its name, what was measured, what should be, and whether it is."""
+    return [
+        f"target  {'reached' if t['reached'] else 'SHORT':8} {t['name']}: {t['measured']:.3g}, "
+        f"at {t['bound']} {t['target']:g}"
+        for t in part.targets
+    ]
 
 
 def main() -> int:
@@ -337,8 +296,7 @@ def main() -> int:
     if arguments.child:
         return run_cases(arguments.child, arguments.first, arguments.small)
     torch = require_gpu()
-    build(torch)
-    known = facts(torch)
+    known = facts(torch, build(torch))
     print(f"gpu-check: {known['gpu']}, torch {known['torch']}, CUDA {known['cuda']}, built for {known['built_for']}")
     name = re.sub(r"[^a-z0-9]+", "_", known["gpu"].lower()).strip("_")
     path = Path(arguments.out) if arguments.out else ROOT / f"bench/results/{name}.json"
