@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "csrc/base/integers.h"
 
@@ -59,6 +60,16 @@ constexpr int least_cuda_capability(const char* archs) {
     if (*at == '\0') break;
   }
   return least > kCudaLeastCapability ? least : kCudaLeastCapability;
+}
+
+// Why kernels built for `archs` do not run on a GPU of that capability; empty: they do.
+inline std::string why_too_old(int capability, const char* archs) {
+  const int least = least_cuda_capability(archs);
+  if (capability >= least) return {};
+  const auto text = [](int of) { return std::to_string(of / 10) + "." + std::to_string(of % 10); };
+  return "needs a GPU of compute capability " + text(least) + " or newer (built for " + archs +
+         "), got " + text(capability) +
+         "; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU";
 }
 
 struct CudaGemmPlan {

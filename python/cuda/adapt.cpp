@@ -17,11 +17,8 @@ void check_capability(const char* op, int32_t device) {
   int major = 0, minor = 0;
   check_launch(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check_launch(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  constexpr int least = least_cuda_capability(QK_CUDA_ARCHS);
-  STD_TORCH_CHECK(major * 10 + minor >= least, op, ": needs a GPU of compute capability ",
-                  least / 10, ".", least % 10, " or newer (built for ", QK_CUDA_ARCHS, "), got ",
-                  major, ".", minor,
-                  "; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU");
+  const std::string why = why_too_old(major * 10 + minor, QK_CUDA_ARCHS);
+  STD_TORCH_CHECK(why.empty(), op, ": ", why);
   if (index < known.size()) known[index].store(true, std::memory_order_relaxed);
 }
 

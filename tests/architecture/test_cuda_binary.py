@@ -156,6 +156,8 @@ ELEMENTWISE = [
     ("12SignBackwardI", 2, 1),
     ("11NormForward", 1, 1),
     ("7NormOutI", 2, 1),
+    ("4MaskI", 1, 1),
+    ("12MaskBackwardI", 1, 1),
 ]
 
 
@@ -172,12 +174,15 @@ def test_elementwise_kernels_move_16_bytes_at_a_time(arch, operation, loads, sto
 # Kernels of training by name, and what they load and store at once, at least.
 TRAINING = [
     ("lsq_run_kernel", 2, 1),
+    ("lsq_column_kernelIfLi4", 2, 1),
     ("extremes_run_kernel", 1, 1),
+    ("extremes_column_kernelIfLi4", 1, 1),
     ("histogram_count_kernel", 1, 0),
     ("foreach_extremes_kernel", 1, 1),
     ("foreach_quant_kernel", 2, 1),
     ("foreach_backward_kernel", 2, 1),
     ("dorefa_run_kernel", 2, 1),
+    ("dorefa_gradient_kernel", 2, 1),
     ("quantize_rows_kernel", 2, 0),
 ]
 

@@ -184,6 +184,12 @@ void a_build_says_which_gpu_it_needs() {
   CHECK_EQ(least_cuda_capability("sm_75"), 75);
   CHECK_EQ(least_cuda_capability("sm_100a"), 100);
   CHECK_EQ(least_cuda_capability("sm_70 sm_80"), kCudaLeastCapability);
+  CHECK_EQ(why_too_old(75, "sm_75 sm_80"), "");
+  CHECK_EQ(why_too_old(90, "sm_80"), "");
+  CHECK_EQ(why_too_old(75, "sm_80 sm_90 compute_90"),
+           "needs a GPU of compute capability 8.0 or newer (built for sm_80 sm_90 compute_90), got "
+           "7.5; build with its number in TORCH_CUDA_ARCH_LIST, or move the model to the CPU");
+  CHECK(why_too_old(61, "sm_60").find("compute capability 7.5 or newer") != std::string::npos);
 }
 
 void wrong_lengths_are_refused() {
