@@ -1,14 +1,10 @@
-"""On a GPU nothing of a forward waits for the device: fake CUDA tensors have no values, whatever asks for one fails."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""On a GPU nothing of a forward waits for the device."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import on_fake_cuda
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import qkernels
 from qkernels.core.quantizer import Quantizer, State
@@ -38,21 +34,6 @@ class Network(nn.Module):
         return self.head(F.avg_pool2d(x, 4).mean((2, 3)))
 
 
-@contextmanager
-def on_fake_cuda(model: nn.Module) -> Iterator[torch.Tensor]:
-    """`model` with its tensors on a GPU that does not exist, and an input there."""
-    with FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False), allow_non_fake_inputs=True):
-        new = torch.empty(0, device="cuda").new_empty
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = new(buffer.shape, dtype=buffer.dtype)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(new(parameter.shape))
-        yield new(SHAPE)
-
-
 def trained(rule: str) -> nn.Module:
     torch.manual_seed(0)
     model = qkernels.prepare_qat(Network(), torch.randn(SHAPE), rule=rule)
@@ -64,17 +45,17 @@ def trained(rule: str) -> nn.Module:
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_a_prepared_network_asks_the_device_for_nothing(rule, training):
     model = trained(rule).train(training)
-    with on_fake_cuda(model) as x:
+    with on_fake_cuda(model) as new:
         for _ in range(2):
-            assert model(x).device.type == "cuda"
+            assert model(new(SHAPE)).device.type == "cuda"
 
 
 @pytest.mark.parametrize("rule", ["ste", "lsq"])
 def test_a_network_whose_norms_are_frozen_asks_the_device_for_nothing(rule):
     model = trained(rule)
     qkernels.freeze_bn(model)
-    with on_fake_cuda(model) as x:
-        assert model(x).device.type == "cuda"
+    with on_fake_cuda(model) as new:
+        assert model(new(SHAPE)).device.type == "cuda"
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int8-minmax"])
@@ -83,5 +64,5 @@ def test_the_batches_of_a_calibration_ask_the_device_for_nothing(recipe):
     for quantizer in model.modules():
         if isinstance(quantizer, Quantizer):
             quantizer.state = State.OBSERVE
-    with on_fake_cuda(model) as x:
-        assert model(x).device.type == "cuda"
+    with on_fake_cuda(model) as new:
+        assert model(new(SHAPE)).device.type == "cuda"

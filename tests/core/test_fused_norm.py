@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
+from fake_cuda import on_fake_cuda
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import qkernels
 from qkernels import ops
@@ -175,17 +174,10 @@ def test_a_batch_that_is_used_twice_and_a_hook_on_the_layer_change_nothing():
 
 @pytest.mark.parametrize("rule", ["ste", "lsq", "lsq_plus"])
 def test_on_cuda_it_is_one_op_too_and_nothing_asks_for_a_value(monkeypatch, rule):
-    """Fake CUDA tensors have none: whatever asks for one is an error."""
     model = qkernels.prepare_qat(network(), images(), rule=rule)
     step(model, 0)
     fused = count_fused(monkeypatch)
-    with FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False), allow_non_fake_inputs=True):
-        new = torch.empty(0, device="cuda").new_empty
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else new(buffer.shape, dtype=buffer.dtype)
-            for name, parameter in module._parameters.items():
-                module._parameters[name] = None if parameter is None else nn.Parameter(new(parameter.shape))
+    with on_fake_cuda(model) as new:
         x = new(4, 12, 12, 3).permute(0, 3, 1, 2)
         assert model(x).device.type == "cuda"
         assert [t.device.type for t in fused] == ["cuda", "cuda"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import on_fake_cuda
 from torch import nn
 
 import qkernels
@@ -191,22 +192,10 @@ def test_views_of_images_train_on_integer_kernels():
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 def test_a_layer_on_cuda_asks_the_device_for_nothing(layer, shape, granularity):
-    """Fake CUDA tensors have no values: whatever asks for one is an error."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
     options = {"skip": [nn.Tanh], "weight_granularity": granularity}
     model = qkernels.prepare_qat(nn.Sequential(copy.deepcopy(layer), nn.Tanh()), torch.randn(shape), **options)
     model(torch.randn(shape))
-    with FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False), allow_non_fake_inputs=True):
-        on_cuda = torch.empty(0, device="cuda").new_empty
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = on_cuda(buffer.shape, dtype=buffer.dtype)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(on_cuda(parameter.shape))
+    with on_fake_cuda(model) as on_cuda:
         trainee, x = model.get_submodule("0"), on_cuda(shape).requires_grad_()
         y = trainee(x)
         assert type(y.grad_fn).__name__.startswith(IntegerForward.__name__)
