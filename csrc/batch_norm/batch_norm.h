@@ -75,7 +75,9 @@ struct NormGrid {
   float ceiling = kNormInfinity;
 };
 
-struct NormFakeQuantArgs {
+// Grid: NormGrid, or where the grid lies on a device.
+template <class Grid>
+struct NormFakeQuantOf {
   const float* x;
   float* y;
   uint8_t* codes;  // null: none
@@ -83,12 +85,14 @@ struct NormFakeQuantArgs {
   int64_t channels;
   const float* factor;
   const float* shift;
-  NormGrid grid;
+  Grid grid;
 };
+using NormFakeQuantArgs = NormFakeQuantOf<NormGrid>;
 
 void norm_fake_quant(const NormFakeQuantArgs& args, const Parallel& parallel);
 
-struct NormBackwardArgs {
+template <class Grid>
+struct NormBackwardOf {
   const float* grad;
   const float* x;
   float* out;
@@ -98,15 +102,16 @@ struct NormBackwardArgs {
   const float* inv_std;
   const float* factor;
   const float* shift;
-  NormGrid grid;
+  Grid grid;
   bool learned;        // else straight through, and the two sums of the grid are not made
   double grad_factor;  // of these sums
   float* weight;       // [channels], the gradients
   float* bias;
   float* scale;  // [1]
   float* zero_point;
-  double* workspace;  // norm_backward_workspace(rows, channels) elements
+  double* workspace;  // as many elements as norm_backward_workspace says, or the device's one
 };
+using NormBackwardArgs = NormBackwardOf<NormGrid>;
 
 int64_t norm_backward_workspace(int64_t rows, int64_t channels);
 void norm_backward(const NormBackwardArgs& args, const Parallel& parallel);

@@ -31,36 +31,8 @@ struct NormCudaGrid {
   float ceiling = kNormInfinity;
 };
 
-struct NormFakeQuantCudaArgs {
-  const float* x;
-  float* y;
-  uint8_t* codes;  // null: none
-  int64_t rows;
-  int64_t channels;
-  const float* factor;
-  const float* shift;
-  NormCudaGrid grid;
-};
-
-struct NormBackwardCudaArgs {
-  const float* grad;
-  const float* x;
-  float* out;
-  int64_t rows;
-  int64_t channels;
-  const float* mean;
-  const float* inv_std;
-  const float* factor;
-  const float* shift;
-  NormCudaGrid grid;
-  bool learned;        // else straight through, and the two sums of the grid are not made
-  double grad_factor;  // of these sums
-  float* weight;       // [channels], the gradients
-  float* bias;
-  float* scale;  // [1]
-  float* zero_point;
-  double* workspace;  // norm_backward_cuda_workspace(rows, channels) elements
-};
+using NormFakeQuantCudaArgs = NormFakeQuantOf<NormCudaGrid>;
+using NormBackwardCudaArgs = NormBackwardOf<NormCudaGrid>;
 
 int64_t batch_statistics_cuda_workspace(int64_t rows, int64_t channels);
 // extremes: [2], of t. The workspace has the elements that the function before says.

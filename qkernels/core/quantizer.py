@@ -218,9 +218,9 @@ class Quantizer(nn.Module):
                 scale, zero_point = scale.clone(), zero_point.clone()
             return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax)
         # Codes are made in the same pass if they will be read.
-        wanted = self.gives_codes and self.training and x.dtype == torch.float32
+        wanted = self.gives_codes and self.training and x.dtype == torch.float32 and (x.is_cpu or x.is_cuda)
         floor, ceiling = clamp or (None, None)
-        if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if not wanted or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             limits = {"floor": floor, "ceiling": ceiling}
             return ops.fake_quant(x, scale, zero_point, self.axis, qmin, qmax, "mask", **limits)
         y, codes = ops.fake_quant_codes(x, scale, zero_point, qmin, qmax, self.spec.dtype, floor, ceiling)
