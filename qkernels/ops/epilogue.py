@@ -1,6 +1,8 @@
 """What happens to the int32 accumulator of a linear or convolution before it is stored: a value, not a class name."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,4 +61,18 @@ def schema_arguments(op: str, epilogue: Any) -> tuple[list[float], torch.dtype, 
     """An epilogue as the schemas of ops that pack a weight take it."""
     if not isinstance(epilogue, Epilogue):
         raise InvalidType(f"{op}: epilogue must be an Epilogue, got {type(epilogue).__name__}")
+    if not isinstance(epilogue.dtype, torch.dtype):
+        raise InvalidType(f"{op}: epilogue.dtype must be a torch.dtype, got {epilogue.dtype!r}")
+    if not isinstance(epilogue.residual, ResidualAdd | None):
+        raise InvalidType(f"{op}: epilogue.residual must be a ResidualAdd, got {type(epilogue.residual).__name__}")
+    _expect_numbers(op, "epilogue", epilogue, ("scale", "zero_point", "qmin", "qmax"))
+    if epilogue.residual is not None:
+        _expect_numbers(op, "epilogue.residual", epilogue.residual, [f.name for f in fields(ResidualAdd)])
     return epilogue.as_list(), epilogue.dtype, epilogue.table
+
+
+def _expect_numbers(op: str, name: str, owner: Epilogue | ResidualAdd, attributes: Iterable[str]) -> None:
+    for attribute in attributes:
+        value = getattr(owner, attribute)
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise InvalidType(f"{op}: {name}.{attribute} must be a number, got {value!r}")

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from qkernels.errors import integer
+
 
 def by_group(
     function: Callable[..., Tensor],
@@ -18,7 +20,7 @@ def by_group(
     """`function(rows, scale, zero_point, 0, *rest)` with a row of `x` for each group; a view if `axis` is innermost."""
     if axis is None or not -x.dim() <= axis < x.dim():
         raise ValueError(f"{op}: group_size needs an axis in [{-x.dim()}, {x.dim() - 1}], got {axis}")
-    axis %= x.dim()
+    axis, group_size = axis % x.dim(), integer(f"{op}: group_size", group_size)
     if group_size < 1 or x.shape[axis] % group_size != 0:
         raise ValueError(
             f"{op}: group_size must divide the {x.shape[axis]} elements of dimension {axis}, got {group_size}"

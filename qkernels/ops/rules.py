@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkernels.errors import InvalidArgument, integer
 from qkernels.ops.eager import is_eager, needs_grad, once_differentiable, refuse_transforms
 from qkernels.ops.expect import expect_tensor
 from qkernels.ops.fake import register_fake
@@ -111,7 +112,13 @@ def round_gradient(x: Tensor, bits: int, seed: Tensor | None = None) -> Tensor:
     """The identity whose gradient goes through `dorefa_gradient`.
 
     Without a seed, one from torch's generator for the device of `x`: a CUDA graph draws another at each replay.
+
+    Raises:
+        InvalidType, InvalidArgument: `x` is not a tensor, or `bits` is no integer from 1 to 16.
     """
+    bits = integer("round_gradient: bits", bits)
+    if not 1 <= bits <= 16:
+        raise InvalidArgument(f"round_gradient: bits must be in [1, 16], got {bits}")
     refuse_transforms("round_gradient", expect_tensor("round_gradient", "x", x))
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)

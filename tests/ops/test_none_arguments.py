@@ -8,7 +8,7 @@ import torch
 
 from qkernels import ops
 from qkernels.errors import InvalidArgument, InvalidType
-from qkernels.ops.epilogue import Epilogue
+from qkernels.ops.epilogue import Epilogue, ResidualAdd
 
 X, ONE, ZERO = torch.randn(3, 4), torch.ones(1), torch.zeros(1, dtype=torch.int32)
 CODES = torch.zeros(3, 4, dtype=torch.uint8)
@@ -17,6 +17,11 @@ PACKED = ops.linear_pack(WEIGHT, ONE, None, None, 1.0, 0, torch.uint8, Epilogue(
 STATE = [ONE.clone(), ONE.clone(), ONE.clone(), ZERO.clone(), None]
 GRID = None, 0, 255, False, 1e-9, None, "x"
 STATISTICS = ops.BatchStatistics(*(torch.ones(4) for _ in range(4)), torch.ones(2))
+
+
+def packed(epilogue: Epilogue) -> torch.Tensor:
+    return ops.linear_pack(WEIGHT, ONE, None, None, 1.0, 0, torch.uint8, epilogue)
+
 
 SEEN_BY_THE_OP = [
     (lambda: ops.quantize(None, ONE, ZERO, None, 0, 255, torch.uint8), "quantize: argument 1"),
@@ -55,6 +60,17 @@ SEEN_BEFORE = [
         "batch_norm_fake_quant: zero_point must be a tensor, got int",
     ),
     (lambda: ops.round_gradient(None, 8), "round_gradient: x must be a tensor, got NoneType"),
+    (lambda: ops.round_gradient(X, 1.5), "round_gradient: bits must be an integer, got 1.5"),
+    (lambda: ops.fake_quant(X, ONE, ZERO, 1, 0, 255, group_size=2.0), "fake_quant: group_size must be an integer, got"),
+    (lambda: ops.lsq(X, ONE, ONE, 1, 0, 255, 1.0, group_size="2"), "lsq: group_size must be an integer, got '2'"),
+    (lambda: packed(Epilogue("u8")), "linear_pack: epilogue.dtype must be a torch.dtype, got 'u8'"),
+    (lambda: packed(Epilogue(scale=None)), "linear_pack: epilogue.scale must be a number, got None"),
+    (lambda: packed(Epilogue(zero_point="3")), "linear_pack: epilogue.zero_point must be a number, got '3'"),
+    (lambda: packed(Epilogue(residual=1)), "linear_pack: epilogue.residual must be a ResidualAdd, got int"),
+    (
+        lambda: packed(Epilogue(residual=ResidualAdd(1.0, 0, 1.0, None, 0, 255))),
+        "linear_pack: epilogue.residual.out_zero_point must be a number, got None",
+    ),
     (
         lambda: ops.linear_pack(WEIGHT, ONE, None, None, 1.0, 0, torch.uint8, WEIGHT),
         "linear_pack: epilogue must be an Epilogue, got Tensor",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qkernels import ops, reference
+from qkernels.errors import InvalidArgument
 from qkernels.testing import isa_cap, supported_isas
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,6 +167,12 @@ def test_a_sample_that_is_not_finite_becomes_nan_and_a_zero_one_stays_zero(isa):
     assert y[2].isnan().all()
     assert (y[3] == 0).all()
     assert torch.isfinite(y[[0, 4]]).all()
+
+
+@pytest.mark.parametrize("bits", [0, 17])
+def test_round_gradient_refuses_bits_in_the_forward(bits):
+    with pytest.raises(InvalidArgument, match=rf"^round_gradient: bits must be in \[1, 16\], got {bits}$"):
+        ops.round_gradient(torch.randn(3), bits)
 
 
 def test_round_gradient_is_the_identity_with_a_rounded_gradient():
