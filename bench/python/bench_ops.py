@@ -1,13 +1,15 @@
-"""Times linear and convolution against torch's quantized engines and ONNX Runtime on the shapes of real networks.
+"""Times linear, convolution and the tail of a network against torch's quantized engines and ONNX Runtime.
 
     python bench/python/bench_ops.py gemm --json bench/results/gemm.json
     python bench/python/bench_ops.py conv --threads 2 --engines qkernels,torch_onednn
     python bench/python/bench_ops.py conv --isa avx2
+    python bench/python/bench_ops.py tail
     python bench/python/bench_ops.py dynamic --filter bert
 
 Operands stay int8 and in each engine's own format and layout; weights are prepacked; outputs are requantized to uint8
-with per-channel scales and a bias. `dynamic` takes and returns float32, quantized on arrival: by rows here, as a whole
-in torch (per-channel weights in both).
+with per-channel scales and a bias. `tail` is a global average pool and a linear layer, two calls here and in torch, one
+session in ONNX Runtime. `dynamic` takes and returns float32, quantized on arrival: by rows here, as a whole in torch
+(per-channel weights in both).
 """
 
 import argparse
@@ -106,6 +108,23 @@ def qkernels_conv(sizes: list[int]) -> Callable[[], object]:
     return lambda: ops.conv(x, packed, None, s["o"], out, torch.uint8)
 
 
+def qkernels_tail(n: int, c: int, h: int, w: int, o: int) -> Callable[[], object]:
+    import torch
+
+    from qkernels import ops
+
+    weight, scale, bias = normal_weight([o, c])
+    x = torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    epilogue = ops.Epilogue(dtype=torch.uint8, scale=0.7, zero_point=11)
+    packed = ops.linear_pack(weight, scale, None, bias, 0.02, 7, torch.uint8, epilogue)
+    grids = 0.02, 7, 0.02, 7, 0, 255
+
+    def run():
+        return ops.linear(ops.adaptive_avg_pool(x, [1, 1], *grids, torch.uint8).flatten(1), packed, o, torch.uint8)
+
+    return run
+
+
 # ------------------------------------------------------------------------------------------------- torch
 def torch_quantized_weight(shape: list[int]):
     import torch
@@ -149,10 +168,22 @@ def torch_conv(engine: str, sizes: list[int]) -> Callable[[], object]:
     return lambda: torch.ops.quantized.conv2d(x, packed, 0.7, 11)
 
 
+def torch_tail(engine: str, n: int, c: int, h: int, w: int, o: int) -> Callable[[], object]:
+    import torch
+
+    torch.backends.quantized.engine = engine
+    codes = torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8)
+    x = torch._make_per_tensor_quantized_tensor(codes, 0.02, 7).contiguous(memory_format=torch.channels_last)
+    packed = torch.ops.quantized.linear_prepack(*torch_quantized_weight([o, c]))
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    return lambda: torch.ops.quantized.linear(pool(x, 1).flatten(1), packed, 0.7, 11)
+
+
 # ------------------------------------------------------------------------------------------------- ONNX Runtime
 def ort_session(
-    op: str, weight, scale, bias, x_shape: list[int], attributes: dict, threads: int
+    op: str, weight, scale, bias, x_shape: list[int], attributes: dict, threads: int, pooled: bool = False
 ) -> Callable[[], object]:
+    """One operation, behind a global average pool of an NHWC input if `pooled`."""
     import numpy as np
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
@@ -175,15 +206,24 @@ def ort_session(
     if op == "QLinearConv":
         constants.append(constant("b", bias_int))
         inputs.append("b")
-    node = helper.make_node(op, inputs, ["y"], **attributes)
+    nodes = [helper.make_node(op, inputs, ["y"], **attributes)]
+    if pooled:
+        inputs[0] = "flat"
+        pool = ["x", "sx", "zx", "sx", "zx"]
+        nodes = [
+            helper.make_node("QLinearGlobalAveragePool", pool, ["mean"], domain="com.microsoft", channels_last=1),
+            helper.make_node("Flatten", ["mean"], ["flat"]),
+            helper.make_node(op, inputs, ["y"], **attributes),
+        ]
     graph = helper.make_graph(
-        [node],
+        nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.UINT8, x_shape)],
         [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
         constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -212,23 +252,32 @@ def ort_conv(sizes: list[int], threads: int) -> Callable[[], object]:
     return ort_session("QLinearConv", weight, scale, bias, [s["n"], s["c"], s["h"], s["w"]], attributes, threads)
 
 
+def ort_tail(n: int, c: int, h: int, w: int, o: int, threads: int) -> Callable[[], object]:
+    weight, scale, bias = normal_weight([o, c])
+    return ort_session("QLinearMatMul", weight.t().contiguous(), scale, bias, [n, h, w, c], {}, threads, pooled=True)
+
+
 # ------------------------------------------------------------------------------------------------- driver
 def build_case(engine: str, threads: int, message: dict) -> Callable[[], object]:
     kind, sizes = message["kind"], message["sizes"]
-    if kind == "dynamic":
-        if engine == "ort":
-            raise ValueError("ONNX Runtime has no single operation for it")
-        own = engine == "qkernels"
-        return qkernels_dynamic(*sizes) if own else torch_dynamic(engine.removeprefix("torch_"), *sizes)
+    if kind == "conv":
+        sizes = [sizes]
     if engine == "qkernels":
-        return qkernels_gemm(*sizes) if kind == "gemm" else qkernels_conv(sizes)
+        cases = {"gemm": qkernels_gemm, "conv": qkernels_conv, "tail": qkernels_tail, "dynamic": qkernels_dynamic}
+        return cases[kind](*sizes)
     if engine == "ort":
-        return ort_gemm(*sizes, threads) if kind == "gemm" else ort_conv(sizes, threads)
-    torch_engine = engine.removeprefix("torch_")
-    return torch_gemm(torch_engine, *sizes) if kind == "gemm" else torch_conv(torch_engine, sizes)
+        cases = {"gemm": ort_gemm, "conv": ort_conv, "tail": ort_tail}
+        if kind not in cases:
+            raise ValueError("ONNX Runtime has no single operation for it")
+        return cases[kind](*sizes, threads)
+    cases = {"gemm": torch_gemm, "conv": torch_conv, "tail": torch_tail, "dynamic": torch_dynamic}
+    return cases[kind](engine.removeprefix("torch_"), *sizes)
 
 
 def macs(kind: str, sizes: list[int]) -> int:
+    if kind == "tail":
+        n, c, _, _, o = sizes
+        return n * c * o
     if kind != "conv":
         m, k, n = sizes
         return m * k * n
@@ -259,7 +308,7 @@ def run_worker(engine: str, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", nargs="?", choices=("gemm", "conv", "dynamic"))
+    parser.add_argument("kind", nargs="?", choices=("gemm", "conv", "tail", "dynamic"))
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
@@ -280,7 +329,7 @@ def main() -> None:
     engines = [engine for engine in args.engines.split(",") if not (args.isa and engine == "ort")]
     env = isa_environment(args.isa)
     workers = [Worker([os.path.abspath(__file__)], engine, args.threads, env) for engine in engines]
-    shapes = read_shapes(BENCH / "shapes" / ("conv.txt" if args.kind == "conv" else "gemm.txt"))
+    shapes = read_shapes(BENCH / "shapes" / (f"{'gemm' if args.kind == 'dynamic' else args.kind}.txt"))
     results, slower = {}, []
     measure(workers, {"kind": "gemm", "sizes": [64, 64, 64]}, 1)  # all have started before one is timed alone
     peak = peak_gmacs(workers[engines.index("qkernels")], args.rounds) if "qkernels" in engines else float("nan")
