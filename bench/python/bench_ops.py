@@ -206,15 +206,15 @@ def ort_session(
     if op == "QLinearConv":
         constants.append(constant("b", bias_int))
         inputs.append("b")
-    nodes = [helper.make_node(op, inputs, ["y"], **attributes)]
+    nodes = []
     if pooled:
         inputs[0] = "flat"
         pool = ["x", "sx", "zx", "sx", "zx"]
         nodes = [
             helper.make_node("QLinearGlobalAveragePool", pool, ["mean"], domain="com.microsoft", channels_last=1),
             helper.make_node("Flatten", ["mean"], ["flat"]),
-            helper.make_node(op, inputs, ["y"], **attributes),
         ]
+    nodes.append(helper.make_node(op, inputs, ["y"], **attributes))
     graph = helper.make_graph(
         nodes,
         "g",
@@ -329,7 +329,7 @@ def main() -> None:
     engines = [engine for engine in args.engines.split(",") if not (args.isa and engine == "ort")]
     env = isa_environment(args.isa)
     workers = [Worker([os.path.abspath(__file__)], engine, args.threads, env) for engine in engines]
-    shapes = read_shapes(BENCH / "shapes" / (f"{'gemm' if args.kind == 'dynamic' else args.kind}.txt"))
+    shapes = read_shapes(BENCH / "shapes" / f"{'gemm' if args.kind == 'dynamic' else args.kind}.txt")
     results, slower = {}, []
     measure(workers, {"kind": "gemm", "sizes": [64, 64, 64]}, 1)  # all have started before one is timed alone
     peak = peak_gmacs(workers[engines.index("qkernels")], args.rounds) if "qkernels" in engines else float("nan")
