@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 
+#include "csrc/plan/move.h"
+
 namespace qk::seam {
 namespace {
 
@@ -86,6 +88,80 @@ Tensor empty_on(int32_t device_type, int32_t device_index, const std::vector<int
   return Tensor(handle);
 }
 
+template <int kOperands>
+struct WalkDim {
+  int64_t size, stride[kOperands];
+  bool is_axis;
+};
+
+// The dimensions of `out` and what is read with it, outermost first by the strides of `out`,
+// neighbours merged except `axis`.
+template <int kOperands>
+std::vector<WalkDim<kOperands>> walk_dims(const Tensor& out,
+                                          std::initializer_list<Tensor*> operands, int64_t axis) {
+  using Dim = WalkDim<kOperands>;
+  const bool empty = out.numel() == 0;
+  std::vector<Dim> dims;
+  for (int64_t d = 0; d < out.dim(); ++d) {
+    if ((out.size(d) == 1 || empty) && d != axis) continue;
+    Dim dim{out.size(d), {out.stride(d)}, d == axis};
+    int k = 1;
+    for (const Tensor* t : operands) {
+      const int64_t own = d - (out.dim() - t->dim());
+      dim.stride[k++] = own < 0 || t->size(own) == 1 ? 0 : t->stride(own);
+    }
+    dims.push_back(dim);
+  }
+  // One dimension of size 0 stands for all that an empty tensor has beside the axis.
+  if (empty && (axis < 0 || out.size(axis) != 0)) dims.push_back({0, {}, false});
+  // A dimension of one element (the axis alone can be) goes outermost.
+  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+    if ((a.size == 1) != (b.size == 1)) return a.size == 1;
+    return a.stride[0] > b.stride[0];
+  });
+  std::vector<Dim> merged;
+  for (const Dim& dim : dims) {
+    bool merges = !merged.empty() && !merged.back().is_axis && !dim.is_axis;
+    for (int k = 0; merges && k < kOperands; ++k) {
+      merges = merged.back().stride[k] == dim.stride[k] * dim.size;
+    }
+    if (merges) {
+      const int64_t size = merged.back().size * dim.size;
+      merged.back() = dim;
+      merged.back().size = size;
+    } else {
+      merged.push_back(dim);
+    }
+  }
+  if (merged.empty()) merged.push_back({1, {}, false});
+  return merged;
+}
+
+template <int kOperands>
+StridedLayout<kOperands> walk_layout(const std::vector<WalkDim<kOperands>>& dims) {
+  StridedLayout<kOperands> layout;
+  layout.dims = static_cast<int>(dims.size());
+  for (int d = 0; d < layout.dims; ++d) {
+    layout.size[d] = dims[d].size;
+    for (int k = 0; k < kOperands; ++k) layout.stride[k][d] = dims[d].stride[k];
+  }
+  return layout;
+}
+
+// Copies t (broadcast if it must be) to `out`, which shares no memory with it. Codes on the CPU are
+// transposed ten times as fast as torch does.
+void copy_to(Tensor out, Tensor t) {
+  const std::vector<WalkDim<2>> dims = walk_dims<2>(out, {&t}, -1);
+  if (!t.is_cpu() || t.element_size() != 1 || dims.size() > kMaxStridedDims) {
+    torch::stable::copy_(out, t);
+  } else if (out.numel() > 0) {
+    plan::move({.in = static_cast<const uint8_t*>(t.const_data_ptr()),
+                .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
+                .layout = walk_layout(dims)},
+               torch_threads());
+  }
+}
+
 }  // namespace
 
 Rows as_rows(const Tensor& t) {
@@ -162,8 +238,8 @@ bool is_channels_last(const Tensor& t) {
 
 Tensor as_channels_last(const Tensor& t) {
   if (is_channels_last(t)) return t;
-  Tensor copy = empty_channels_last(t, sizes_of(t), t.scalar_type());
-  torch::stable::copy_(copy, t);
+  const Tensor copy = empty_channels_last(t, sizes_of(t), t.scalar_type());
+  copy_to(copy, t);
   return copy;
 }
 
@@ -190,8 +266,8 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 Tensor copy_in_layout(const Tensor& t, const Tensor& like) {
-  Tensor copy = empty_like(like, t.scalar_type());
-  torch::stable::copy_(copy, t);
+  const Tensor copy = empty_like(like, t.scalar_type());
+  copy_to(copy, t);
   return copy;
 }
 
@@ -298,49 +374,7 @@ void check_out(const char* op, const Tensor& x, const Tensor& out, ScalarType dt
 template <int kOperands>
 int plan_walk(const Tensor& out, std::initializer_list<Tensor*> operands, bool broadcast_inner,
               int64_t axis, StridedLayout<kOperands>* layout) {
-  struct Dim {
-    int64_t size, stride[kOperands];
-    bool is_axis;
-  };
-  const bool empty = out.numel() == 0;
-  std::vector<Dim> dims;
-  const auto gather = [&] {
-    dims.clear();
-    for (int64_t d = 0; d < out.dim(); ++d) {
-      if ((out.size(d) == 1 || empty) && d != axis) continue;
-      Dim dim{out.size(d), {out.stride(d)}, d == axis};
-      int k = 1;
-      for (const Tensor* t : operands) {
-        const int64_t own = d - (out.dim() - t->dim());
-        dim.stride[k++] = own < 0 || t->size(own) == 1 ? 0 : t->stride(own);
-      }
-      dims.push_back(dim);
-    }
-    // One dimension of size 0 stands for all that an empty tensor has beside the axis.
-    if (empty && (axis < 0 || out.size(axis) != 0)) dims.push_back({0, {}, false});
-    // Outermost first. A dimension of one element (the axis alone can be) goes outermost.
-    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-      if ((a.size == 1) != (b.size == 1)) return a.size == 1;
-      return a.stride[0] > b.stride[0];
-    });
-    std::vector<Dim> merged;
-    for (const Dim& dim : dims) {
-      bool merges = !merged.empty() && !merged.back().is_axis && !dim.is_axis;
-      for (int k = 0; merges && k < kOperands; ++k) {
-        merges = merged.back().stride[k] == dim.stride[k] * dim.size;
-      }
-      if (merges) {
-        const int64_t size = merged.back().size * dim.size;
-        merged.back() = dim;
-        merged.back().size = size;
-      } else {
-        merged.push_back(dim);
-      }
-    }
-    dims = std::move(merged);
-    if (dims.empty()) dims.push_back({1, {}, false});
-  };
-  gather();
+  std::vector<WalkDim<kOperands>> dims = walk_dims<kOperands>(out, operands, axis);
   int k = 1;
   bool copied = false;
   for (Tensor* t : operands) {
@@ -350,17 +384,14 @@ int plan_walk(const Tensor& out, std::initializer_list<Tensor*> operands, bool b
     *t = copy_in_layout(*t, out);
     copied = true;
   }
-  if (copied) gather();
+  if (copied) dims = walk_dims<kOperands>(out, operands, axis);
   STD_TORCH_CHECK(dims.size() <= kMaxStridedDims, "qkernels: a walk of more than ", kMaxStridedDims,
                   " dimensions over a tensor of shape ", shape_text(out));
-  layout->dims = static_cast<int>(dims.size());
-  int axis_dim = -1;
+  *layout = walk_layout(dims);
   for (int d = 0; d < layout->dims; ++d) {
-    layout->size[d] = dims[d].size;
-    for (int j = 0; j < kOperands; ++j) layout->stride[j][d] = dims[d].stride[j];
-    if (dims[d].is_axis) axis_dim = d;
+    if (dims[d].is_axis) return d;
   }
-  return axis_dim;
+  return -1;
 }
 
 template int plan_walk<2>(const Tensor&, std::initializer_list<Tensor*>, bool, int64_t,

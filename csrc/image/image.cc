@@ -47,6 +47,7 @@ void ImageQuantizer::run(int64_t n, int64_t first, int64_t count, uint8_t* q) co
                  .plane_stride = kRun,
                  .channels = channels,
                  .out = q + (p - first) * channels,
+                 .pixel_stride = channels,
                  .n = pixels});
   }
 }

@@ -35,12 +35,14 @@ struct FloatImages {
   FloatImages from(int64_t n) const;
 };
 
-// out[channels * i + c] = planes[c * plane_stride + i] for n pixels.
+// A transpose of bytes: out[pixel_stride * i + c] = planes[c * plane_stride + i] for n pixels.
 struct InterleaveRun {
   const uint8_t* planes;
   int64_t plane_stride, channels;
   uint8_t* out;
-  int64_t n;
+  int64_t pixel_stride, n;
+
+  bool is_dense() const { return pixel_stride == channels; }
 };
 using InterleaveKernel = void (*)(const InterleaveRun&);
 

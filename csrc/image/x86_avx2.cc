@@ -1,5 +1,6 @@
 // Two and three channels: 16 pixels a step, three shuffles for each 16 bytes of output of three.
-// Others in order.
+// Eight channels and more: blocks of 8 channels x 16 pixels, transposed by three rounds of
+// unpacking; what is left over is done by blocks that overlap others. Others in order.
 #include <immintrin.h>
 
 #include "csrc/base/target.h"
@@ -63,16 +64,60 @@ QK_INLINE void interleave3(const InterleaveRun& run) {
   }
 }
 
+constexpr int64_t kChannels = 8, kPixels = 16;  // of a block
+constexpr int64_t kStrip = 64;                  // channels whose lines stay in L1
+
+// A round pairs row k with row k + 4: after three of them a row holds 8 channels of two pixels.
+QK_INLINE void unpack_rows(const __m128i (&in)[kChannels], __m128i (&out)[kChannels]) {
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    out[2 * k] = _mm_unpacklo_epi8(in[k], in[k + 4]);
+    out[2 * k + 1] = _mm_unpackhi_epi8(in[k], in[k + 4]);
+  }
+}
+
+QK_INLINE void transpose_block(const uint8_t* in, int64_t in_stride, uint8_t* out,
+                               int64_t out_stride) {
+  __m128i a[kChannels], b[kChannels];
+#pragma GCC unroll 8
+  for (int c = 0; c < kChannels; ++c) a[c] = load16(in + c * in_stride);
+  unpack_rows(a, b);
+  unpack_rows(b, a);
+  unpack_rows(a, b);
+#pragma GCC unroll 8
+  for (int k = 0; k < kChannels; ++k, out += 2 * out_stride) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), b[k]);
+    _mm_storeh_pd(reinterpret_cast<double*>(out + out_stride), _mm_castsi128_pd(b[k]));
+  }
+}
+
+// The start of a block that begins at `at`, or earlier so that it ends by `end`.
+QK_INLINE int64_t block_at(int64_t at, int64_t block, int64_t end) {
+  return at + block <= end ? at : end - block;
+}
+
+// At least a block of each.
+QK_INLINE void interleave_blocks(const InterleaveRun& run) {
+  for (int64_t strip = 0; strip < run.channels; strip += kStrip) {
+    const int64_t strip_end = strip + kStrip < run.channels ? strip + kStrip : run.channels;
+    for (int64_t pixel = 0; pixel < run.n; pixel += kPixels) {
+      const int64_t i = block_at(pixel, kPixels, run.n);
+      for (int64_t channel = strip; channel < strip_end; channel += kChannels) {
+        const int64_t c = block_at(channel, kChannels, run.channels);
+        transpose_block(run.planes + c * run.plane_stride + i, run.plane_stride,
+                        run.out + i * run.pixel_stride + c, run.pixel_stride);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void interleave_avx2(const InterleaveRun& run) {
-  if (run.channels == 2 && run.n >= 16) return interleave2(run);
-  if (run.channels == 3) return interleave3(run);
-  for (int64_t i = 0; i < run.n; ++i) {
-    for (int64_t c = 0; c < run.channels; ++c) {
-      run.out[i * run.channels + c] = run.planes[c * run.plane_stride + i];
-    }
-  }
+  if (run.channels == 2 && run.is_dense() && run.n >= 16) return interleave2(run);
+  if (run.channels == 3 && run.is_dense()) return interleave3(run);
+  if (run.channels >= kChannels && run.n >= kPixels) return interleave_blocks(run);
+  interleave_scalar(run);
 }
 
 }  // namespace qk

@@ -48,7 +48,7 @@ QK_INLINE void interleave3(const InterleaveRun& run) {
 }  // namespace
 
 void interleave_avx512vbmi(const InterleaveRun& run) {
-  run.channels == 3 ? interleave3(run) : interleave_avx2(run);
+  run.channels == 3 && run.is_dense() ? interleave3(run) : interleave_avx2(run);
 }
 
 }  // namespace qk

@@ -116,8 +116,7 @@ void move(const MoveArgs& args, const Parallel& parallel) {
         [&](int64_t out, int64_t in, int64_t rows) { piece(out, in, rows, planes.columns); });
     return;
   }
-  if (args.element == 1 && args.table == nullptr && planes.columns <= kMaxImageChannels &&
-      planes.in_row == 1 && planes.out_column == 1 && planes.out_row == planes.columns) {
+  if (args.element == 1 && args.table == nullptr && planes.in_row == 1 && planes.out_column == 1) {
     const InterleaveKernel kernel = select_interleave_kernel();
     return for_each_piece(planes, planes.columns, parallel,
                           [&](int64_t out, int64_t in, int64_t rows) {
@@ -125,6 +124,7 @@ void move(const MoveArgs& args, const Parallel& parallel) {
                                     .plane_stride = planes.in_column,
                                     .channels = planes.columns,
                                     .out = args.out + out,
+                                    .pixel_stride = planes.out_row,
                                     .n = rows});
                           });
   }

@@ -5,8 +5,8 @@
 //
 // Layout: any two strided views of one shape. Memory: the caller's; the views must not overlap.
 // Trick: where both are contiguous inside, rows go through memcpy or the lookup kernel, many to a
-//   call; few columns, as of shuffled channels, are interleaved by the kernels of images; any other
-//   transpose works in tiles, so that both sides stay in L1.
+//   call; bytes are transposed by the kernels of images; any other transpose works in tiles, so
+//   that both sides stay in L1.
 #pragma once
 
 #include "csrc/base/parallel.h"
