@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "csrc/base/parallel.h"
 
@@ -94,10 +95,16 @@ inline Parallel torch_threads() {
   return parallel;
 }
 
-inline std::string shape_text(const Tensor& t) {
+inline std::string sizes_text(const std::vector<int64_t>& sizes) {
   std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
   return text + "]";
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes_text(sizes);
 }
 
 // As Python shows it: "torch.uint8".

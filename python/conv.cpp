@@ -138,18 +138,16 @@ ConvExtent check_conv_extent(const ConvShape& s, const Tensor& input,
                   " elements (one a spatial dimension), got ", output_size.size());
   ConvExtent e;
   e.batch = input.size(0);
-  std::string wanted;
   for (int64_t d = 0; d < s.spatial_dims; ++d) {
     e.in[kConvDims - s.spatial_dims + d] = input.size(2 + d);
     e.out[kConvDims - s.spatial_dims + d] = output_size[d];
-    wanted += (d ? ", " : "") + std::to_string(output_size[d]);
   }
   STD_TORCH_CHECK(qk::check_conv_extent(s, e) == Status::kOk,
                   "conv: output_size must be positive and ",
                   "fit the input, kernel, stride, padding and dilation (reflect padding must be ",
                   "smaller than the input, circular padding must be at "
-                  "most the input), got [",
-                  wanted, "] for an input of shape ", shape_text(input));
+                  "most the input), got ",
+                  sizes_text(output_size), " for an input of shape ", shape_text(input));
   return e;
 }
 
@@ -190,22 +188,26 @@ Tensor conv(const Tensor& input, const Tensor& packed, const OptionalTensor& res
   STD_TORCH_CHECK(out_channels == header.shape.out_channels, "conv: out_channels must be ",
                   header.shape.out_channels, ", as packed, got ", out_channels);
   args.extent = check_conv_extent(header.shape, input, output_size);
-  std::vector<int64_t> sizes{input.size(0), out_channels};
+  std::vector<int64_t> sizes;
+  sizes.reserve(output_size.size() + 2);
+  sizes.assign({input.size(0), out_channels});
   sizes.insert(sizes.end(), output_size.begin(), output_size.end());
   args.residual_signed = check_residual("conv", residual, header.epilogue, sizes);
 
   const Tensor x = as_channels_last(input);
   Tensor out = empty_channels_last(input, sizes, output_dtype);
-  Tensor other;
   args.input = static_cast<const uint8_t*>(x.const_data_ptr());
   args.out = out.mutable_data_ptr();
+  OptionalTensor other, workspace;
   if (residual.has_value()) {
     other = as_channels_last(*residual);
-    args.residual = static_cast<const uint8_t*>(other.const_data_ptr());
+    args.residual = static_cast<const uint8_t*>(other->const_data_ptr());
   }
   const Parallel threads = torch_threads();
-  const Tensor workspace = empty_on_cpu({conv_workspace_bytes(args, threads)}, ScalarType::Byte);
-  args.workspace = workspace.mutable_data_ptr();
+  if (const int64_t bytes = conv_workspace_bytes(args, threads); bytes > 0) {
+    workspace = empty_on_cpu({bytes}, ScalarType::Byte);
+    args.workspace = workspace->mutable_data_ptr();
+  }
   qk::conv(args, threads);
   return out;
 }

@@ -5,12 +5,6 @@
 namespace qk::seam {
 namespace {
 
-std::string text_of(const std::vector<int64_t>& sizes) {
-  std::string text = "[";
-  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
-  return text + "]";
-}
-
 int32_t integer(const char* op, const char* name, double value) {
   STD_TORCH_CHECK(value == std::nearbyint(value) && std::fabs(value) < 1e6, op, ": ", name,
                   " must be an integer, got ", value);
@@ -218,7 +212,7 @@ bool check_residual(const char* op, const OptionalTensor& residual, const Epilog
   check_zero_point(op, "the residual's zero_point", residual->scalar_type(),
                    epilogue.residual.residual_zero_point);
   STD_TORCH_CHECK(sizes_of(*residual) == output_sizes, op, ": residual must have shape ",
-                  text_of(output_sizes), ", as the output, got ", shape_text(*residual));
+                  sizes_text(output_sizes), ", as the output, got ", shape_text(*residual));
   return is_signed;
 }
 

@@ -68,10 +68,9 @@ void allocate(const std::vector<int64_t>& sizes, ScalarType dtype, const Call& c
   try {
     call();
   } catch (const std::exception& error) {
-    std::string shape;
-    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     throw std::runtime_error(message_text(running_op, ": out of memory for a ", dtype_text(dtype),
-                                          " tensor of shape [", shape, "]: ", error.what()));
+                                          " tensor of shape ", sizes_text(sizes), ": ",
+                                          error.what()));
   }
 }
 
@@ -229,11 +228,18 @@ Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& sizes
 
 bool is_channels_last(const Tensor& t) {
   if (t.dim() < 2) return false;
-  const std::vector<int64_t> wanted = channels_last_strides(sizes_of(t));
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
+  int64_t expected = 1;
+  const auto fits = [&](int64_t d) {
+    const int64_t size = t.size(d);
+    const bool lies = size == 1 || t.stride(d) == expected;
+    expected *= std::max<int64_t>(size, 1);
+    return lies;
+  };
+  if (!fits(1)) return false;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (!fits(d)) return false;
   }
-  return true;
+  return fits(0);
 }
 
 Tensor as_channels_last(const Tensor& t) {

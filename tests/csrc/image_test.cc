@@ -1,5 +1,5 @@
-// The transpose of bytes: every kernel gives what its formula says, for every number of channels and
-// pixels around its blocks, dense and strided, with an unreadable page on either side of each
+// The transpose of bytes: every kernel gives what its formula says, for every number of channels
+// and pixels around its blocks, dense and strided, with an unreadable page on either side of each
 // buffer, and leaves the bytes between its pixels alone.
 #include "csrc/image/image.h"
 
