@@ -142,6 +142,26 @@ def test_empty_batch_and_any_input_layout(isa):
         )
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 8, 15, 16, 33, 64, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planes_in_any_order_become_channels_last(isa, channels, dtype):
+    """A window of one element passes codes on, so that only their order is at stake."""
+    for n, *image in ((2, 1, 1), (1, 3, 5), (2, 4, 4), (1, 7, 7), (1, 31, 33)):
+        shape = (n, channels, *image)
+        layouts = [codes(*shape, dtype=dtype)]
+        for order in itertools.permutations(range(4)):
+            place = [order.index(d) for d in range(4)]
+            layouts.append(codes(*[shape[d] for d in order], dtype=dtype).permute(place))
+            gaps = codes(*[2 * shape[d] + 1 for d in order], dtype=dtype)[1::2, ::2, 1::2, 1::2]
+            layouts.append(gaps.permute(place)[:, : shape[1], : shape[2], : shape[3]][: shape[0]])
+        for repeated in ((1, channels, 1, 1), (2, 1, *shape[2:])):
+            layouts.append(codes(*repeated, dtype=dtype)[:1].expand(shape))
+        for q in layouts:
+            out = ops.max_pool(q, [1, 1], [1, 1], [0, 0], [1, 1])
+            assert is_channels_last(out)
+            assert torch.equal(out, q)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads(isa):
     q = codes(3, 70, 57, 55).to(memory_format=torch.channels_last)
     args = ([3, 3], [2, 2], [1, 1], True, False, None, *grid(torch.uint8, torch.uint8))
