@@ -87,7 +87,7 @@ QK_INLINE void transpose_block(const uint8_t* in, int64_t in_stride, uint8_t* ou
 #pragma GCC unroll 8
   for (int k = 0; k < kChannels; ++k, out += 2 * out_stride) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), b[k]);
-    _mm_storeh_pd(reinterpret_cast<double*>(out + out_stride), _mm_castsi128_pd(b[k]));
+    _mm_storeh_pi(reinterpret_cast<__m64*>(out + out_stride), _mm_castsi128_ps(b[k]));
   }
 }
 
