@@ -188,9 +188,7 @@ Tensor conv(const Tensor& input, const Tensor& packed, const OptionalTensor& res
   STD_TORCH_CHECK(out_channels == header.shape.out_channels, "conv: out_channels must be ",
                   header.shape.out_channels, ", as packed, got ", out_channels);
   args.extent = check_conv_extent(header.shape, input, output_size);
-  std::vector<int64_t> sizes;
-  sizes.reserve(output_size.size() + 2);
-  sizes.assign({input.size(0), out_channels});
+  std::vector<int64_t> sizes{input.size(0), out_channels};
   sizes.insert(sizes.end(), output_size.begin(), output_size.end());
   args.residual_signed = check_residual("conv", residual, header.epilogue, sizes);
 

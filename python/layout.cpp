@@ -147,18 +147,20 @@ StridedLayout<kOperands> walk_layout(const std::vector<WalkDim<kOperands>>& dims
   return layout;
 }
 
-// Copies t (broadcast if it must be) to `out`, which shares no memory with it. Codes on the CPU are
-// transposed ten times as fast as torch does.
+// Copies t (broadcast if it must be) to `out`, which shares no memory with it. For codes on the CPU
+// the copy of plans, which transposes bytes in blocks, takes a tenth of the time of torch's.
 void copy_to(Tensor out, Tensor t) {
-  const std::vector<WalkDim<2>> dims = walk_dims<2>(out, {&t}, -1);
-  if (!t.is_cpu() || t.element_size() != 1 || dims.size() > kMaxStridedDims) {
-    torch::stable::copy_(out, t);
-  } else if (out.numel() > 0) {
-    plan::move({.in = static_cast<const uint8_t*>(t.const_data_ptr()),
-                .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
-                .layout = walk_layout(dims)},
-               torch_threads());
+  if (t.is_cpu() && t.element_size() == 1 && out.numel() > 0) {
+    const std::vector<WalkDim<2>> dims = walk_dims<2>(out, {&t}, -1);
+    if (dims.size() <= kMaxStridedDims) {
+      plan::move({.in = static_cast<const uint8_t*>(t.const_data_ptr()),
+                  .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
+                  .layout = walk_layout(dims)},
+                 torch_threads());
+      return;
+    }
   }
+  torch::stable::copy_(out, t);
 }
 
 }  // namespace

@@ -9,7 +9,8 @@
 // Memory: owned by the caller; x and q must not overlap.
 // Numbers: those of quantize (csrc/quantize/quantize.h), on every ISA, for any number of threads.
 // Trick: one pass over memory. A run of pixels of each plane is quantized into a block of L1, and
-//   byte shuffles interleave the planes on their way out.
+//   byte shuffles interleave the planes on their way out. The same transpose of bytes, of any
+//   number of channels, brings codes into channels-last order (csrc/plan/move.h).
 #pragma once
 
 #include "csrc/base/cpu.h"

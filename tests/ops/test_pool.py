@@ -152,10 +152,10 @@ def test_planes_in_any_order_become_channels_last(isa, channels, dtype):
         for order in itertools.permutations(range(4)):
             place = [order.index(d) for d in range(4)]
             layouts.append(codes(*[shape[d] for d in order], dtype=dtype).permute(place))
-            gaps = codes(*[2 * shape[d] + 1 for d in order], dtype=dtype)[1::2, ::2, 1::2, 1::2]
-            layouts.append(gaps.permute(place)[:, : shape[1], : shape[2], : shape[3]][: shape[0]])
-        for repeated in ((1, channels, 1, 1), (2, 1, *shape[2:])):
-            layouts.append(codes(*repeated, dtype=dtype)[:1].expand(shape))
+            gaps = codes(*[2 * shape[d] + 1 for d in order], dtype=dtype)[1::2, 1::2, 1::2, 1::2]
+            layouts.append(gaps.permute(place))
+        for repeated in ((1, channels, 1, 1), (1, 1, *image)):
+            layouts.append(codes(*repeated, dtype=dtype).expand(shape))
         for q in layouts:
             out = ops.max_pool(q, [1, 1], [1, 1], [0, 0], [1, 1])
             assert is_channels_last(out)
